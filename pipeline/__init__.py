@@ -1,0 +1,1 @@
+"""Knowledge distillation with joint data augmentation from precomputed soft labels."""
