@@ -1,0 +1,248 @@
+"""The pixel path of a view: JDA, then crop, resize and flip, byte for byte what Pillow 13 computes.
+
+Operations that map one value to another (posterize, solarize, invert, autocontrast, equalize, contrast, brightness)
+never touch a pixel: they compose into one table per channel, `lut` (3, 256). A histogram wanted in between is that of
+the last materialised image, pushed through the table. Only rotate, shear, translate, color and sharpness write
+pixels, and each reads its source through the table. The last table is applied while the crop reads.
+
+Each function names the Pillow source it reproduces. No fast-math: LLVM then contracts and reorders nothing, and
+float32 / float64 expressions give the bits of Pillow's C.
+"""
+
+import threading
+from functools import cache
+
+import numpy as np
+
+from kernels import pixels, resample
+from kernels.ops import CODES, TABLES, Op, Program, compile_table
+
+_INVERT = CODES["invert"]
+_POSTERIZE = CODES["posterize"]
+_SOLARIZE = CODES["solarize"]
+_AUTOCONTRAST = CODES["autocontrast"]
+_EQUALIZE = CODES["equalize"]
+_COLOR = CODES["color"]
+_CONTRAST = CODES["contrast"]
+_BRIGHTNESS = CODES["brightness"]
+_SHARPNESS = CODES["sharpness"]
+_ROTATE = CODES["rotate"]
+_SHEAR_X = CODES["shear_x"]
+_SHEAR_Y = CODES["shear_y"]
+_TRANSLATE_X = CODES["translate_x"]
+
+def apply(image: np.ndarray, policy: str | tuple[Op, ...], mask: int, signs: int) -> np.ndarray:
+    """JDA on one image: u8 (H, W, 3) -> u8 (H, W, 3), a new array.
+
+    `policy` is a published name ("imagenet", "cifar10", "cifar100") or an op table. Bit i of `mask` says that
+    operation i fires; bit i of `signs` that its sign is minus. Raises ValueError for a bad image or policy.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"image: expected uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    if isinstance(policy, str) and policy not in TABLES:
+        raise ValueError(f"policy: expected one of {', '.join(TABLES)} or an op table, got {policy!r}")
+    program = program_of(TABLES[policy] if isinstance(policy, str) else tuple(policy))
+    image = np.require(image, requirements=["C", "W"])
+    scratch = _scratch(image.size)
+    out = np.empty_like(image)
+    _apply(image, program.codes, program.params, mask, signs, scratch, out)
+    return out
+
+
+@cache
+def program_of(table: tuple[Op, ...]) -> Program:
+    """`compile_table`, once per table."""
+    return compile_table(table)
+
+
+def pair(image: np.ndarray, program: Program, view: np.void, size: int, pad: int, out: np.ndarray) -> None:
+    """Both views of one decoded image, written to `out` u8 (2, size, size, 3): original, then augmented.
+
+    `image` u8 (H, W, 3), C-contiguous. `view` is one record of `pipeline.views.draw`: boxes `(top, left, height,
+    width)` i32 (2, 4), flips (2,), op mask and signs. `pad` >= 0 crops without resizing from an image padded black
+    by `pad`; `pad` < 0 resizes the box to `size` (bilinear, antialiased, as torchvision on Pillow images).
+    Releases the GIL; safe to call from many threads.
+    """
+    _pair(
+        image,
+        program.codes,
+        program.params,
+        view["mask"],
+        view["signs"],
+        view["box"],
+        view["flip"],
+        size,
+        pad,
+        _scratch(image.size + 4 * size * max(image.shape[:2])),
+        out,
+    )
+
+
+_local = threading.local()
+
+
+def _scratch(pixels: int) -> np.ndarray:
+    """u8 (2, ≥ pixels), one per thread and grown on demand: fresh memory would cost a page fault per 4 KiB."""
+    buffer = getattr(_local, "buffer", None)
+    if buffer is None or buffer.shape[1] < pixels:
+        buffer = _local.buffer = np.empty((2, pixels), np.uint8)
+    return buffer
+
+
+@pixels.jit
+def _apply(image, codes, params, mask, signs, scratch, out):
+    lut = np.empty((3, 256), np.uint8)
+    result = _run(image, codes, params, mask, signs, scratch, lut)
+    pixels.through(result, lut, out)
+
+
+@pixels.jit
+def _pair(image, codes, params, mask, signs, boxes, flips, size, pad, scratch, out):
+    lut = np.empty((3, 256), np.uint8)
+    _identity(lut)
+    resample.crop(image, lut, boxes[0], flips[0], size, pad, scratch[0], out[0])
+    source = _run(image, codes, params, mask, signs, scratch, lut)
+    # The result of JDA may live in either half of the scratch; the resize gets the other one.
+    free = scratch[1] if source.ctypes.data == scratch[0].ctypes.data else scratch[0]
+    resample.crop(source, lut, boxes[1], flips[1], size, pad, free, out[1])
+
+
+@pixels.jit
+def _run(image, codes, params, mask, signs, scratch, lut):
+    """Run the fired operations; returns the image to be read through `lut`: `image` itself or a half of `scratch`."""
+    height, width, _ = image.shape
+    first = scratch[0, : image.size].reshape(image.shape)
+    second = scratch[1, : image.size].reshape(image.shape)
+    source, target, spare = image, first, second
+    histogram = np.empty((3, 256), np.int64)
+    fresh = False  # is `histogram` that of `source`?
+    _identity(lut)
+    for i in range(len(codes)):
+        if not (mask >> i) & 1:
+            continue
+        code = codes[i]
+        m = params[i, 0]
+        signed = -m if (signs >> i) & 1 else m
+        if code == _INVERT or code == _POSTERIZE or code == _SOLARIZE:
+            for c in range(3):
+                for v in range(256):
+                    lut[c, v] = _pointwise(code, m, lut[c, v])
+        elif code == _AUTOCONTRAST or code == _EQUALIZE:
+            if not fresh:
+                _histogram(source, histogram)
+                fresh = True
+            for c in range(3):
+                if code == _EQUALIZE:
+                    _equalize(histogram[c], lut[c])
+                else:
+                    _autocontrast(histogram[c], lut[c])
+        elif code == _BRIGHTNESS or code == _CONTRAST:
+            gray = _mean_gray(source, lut) if code == _CONTRAST else 0
+            for c in range(3):
+                for v in range(256):
+                    lut[c, v] = pixels.blend(gray, lut[c, v], np.float32(1.0 + signed))
+        elif code == _COLOR and m == 0.0:
+            continue  # factor 1 copies
+        else:
+            if code == _COLOR:
+                pixels.color(source, lut, np.float32(1.0 + signed), target)
+            elif code == _SHARPNESS:
+                pixels.through(source, lut, spare)
+                pixels.sharpness(spare, np.float32(1.0 + signed), target)
+            elif code == _ROTATE:
+                pixels.rotate(source, lut, m, params[i, 1], target)
+            elif code == _SHEAR_X:
+                pixels.shear_x(source, lut, signed, target)
+            elif code == _SHEAR_Y:
+                pixels.shear_y(source, lut, signed, target)
+            elif code == _TRANSLATE_X:
+                pixels.translate(source, lut, signed * width, 0.0, target)
+            else:
+                pixels.translate(source, lut, 0.0, signed * height, target)
+            source, target, spare = target, spare, target
+            _identity(lut)
+            fresh = False
+    return source
+
+
+@pixels.jit
+def _identity(lut):
+    for c in range(3):
+        for v in range(256):
+            lut[c, v] = v
+
+
+
+@pixels.jit
+def _pointwise(code, m, v):
+    """PIL.ImageOps.invert, posterize, solarize."""
+    if code == _POSTERIZE:
+        return v & ~((1 << (8 - int(m))) - 1) & 255
+    if code == _SOLARIZE and v < m:
+        return v
+    return 255 - v
+
+
+@pixels.jit
+def _histogram(source, histogram):
+    histogram[:] = 0
+    for y in range(source.shape[0]):
+        for x in range(source.shape[1]):
+            for c in range(3):
+                histogram[c, source[y, x, c]] += 1
+
+
+@pixels.jit
+def _push(histogram, lut):
+    """The histogram (256,) of the image after the table."""
+    pushed = np.zeros(256, np.int64)
+    for v in range(256):
+        pushed[lut[v]] += histogram[v]
+    return pushed
+
+
+@pixels.jit
+def _equalize(histogram, lut):
+    """PIL.ImageOps.equalize, one channel."""
+    pushed = _push(histogram, lut)
+    last = 255
+    while pushed[last] == 0:
+        last -= 1
+    step = (pushed.sum() - pushed[last]) // 255
+    if step == 0:  # also true of a single value
+        return
+    table = np.empty(256, np.uint8)
+    n = step // 2
+    for v in range(256):
+        table[v] = min(n // step, 255)
+        n += pushed[v]
+    for v in range(256):
+        lut[v] = table[lut[v]]
+
+
+@pixels.jit
+def _autocontrast(histogram, lut):
+    """PIL.ImageOps.autocontrast without cutoff, one channel."""
+    pushed = _push(histogram, lut)
+    low, high = 0, 255
+    while pushed[low] == 0:
+        low += 1
+    while pushed[high] == 0:
+        high -= 1
+    if high <= low:
+        return
+    scale = 255.0 / (high - low)
+    offset = -low * scale
+    for v in range(256):
+        lut[v] = min(max(int(lut[v] * scale + offset), 0), 255)
+
+
+
+@pixels.jit
+def _mean_gray(source, lut):
+    """The gray that PIL.ImageEnhance.Contrast blends with: the rounded mean of L."""
+    total = 0
+    for y in range(source.shape[0]):
+        for x in range(source.shape[1]):
+            total += pixels.luma(lut[0, source[y, x, 0]], lut[1, source[y, x, 1]], lut[2, source[y, x, 2]])
+    return int(total / (source.shape[0] * source.shape[1]) + 0.5)
