@@ -55,14 +55,15 @@ def program_of(table: tuple[Op, ...]) -> Program:
     return compile_table(table)
 
 
-def pair(image: np.ndarray, program: Program, view: np.void, size: int, pad: int, out: np.ndarray) -> None:
-    """Both views of one decoded image, written to `out` u8 (2, size, size, 3): original, then augmented.
+def pair(image: np.ndarray, program: Program, view: np.void, pad: int, out: np.ndarray, position: int) -> None:
+    """The views of one decoded image, written to `out[:, position]`: original, then augmented.
 
-    `image` u8 (H, W, 3), C-contiguous. `view` is one record of `pipeline.views.draw`: boxes `(top, left, height,
-    width)` i32 (2, 4), flips (2,), op mask and signs. `pad` >= 0 crops without resizing from an image padded black
-    by `pad`; `pad` < 0 resizes the box to `size` (bilinear, antialiased, as torchvision on Pillow images).
-    Releases the GIL; safe to call from many threads.
+    `image` u8 (H, W, 3), C-contiguous. `out` u8 (2, B, S, S, 3), or (1, B, S, S, 3) for the original alone. `view`
+    is one record of `pipeline.views.draw`: boxes `(top, left, height, width)` i32 (2, 4), flips (2,), op mask and
+    signs. `pad` ≥ 0 crops without resizing from an image padded black by `pad`; `pad` < 0 resizes the box to S
+    (bilinear, antialiased, as torchvision on Pillow images). Releases the GIL; safe to call from many threads.
     """
+    scratch = _scratch(max(image.size, 3 * out.shape[2] * max(image.shape[:2])))
     _pair(
         image,
         program.codes,
@@ -71,10 +72,10 @@ def pair(image: np.ndarray, program: Program, view: np.void, size: int, pad: int
         view["signs"],
         view["box"],
         view["flip"],
-        size,
         pad,
-        _scratch(image.size + 4 * size * max(image.shape[:2])),
+        scratch,
         out,
+        position,
     )
 
 
@@ -97,14 +98,16 @@ def _apply(image, codes, params, mask, signs, scratch, out):
 
 
 @pixels.jit
-def _pair(image, codes, params, mask, signs, boxes, flips, size, pad, scratch, out):
+def _pair(image, codes, params, mask, signs, boxes, flips, pad, scratch, out, position):
     lut = np.empty((3, 256), np.uint8)
     _identity(lut)
-    resample.crop(image, lut, boxes[0], flips[0], size, pad, scratch[0], out[0])
+    resample.crop(image, lut, boxes[0], flips[0], pad, scratch[0], out[0, position])
+    if out.shape[0] == 1:
+        return
     source = _run(image, codes, params, mask, signs, scratch, lut)
     # The result of JDA may live in either half of the scratch; the resize gets the other one.
     free = scratch[1] if source.ctypes.data == scratch[0].ctypes.data else scratch[0]
-    resample.crop(source, lut, boxes[1], flips[1], size, pad, free, out[1])
+    resample.crop(source, lut, boxes[1], flips[1], pad, free, out[1, position])
 
 
 @pixels.jit

@@ -13,12 +13,13 @@ _BITS = 22  # fractional bits of a coefficient, libImaging/Resample.c PRECISION_
 
 
 @jit
-def crop(source, lut, box, flip, size, pad, scratch, out):
-    """Write one view, u8 (size, size, 3), of `source` u8 (H, W, 3) read through `lut` u8 (3, 256).
+def crop(source, lut, box, flip, pad, scratch, out):
+    """Write one view `out`, u8 (size, size, 3), of `source` u8 (H, W, 3) read through `lut` u8 (3, 256).
 
     `box` is (top, left, height, width). With `pad` >= 0 it lies in the image padded black by `pad` and has the
     output's size; with `pad` < 0 it lies in the image and is resized. `scratch` u8 (≥ 3·size·max(H, W),).
     """
+    size = out.shape[1]
     top, left, height, width = box[0], box[1], box[2], box[3]
     if pad >= 0:
         _shift(source, lut, top - pad, left - pad, flip, out)

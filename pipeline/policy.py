@@ -107,7 +107,7 @@ def from_config(config: object, where: str = "policy") -> Policy:
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
     mean, std = (
-        _numbers(config.get(key, default), f"{where}: {key}", 3, 0.0, 1.0)
+        _numbers(config.get(key, list(default)), f"{where}: {key}", 3, 0.0, 1.0)
         for key, default in zip(("mean", "std"), IMAGENET_STATS, strict=True)
     )
     if min(std) <= 0:
@@ -158,7 +158,9 @@ def _mapping(config: object, where: str, keys: tuple[str, ...]) -> dict:
         raise UserError(where, found=type(config).__name__, expected=f"a mapping with {', '.join(keys)}")
     for key in config:
         if key not in keys:
-            raise UserError(f"{where}: unknown key {key}", expected=", ".join(keys), fix=did_you_mean(str(key), keys))
+            raise UserError(
+                f"{where}: unknown key {key}", expected=", ".join(keys), fix=did_you_mean(str(key), keys)
+            )
     return config
 
 

@@ -57,8 +57,15 @@ def draw(
     fires = words(_MASK, -(-ops // 4))[:, :ops] < np.uint64(round(policy.probability * 2**32))
     out["mask"] = (fires << np.arange(ops, dtype=np.uint64)).sum(axis=1)
     crop_words = words(_CROP, 2 * _ATTEMPTS).reshape(len(key_hash), 2, _ATTEMPTS, 4)
-    out["box"] = _pad_crop(crop_words, height, width, base) if base.pad >= 0 else _rrc(crop_words, height, width, base)
+    out["box"] = (
+        _pad_crop(crop_words, height, width, base) if base.pad >= 0 else _rrc(crop_words, height, width, base)
+    )
     return out
+
+
+def of(records: np.ndarray, seed: int, view: int, policy: Policy) -> np.ndarray:
+    """`draw` for records of an index."""
+    return draw(seed, records["key_hash"], view, records["height"], records["width"], policy)
 
 
 def stream(seed: int, key_hash: np.ndarray, view: int) -> np.ndarray:

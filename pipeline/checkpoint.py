@@ -1,0 +1,71 @@
+"""A run folder and its checkpoint: what a killed run needs to go on as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from cache import UserError
+from pipeline.config import Training
+
+# May differ between a run and its continuation: they do not decide the result on a given machine.
+_OPERATIONAL = {"resume", "threads", "device", "checkpoint_steps", "eval_epochs", "val"}
+
+
+def open_run(config: Training) -> None:
+    """Create the run folder with its resolved config, or check that the one to resume was made with the same.
+
+    Raises UserError if the folder exists and `--resume` was not given, or if an option that decides the result
+    differs.
+    """
+    path = config.out / "config.json"
+    options = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    if config.out.exists() and not config.resume:
+        raise UserError(
+            f"output folder {config.out} exists", fix="pass --resume to continue it, or choose another --out"
+        )
+    if not path.exists():
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(options, indent=1).encode())
+        return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"damaged run config {path}", expected="JSON", fix="choose another --out") from None
+    for key in options.keys() - _OPERATIONAL:
+        if before.get(key) != options[key]:
+            raise UserError(
+                f"cannot resume {config.out}: --{key.replace('_', '-')} differs",
+                found=options[key],
+                expected=before.get(key),
+                fix="resume with the same options, or choose another --out",
+            )
+
+
+def save(out: Path, state: dict) -> None:
+    """Write `state` (tensors, numbers, strings, containers) so that a kill leaves the old or the new one, whole."""
+    partial = out / "checkpoint.pt.partial"
+    torch.save(state, partial)
+    os.replace(partial, out / "checkpoint.pt")
+
+
+def load(out: Path) -> dict | None:
+    """The last state saved, on the CPU; None before the first. Never runs code from the file."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise UserError(
+            f"damaged checkpoint {path}", found=str(error).splitlines()[0], fix="delete it to start again"
+        ) from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)

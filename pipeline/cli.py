@@ -1,0 +1,86 @@
+"""Subcommand -> (schema, function). No logic: a wrong input ends in one line and exit code 2."""
+
+import contextlib
+import importlib
+import io
+import re
+import sys
+from pathlib import Path
+
+import tyro
+
+from cache import UserError
+from pipeline import config
+from pipeline.suggest import did_you_mean
+
+# The functions are named, not imported: `--help` need not wait for torch and DALI.
+COMMANDS = {
+    "prepare": (config.Prepare, "pipeline.prepare"),
+    "train-teacher": (config.TrainTeacher, "pipeline.teacher"),
+    "precompute-teacher": (config.PrecomputeTeacher, "pipeline.precompute"),
+    "train-student": (config.TrainStudent, "pipeline.train"),
+    "evaluate": (config.Evaluate, "pipeline.evaluate"),
+    "demo": (config.Demo, "pipeline.demo"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    try:
+        command, *rest = arguments
+        if command not in COMMANDS:
+            raise UserError(f"unknown command {command}", fix=did_you_mean(command, COMMANDS))
+        schema, module = COMMANDS[command]
+        options = _parse(command, schema, rest)
+        importlib.import_module(module).run(options)
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        # Permissions, a full disk, a path that is a folder: the system's own words, and which file.
+        return _fail(
+            f"{error.strerror or error}; found {error.filename or 'no file name'}; fix: check path and space"
+        )
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _parse(command: str, schema: type, arguments: list[str]):
+    flags: list[str] = []
+    while "--config" in arguments or any(a.startswith("--config=") for a in arguments):
+        at = next(i for i, a in enumerate(arguments) if a.split("=")[0] == "--config")
+        _, _, value = arguments.pop(at).partition("=")
+        if not value:
+            if at == len(arguments):
+                raise UserError("--config needs a recipe", expected="--config recipe.yaml")
+            value = arguments.pop(at)
+        flags += config.recipe_flags(Path(value), command, schema, tuple(COMMANDS))
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(
+                schema,
+                args=flags + arguments,
+                prog=f"pipeline {command}",
+                description=f"{schema.__doc__} --config recipe.yaml sets options that flags override.",
+            )
+    except SystemExit as stop:
+        if stop.code:
+            # tyro draws a box of several lines; errors here are one line.
+            text = re.sub(r"[─│╭╮╰╯]|\x1b\[[0-9;]*m", " ", output.getvalue())
+            raise UserError(" ".join(text.split()), fix=f"see pipeline {command} --help") from None
+        raise
+
+
+def _usage() -> str:
+    lines = [f"  {name:20s}{schema.__doc__.splitlines()[0]}" for name, (schema, _) in COMMANDS.items()]
+    return "\n".join(["usage: pipeline COMMAND [--config recipe.yaml] [options]", "", *lines])

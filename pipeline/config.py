@@ -1,0 +1,201 @@
+"""What every command takes. The dataclasses are the schema: defaults < recipe YAML < flags."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+import yaml
+
+from cache import UserError
+from pipeline.suggest import did_you_mean
+
+Loss = Literal["ce", "kd", "ccd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Turn a source of images into WebDataset shards and an index; every image is decoded once."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """imagefolder:PATH, cifar10:PATH, cifar100:PATH, webdataset:GLOB, digits or synthetic:N."""
+    out: Path
+    """Folder to create. digits and cifar fill OUT/train and OUT/val."""
+    classes: int | None = None
+    """Number of classes of a webdataset source; by default the largest label + 1."""
+    shard_size: int = 4096
+    """Samples per shard."""
+    seed: int = 0
+    """Seed of synthetic images and of the digits split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where and how fast; never part of a result's identity on one machine."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the network runs; auto takes a GPU if there is one."""
+    threads: int = 0
+    """Threads that decode and as many that augment; 0: one per core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Machine):
+    """Options that training a teacher and training a student share."""
+
+    data: Path
+    """Prepared data set to train on."""
+    val: Path | None = None
+    """Prepared data set to evaluate on."""
+    out: Path
+    """Run folder to create: config, metrics, checkpoint, weights."""
+    resume: bool = False
+    """Continue the run in OUT from its last checkpoint (or start it)."""
+    epochs: int = 200
+    """Passes over the data."""
+    batch_size: int = 128
+    """Images per step; with pairs the network sees twice as many views."""
+    lr: float = 0.1
+    """Peak learning rate of SGD."""
+    schedule: Literal["step", "cosine"] = "step"
+    """step: ×0.1 at each milestone; cosine: to zero."""
+    milestones: tuple[int, ...] = (60, 120, 180)
+    """Epochs at which the step schedule drops."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from zero."""
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    nesterov: bool = False
+    clip: float = 0.0
+    """Clip the gradient norm; 0: never."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network; losses are always fp32."""
+    seed: int = 0
+    """Seed of the initial weights, the order and (without a store) the views."""
+    checkpoint_steps: int = 500
+    """Steps between checkpoints; one is also written after each epoch."""
+    eval_epochs: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTeacher(Training):
+    """Train a teacher by cross-entropy."""
+
+    teacher: str
+    """Network NAME, or NAME@WEIGHTS to start from."""
+    jda: bool = True
+    """Train on the original and the augmented view; otherwise on the original alone."""
+    policy: str = "imagenet"
+    """imagenet, cifar10, cifar100 or a YAML file."""
+    weight_decay: float = 5e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeTeacher(Machine):
+    """Let the teacher look at every augmented view once and keep its soft labels. Rerun to resume."""
+
+    data: Path
+    """Prepared data set."""
+    teacher: str
+    """Network as NAME@WEIGHTS; NAME@pretrained takes timm's own weights."""
+    store: Path
+    """Store to create, or to complete."""
+    views: int
+    """Augmented views per sample; epoch e of a student uses view e mod VIEWS."""
+    policy: str = "imagenet"
+    """imagenet, cifar10, cifar100 or a YAML file."""
+    codec: Literal["fp16", "int8"] = "int8"
+    """How a pair of logit vectors is kept."""
+    seed: int = 0
+    """Seed of the views."""
+    batch_size: int = 128
+    """Images per forward pass."""
+    block_rows: int = 8192
+    """Rows per block: the unit of commit and resume."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the teacher."""
+    decoder: Literal["auto", "cpu", "gpu"] = "auto"
+    """Who decodes JPEG; part of the store's identity, because decoders differ in bytes. auto follows the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStudent(Training):
+    """Train a student on stored soft labels."""
+
+    store: Path
+    """Store of soft labels."""
+    student: str
+    """Network NAME, or NAME@WEIGHTS to start from."""
+    loss: Loss = "ccd"
+    """ce: labels only; kd: w ≡ 1; ccd: augmented views weighted by the teacher's agreement with itself."""
+    temperature: float = 4.0
+    alpha: float = 0.5
+    """Share of the hard loss."""
+    kd_weight: float = 2.0
+    """Factor on the whole loss."""
+    policy: str | None = None
+    """Refuse the store unless it was made with this policy."""
+    teacher: str | None = None
+    """Refuse the store unless this teacher, NAME[@WEIGHTS], made it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Machine):
+    """Top-1 and top-5 accuracy of a network on a prepared data set."""
+
+    data: Path
+    """Prepared data set."""
+    model: str
+    """Network as NAME@WEIGHTS."""
+    policy: str = "imagenet"
+    """Whose base transform decides size, crop and normalisation."""
+    batch_size: int = 128
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Machine):
+    """The whole job on scikit-learn's handwritten digits, ending in a table. Rerun to resume."""
+
+    out: Path = Path("demo")
+    """Folder for data, store, runs and report."""
+    seeds: int = 3
+    """Students per loss."""
+
+
+def recipe_flags(path: Path, command: str, schema: type, commands: tuple[str, ...]) -> list[str]:
+    """A recipe's options for `command` as flags, to stand before the user's own.
+
+    A recipe is a mapping of option to value. A key that is a command's name holds that command's options, so that one
+    recipe can describe a whole job. Raises UserError for an unknown key.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read recipe {path}", found=error.strerror, fix="check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot parse recipe {path}", found=" ".join(str(error).split()), expected="YAML"
+        ) from None
+    options = {key: value for key, value in _mapping(recipe, path).items() if key not in commands}
+    options |= _mapping(recipe.get(command, {}), path)
+    known = [field.name for field in dataclasses.fields(schema) if field.name != "source"]
+    flags = []
+    for key, value in options.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UserError(f"unknown recipe key {key} in {path}", fix=did_you_mean(name, known))
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def _mapping(value: object, path: Path) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(f"recipe {path}", found=type(value).__name__, expected="a mapping of option to value")
+    return value

@@ -1,0 +1,39 @@
+"""The machine a run finds itself on, and pixels on their way into a network."""
+
+import os
+
+import torch
+
+from cache import UserError
+from pipeline.config import Machine
+
+
+def pick(machine: Machine) -> torch.device:
+    """The device asked for; `auto` takes a GPU if there is one."""
+    available = torch.cuda.is_available()
+    if machine.device == "cuda" and not available:
+        raise UserError(
+            "no CUDA device", found="none", expected="--device cuda has one", fix="use --device cpu"
+        )
+    return torch.device("cuda" if available and machine.device != "cpu" else "cpu")
+
+
+def threads(machine: Machine) -> int:
+    """Worker threads: as asked, or one per core this process may use."""
+    return machine.threads or len(os.sched_getaffinity(0))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+class Normalise(torch.nn.Module):
+    """u8 (B, S, S, 3) -> f32 (B, 3, S, S) on the device, channels last in memory: (x / 255 − mean) / std."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
+        super().__init__()
+        self.scale = 1 / (255 * torch.tensor(std, device=device))
+        self.shift = torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images.to(self.scale.device, non_blocking=True) * self.scale - self.shift).permute(0, 3, 1, 2)

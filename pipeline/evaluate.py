@@ -1,0 +1,85 @@
+"""Accuracy of a network on the central crop of every sample."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline import device as devices
+from pipeline import models, views
+from pipeline import policy as policies
+from pipeline.config import Evaluate, Machine
+from pipeline.device import Normalise
+from pipeline.index import Index
+from pipeline.loader import Request, load
+from pipeline.policy import Policy
+from pipeline.report import progress, summary
+
+
+def run(config: Evaluate) -> None:
+    """Print the accuracy of a network."""
+    device = devices.pick(config)
+    index = Index.open(config.data, split="val")
+    policy = policies.load(config.policy)
+    network = models.create(config.model, index.classes)
+    normalise = Normalise(network.mean or policy.mean, network.std or policy.std, device)
+    models.probe(network, policy.base.size)
+    module = network.module.to(device, memory_format=torch.channels_last)
+    result = evaluate(module, normalise, index, policy, config.batch_size, config, config.precision)
+    summary("evaluation", {"model": config.model, "data": Path(config.data), **shown(result)})
+
+
+def shown(result: dict) -> dict:
+    """The result as a person wants to read it."""
+    return {
+        "top-1": f"{100 * result['top1']:.2f} %",
+        "top-5": f"{100 * result['top5']:.2f} %",
+        "cross-entropy": f"{result['loss']:.4f} nats",
+        "samples": result["samples"],
+    }
+
+
+@torch.inference_mode()
+def evaluate(
+    module: torch.nn.Module,
+    normalise: Normalise,
+    index: Index,
+    policy: Policy,
+    batch_size: int,
+    machine: Machine,
+    precision: str = "fp32",
+) -> dict:
+    """{"top1", "top5": shares, "loss": mean cross-entropy in nats, "samples"}; leaves the module in eval mode."""
+    module.eval()
+    device = normalise.scale.device
+    top1 = top5 = 0
+    loss = 0.0
+    batches = load(
+        index,
+        _plan(index, policy, batch_size),
+        policy,
+        batch_size=batch_size,
+        threads=devices.threads(machine),
+        device=device.type,
+        pairs=False,
+    )
+    with progress("evaluate", len(index.good), "images") as advance:
+        for batch in batches:
+            labels = batch.labels.to(device)
+            with devices.autocast(device, precision):
+                logits = module(normalise(batch.original)).float()
+            loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            hits = logits.topk(min(5, index.classes), dim=1).indices == labels[:, None]
+            top1 += int(hits[:, 0].sum())
+            top5 += int(hits.sum())
+            advance(len(labels))
+    samples = len(index.good)
+    return {"top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples, "samples": samples}
+
+
+def _plan(index: Index, policy: Policy, batch_size: int) -> Iterator[Request]:
+    for at in range(0, len(index.good), batch_size):
+        rows: np.ndarray = index.good[at : at + batch_size]
+        records = index.records[rows]
+        yield rows, views.centre(records["height"], records["width"], policy)

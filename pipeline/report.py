@@ -1,0 +1,51 @@
+"""What a person sees: progress with rate and ETA, and a summary at the end."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+console_out = Console()
+_console_err = Console(stderr=True)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> str:
+        return f"{task.speed or 0:,.1f} {task.fields['unit']}/s"
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str, completed: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, gone when done; nothing where stderr is no terminal. Yields `advance(count)`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=_console_err, transient=True, disable=not _console_err.is_terminal
+    ) as bar:
+        task = bar.add_task(description, total=total, completed=completed, unit=unit)
+        yield lambda count: bar.advance(task, count)
+
+
+def summary(title: str, facts: dict) -> None:
+    """A two-column table on stdout."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    console_out.print(table)

@@ -1,0 +1,24 @@
+"""Training a teacher by cross-entropy, with or without JDA (claim b of the paper asks for both)."""
+
+from itertools import repeat
+
+from pipeline import models
+from pipeline import policy as policies
+from pipeline.config import TrainTeacher
+from pipeline.index import Index
+from pipeline.train import cross_entropy, fit
+
+
+def run(config: TrainTeacher) -> None:
+    """Train a teacher; every epoch sees views of its own."""
+    index = Index.open(config.data, split="train")
+    teacher = models.create(config.teacher, index.classes, seed=config.seed)
+    fit(
+        config,
+        index,
+        policies.load(config.policy),
+        teacher,
+        lambda _: repeat(cross_entropy),
+        seed_of_views=config.seed,
+        pairs=config.jda,
+    )

@@ -1,0 +1,242 @@
+"""Training a student on stored soft labels; `fit` is the loop, which the teacher's training shares."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import repeat
+
+import numpy as np
+import torch
+
+import cache
+from cache import Plane, Store, UserError
+from kernels import ccd_loss
+from pipeline import checkpoint, models, order, views
+from pipeline import device as devices
+from pipeline import policy as policies
+from pipeline.config import Training, TrainStudent
+from pipeline.device import Normalise
+from pipeline.evaluate import evaluate, shown
+from pipeline.index import Index
+from pipeline.loader import Batch, Request, decoder_identity, load
+from pipeline.metrics import Log, Means
+from pipeline.policy import Policy
+from pipeline.report import progress, summary
+
+Objective = Callable[[torch.Tensor, Batch], torch.Tensor]
+"""Logits f32 (views, B, C) and their batch -> scalar loss."""
+
+
+def run(config: TrainStudent) -> dict:
+    """Train a student; returns the last log record. Raises UserError if the store contradicts the data or the options."""
+    index = Index.open(config.data, split="train")
+    store = cache.open(config.store)
+    policy, decoder = _check(config, index, store)
+    student = models.create(config.student, index.classes, seed=config.seed)
+
+    def objectives(first_epoch: int) -> Iterator[Objective]:
+        if config.loss == "ce":
+            yield from repeat(cross_entropy)
+        numbers = (epoch % store.manifest.views for epoch in range(first_epoch, config.epochs))
+        for plane in cache.planes(store, numbers):
+            yield partial(distillation, config, store, plane, index)
+
+    return fit(
+        config,
+        index,
+        policy,
+        student,
+        objectives,
+        seed_of_views=store.manifest.seed,
+        views_in_store=store.manifest.views,
+        decoder=decoder,
+    )
+
+
+def cross_entropy(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy over all views."""
+    labels = batch.labels.to(logits.device)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)))
+
+
+def distillation(
+    config: TrainStudent, store: Store, plane: Plane, index: Index, logits: torch.Tensor, batch: Batch
+) -> torch.Tensor:
+    """CCD against the stored labels of the batch; KD is the same with w ≡ 1."""
+    device = logits.device
+    rows, weight = plane.gather(batch.rows)
+    stream = views.stream(store.manifest.seed, index.records["key_hash"][batch.rows], plane.view)
+    teacher = torch.from_numpy(store.codec.decode(rows, stream)).to(device, non_blocking=True)
+    w = torch.from_numpy(weight if config.loss == "ccd" else np.ones_like(weight)).to(device)
+    return ccd_loss(
+        logits[0],
+        logits[1],
+        teacher[:, 0],
+        teacher[:, 1],
+        batch.labels.to(device),
+        temperature=config.temperature,
+        alpha=config.alpha,
+        kd_weight=config.kd_weight,
+        weight=w,
+    )
+
+
+def fit(
+    config: Training,
+    index: Index,
+    policy: Policy,
+    network: models.Network,
+    objectives: Callable[[int], Iterator[Objective]],
+    *,
+    seed_of_views: int,
+    views_in_store: int | None = None,
+    decoder: str | None = None,
+    pairs: bool = True,
+) -> dict:
+    """The loop: data in the order of (seed, epoch), one objective per epoch, a checkpoint to resume from.
+
+    Epoch e trains on view e mod `views_in_store` (None: on a view of its own). Returns the last log record.
+    """
+    checkpoint.open_run(config)
+    device = devices.pick(config)
+    torch.manual_seed(config.seed)  # dropout and its like; views and order have their own source
+    module = network.module.to(device, memory_format=torch.channels_last)
+    models.probe(network, policy.base.size)
+    normalise = Normalise(network.mean or policy.mean, network.std or policy.std, device)
+    optimizer = torch.optim.SGD(
+        module.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
+    rows = index.good
+    steps = order.steps_per_epoch(len(rows), config.batch_size)
+    val = Index.open(config.val, split="val") if config.val else None
+    if val and val.classes != index.classes:
+        raise UserError(
+            "--val has other classes", found=val.classes, expected=index.classes, fix="check --val"
+        )
+
+    epoch, step, means = 0, 0, Means()
+    if config.resume and (state := checkpoint.load(config.out)):
+        module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        epoch, step, means = state["epoch"], state["step"], Means(state["means"])
+    log = Log(config.out, epoch)
+
+    def save(epoch: int, step: int) -> None:
+        checkpoint.save(
+            config.out,
+            {
+                "model": module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+                "epoch": epoch,
+                "step": step,
+                "means": means.sums,
+            },
+        )
+
+    def plan(epoch: int, step: int) -> Iterator[Request]:
+        while epoch < config.epochs:
+            shuffled = order.permutation(config.seed, epoch, rows)
+            view = epoch % views_in_store if views_in_store else epoch
+            for at in range(step, steps):
+                part = order.rows_of_step(shuffled, at, config.batch_size)
+                yield part, views.of(index.records[part], seed_of_views, view, policy)
+            epoch, step = epoch + 1, 0
+
+    batches = load(
+        index,
+        plan(epoch, step),
+        policy,
+        batch_size=config.batch_size,
+        threads=devices.threads(config),
+        device=decoder or device.type,
+        pairs=pairs,
+    )
+    started = time.perf_counter()
+    with progress("train", config.epochs * steps, "steps", epoch * steps + step) as advance:
+        for now, objective in zip(range(epoch, config.epochs), objectives(epoch), strict=False):
+            module.train()
+            while step < steps:
+                waited = -time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter()
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config, now + step / steps)
+                with devices.autocast(device, config.precision):
+                    logits = module(normalise(batch.images.flatten(0, 1)))
+                logits = logits.float().unflatten(0, batch.images.shape[:2])
+                loss = objective(logits, batch)
+                optimizer.zero_grad()
+                loss.backward()
+                if config.clip:
+                    torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip)
+                optimizer.step()
+                means.add(len(batch.rows), {"loss": loss.detach(), "wait_s": waited / len(batch.rows)})
+                step += 1
+                advance(1)
+                if step % config.checkpoint_steps == 0 and step < steps:
+                    save(now, step)
+            record = {"epoch": now, "lr": optimizer.param_groups[0]["lr"], **means.result()}
+            if val and (
+                now + 1 == config.epochs or config.eval_epochs and (now + 1) % config.eval_epochs == 0
+            ):
+                record |= {
+                    "val": evaluate(
+                        module, normalise, val, policy, config.batch_size, config, config.precision
+                    )
+                }
+            log.write(record | {"seconds": time.perf_counter() - started})
+            step, means = 0, Means()
+            save(now + 1, 0)
+    models.save_weights(module, config.out / "model.safetensors")
+    last = log.records[-1]
+    checkpoint.write_atomically(config.out / "summary.json", json.dumps(last, indent=1).encode())
+    accuracy = shown(last["val"]) if "val" in last else {}
+    summary(
+        "training",
+        {"run": config.out, "loss": f"{last['loss']:.4f}", **accuracy, "weights": "model.safetensors"},
+    )
+    return last
+
+
+def learning_rate(config: Training, epoch: float) -> float:
+    """The rate at a point of the run, in epochs; a pure function, so that resuming needs no scheduler state."""
+    warm = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
+    if config.schedule == "cosine":
+        return config.lr * warm * 0.5 * (1 + float(np.cos(np.pi * epoch / config.epochs)))
+    return config.lr * warm * 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
+
+
+def _check(config: TrainStudent, index: Index, store: Store) -> tuple[Policy, str]:
+    """The store's policy and who must decode, after checking all that the options know against the manifest."""
+    manifest = store.manifest
+    expected: dict = {"dataset": index.fingerprint, "samples": len(index), "classes": index.classes}
+    if config.policy:
+        wanted = policies.load(config.policy).to_config()
+        expected |= {"base": wanted.pop("base"), "policy": wanted}
+    if config.teacher:
+        teacher = models.create(config.teacher, index.classes)
+        expected["teacher"] = teacher.name
+        if "@" in config.teacher:
+            expected["teacher_weights"] = teacher.fingerprint
+    cache.check(manifest, **expected)
+    decoder = "cuda" if manifest.decoder["backend"] == "nvjpeg" else "cpu"
+    if decoder == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "the store's pixels were decoded on a GPU", found="no CUDA device", fix="train on a GPU machine"
+        )
+    cache.check(manifest, decoder=decoder_identity(decoder))
+    if config.loss != "ce" and (missing := store.missing_blocks()):
+        raise UserError(
+            f"store {config.store} has missing blocks",
+            found=f"{len(missing)} missing",
+            expected="all committed",
+            fix="run precompute-teacher again, it resumes",
+        )
+    return policies.from_config({**manifest.policy, "base": manifest.base}, "the store's policy"), decoder
