@@ -31,6 +31,7 @@ _SHEAR_X = CODES["shear_x"]
 _SHEAR_Y = CODES["shear_y"]
 _TRANSLATE_X = CODES["translate_x"]
 
+
 def apply(image: np.ndarray, policy: str | tuple[Op, ...], mask: int, signs: int) -> np.ndarray:
     """JDA on one image: u8 (H, W, 3) -> u8 (H, W, 3), a new array.
 
@@ -126,11 +127,11 @@ def _run(image, codes, params, mask, signs, scratch, lut):
         code = codes[i]
         m = params[i, 0]
         signed = -m if (signs >> i) & 1 else m
-        if code == _INVERT or code == _POSTERIZE or code == _SOLARIZE:
+        if code in (_INVERT, _POSTERIZE, _SOLARIZE):
             for c in range(3):
                 for v in range(256):
                     lut[c, v] = _pointwise(code, m, lut[c, v])
-        elif code == _AUTOCONTRAST or code == _EQUALIZE:
+        elif code in (_AUTOCONTRAST, _EQUALIZE):
             if not fresh:
                 _histogram(source, histogram)
                 fresh = True
@@ -139,7 +140,7 @@ def _run(image, codes, params, mask, signs, scratch, lut):
                     _equalize(histogram[c], lut[c])
                 else:
                     _autocontrast(histogram[c], lut[c])
-        elif code == _BRIGHTNESS or code == _CONTRAST:
+        elif code in (_BRIGHTNESS, _CONTRAST):
             gray = _mean_gray(source, lut) if code == _CONTRAST else 0
             for c in range(3):
                 for v in range(256):
@@ -173,7 +174,6 @@ def _identity(lut):
     for c in range(3):
         for v in range(256):
             lut[c, v] = v
-
 
 
 @pixels.jit
@@ -238,7 +238,6 @@ def _autocontrast(histogram, lut):
     offset = -low * scale
     for v in range(256):
         lut[v] = min(max(int(lut[v] * scale + offset), 0), 255)
-
 
 
 @pixels.jit

@@ -167,7 +167,12 @@ def shear_y(source, lut, m, out):
             at -= 0.5
             j = int(np.floor(at))
             d = at - j
-            j0, j1, j2, j3 = _clip(j - 1, height), _clip(j, height), _clip(j + 1, height), _clip(j + 2, height)
+            j0, j1, j2, j3 = (
+                _clip(j - 1, height),
+                _clip(j, height),
+                _clip(j + 1, height),
+                _clip(j + 2, height),
+            )
             for c in range(3):
                 out[y, x, c] = _cubic(
                     float(lut[c, source[j0, x, c]]),

@@ -41,9 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:
         # Permissions, a full disk, a path that is a folder: the system's own words, and which file.
-        return _fail(
-            f"{error.strerror or error}; found {error.filename or 'no file name'}; fix: check path and space"
-        )
+        return _fail(f"{error.strerror or error}; found {error.filename or 'no file name'}; fix: check path and space")
     except KeyboardInterrupt:
         return 130
     return 0

@@ -176,9 +176,7 @@ def recipe_flags(path: Path, command: str, schema: type, commands: tuple[str, ..
     except OSError as error:
         raise UserError(f"cannot read recipe {path}", found=error.strerror, fix="check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot parse recipe {path}", found=" ".join(str(error).split()), expected="YAML"
-        ) from None
+        raise UserError(f"cannot parse recipe {path}", found=" ".join(str(error).split()), expected="YAML") from None
     options = {key: value for key, value in _mapping(recipe, path).items() if key not in commands}
     options |= _mapping(recipe.get(command, {}), path)
     known = [field.name for field in dataclasses.fields(schema) if field.name != "source"]

@@ -8,10 +8,11 @@ from pathlib import Path
 from rich.table import Table
 
 import cache
-from pipeline import models, precompute, prepare, teacher, train
+from pipeline import precompute, prepare, teacher, train
 from pipeline.config import Demo, PrecomputeTeacher, TrainStudent, TrainTeacher
 from pipeline.index import Index
-from pipeline.report import console_out, pairs_page
+from pipeline.pictures import pairs_page
+from pipeline.report import console_out
 
 POLICY = str(Path(__file__).parent / "recipes" / "digits_policy.yaml")
 TEACHER, STUDENT = "cifar/resnet14x2", "cifar/resnet8"
@@ -83,9 +84,7 @@ def run(config: Demo) -> None:
     index, opened = Index.open(data, split="train"), cache.open(store)
     pairs_page(out / "report.html", index, opened)
 
-    table = Table(
-        title=f"{TEACHER} → {STUDENT}, {len(index.good):,} digits, {VIEWS} epochs, {config.seeds} seeds"
-    )
+    table = Table(title=f"{TEACHER} → {STUDENT}, {len(index.good):,} digits, {VIEWS} epochs, {config.seeds} seeds")
     for column in ("loss", "top-1 % mean", "± std", "each seed", "seconds per run"):
         table.add_column(column)
     for loss, records in runs.items():

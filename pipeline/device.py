@@ -12,9 +12,7 @@ def pick(machine: Machine) -> torch.device:
     """The device asked for; `auto` takes a GPU if there is one."""
     available = torch.cuda.is_available()
     if machine.device == "cuda" and not available:
-        raise UserError(
-            "no CUDA device", found="none", expected="--device cuda has one", fix="use --device cpu"
-        )
+        raise UserError("no CUDA device", found="none", expected="--device cuda has one", fix="use --device cpu")
     return torch.device("cuda" if available and machine.device != "cpu" else "cpu")
 
 

@@ -201,7 +201,8 @@ class Index:
         record = self.records[row]
         path = self.shards[record["shard"]]
         try:
-            data = os.pread(self._descriptor(path).number, int(record["size"]), int(record["offset"]))
+            shard = self._descriptor(path)  # the name keeps it open, should the cache drop it meanwhile
+            data = os.pread(shard.number, int(record["size"]), int(record["offset"]))
         except OSError as error:
             raise UserError(f"cannot read shard {path}", found=error.strerror, fix="restore it") from None
         if len(data) != record["size"]:

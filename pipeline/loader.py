@@ -113,9 +113,7 @@ def _run(index, plan, policy, batch_size, threads, device, pairs, digests) -> It
 
     def read(info):
         rows, views = next(requests)  # StopIteration ends the epoch for DALI
-        images = torch.empty(
-            (1 + pairs, len(rows), size, size, 3), dtype=torch.uint8, pin_memory=device != "cpu"
-        )
+        images = torch.empty((1 + pairs, len(rows), size, size, 3), dtype=torch.uint8, pin_memory=device != "cpu")
         work[info.iteration] = (rows, views), images
         token = np.full((len(rows), 1), info.iteration)
         return [np.frombuffer(index.read(row), np.uint8) for row in rows], token

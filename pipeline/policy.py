@@ -96,9 +96,7 @@ def from_config(config: object, where: str = "policy") -> Policy:
             raise UserError(f"{where}: missing key {key}", fix=f"add {key}")
     if isinstance(config["ops"], str):
         if config["ops"] not in TABLES:
-            raise UserError(
-                f"{where}: unknown op table", found=config["ops"], fix=did_you_mean(config["ops"], TABLES)
-            )
+            raise UserError(f"{where}: unknown op table", found=config["ops"], fix=did_you_mean(config["ops"], TABLES))
         table = TABLES[config["ops"]]
     else:
         table = tuple(_op(item, where) for item in _list(config["ops"], f"{where}: ops"))
@@ -158,9 +156,7 @@ def _mapping(config: object, where: str, keys: tuple[str, ...]) -> dict:
         raise UserError(where, found=type(config).__name__, expected=f"a mapping with {', '.join(keys)}")
     for key in config:
         if key not in keys:
-            raise UserError(
-                f"{where}: unknown key {key}", expected=", ".join(keys), fix=did_you_mean(str(key), keys)
-            )
+            raise UserError(f"{where}: unknown key {key}", expected=", ".join(keys), fix=did_you_mean(str(key), keys))
     return config
 
 

@@ -12,11 +12,11 @@ from itertools import islice
 
 import numpy as np
 import torch
+from kernels.reference import cosine_weight
 
 import cache
 from cache import Manifest, Store, UserError
 from cache import codec as codecs
-from kernels.reference import cosine_weight
 from pipeline import device as devices
 from pipeline import models, views
 from pipeline import policy as policies
@@ -67,9 +67,7 @@ def run(config: PrecomputeTeacher) -> None:
         "teacher pass",
         {
             "store": config.store,
-            "views computed": f"{done:,} in {len(todo)} blocks ({blocks} distinct)"
-            if todo
-            else "none, all were there",
+            "views computed": f"{done:,} in {len(todo)} blocks ({blocks} distinct)" if todo else "none, all were there",
             "rate": f"{done / seconds:,.0f} pairs/s" if done else "-",
             "bytes per vector": store.codec.row_bytes / 2,
             "label bytes": f"{store.codec.row_bytes * len(index) * config.views:,}",
@@ -117,9 +115,7 @@ class _Block:
         self.pairs[at], self.weight[at], self.digest[at] = pairs, weight, batch.digests
 
 
-def _manifest(
-    config, index: Index, policy: Policy, teacher: models.Network, device: torch.device
-) -> Manifest:
+def _manifest(config, index: Index, policy: Policy, teacher: models.Network, device: torch.device) -> Manifest:
     described = policy.to_config()
     return Manifest(
         dataset=index.fingerprint,

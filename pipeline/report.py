@@ -15,14 +15,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 console_out = Console()
 _console_err = Console(stderr=True)
 
 
 class _Rate(ProgressColumn):
-    def render(self, task: Task) -> str:
-        return f"{task.speed or 0:,.1f} {task.fields['unit']}/s"
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.1f} {task.fields['unit']}/s")
 
 
 @contextmanager
@@ -36,9 +37,7 @@ def progress(description: str, total: int, unit: str, completed: int = 0) -> Ite
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=_console_err, transient=True, disable=not _console_err.is_terminal
-    ) as bar:
+    with Progress(*columns, console=_console_err, transient=True, disable=not _console_err.is_terminal) as bar:
         task = bar.add_task(description, total=total, completed=completed, unit=unit)
         yield lambda count: bar.advance(task, count)
 

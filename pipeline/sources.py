@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 
 def imagefolder(root: Path, seed: int) -> Source:
-    """ROOT/class/**/name.jpg|jpeg|png; classes in sorted order, files shuffled by ``seed``, without hidden ones.
+    """ROOT/class/**/name.jpg|jpeg|png; sorted classes, files shuffled by ``seed``, hidden ones left out.
 
     A key is the path without its extension; dots and percent signs of the file name are percent-escaped, and
     files that differ only in their extension keep it, so that every file has a key of its own.

@@ -29,7 +29,7 @@ Objective = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
 def run(config: TrainStudent) -> dict:
-    """Train a student; returns the last log record. Raises UserError if the store contradicts the data or the options."""
+    """Train a student; returns the last log record. Raises UserError if store, data and options disagree."""
     index = Index.open(config.data, split="train")
     store = cache.open(config.store)
     policy, decoder = _check(config, index, store)
@@ -115,9 +115,7 @@ def fit(
     steps = order.steps_per_epoch(len(rows), config.batch_size)
     val = Index.open(config.val, split="val") if config.val else None
     if val and val.classes != index.classes:
-        raise UserError(
-            "--val has other classes", found=val.classes, expected=index.classes, fix="check --val"
-        )
+        raise UserError("--val has other classes", found=val.classes, expected=index.classes, fix="check --val")
 
     epoch, step, means = 0, 0, Means()
     if config.resume and (state := checkpoint.load(config.out)):
@@ -183,14 +181,8 @@ def fit(
                 if step % config.checkpoint_steps == 0 and step < steps:
                     save(now, step)
             record = {"epoch": now, "lr": optimizer.param_groups[0]["lr"], **means.result()}
-            if val and (
-                now + 1 == config.epochs or config.eval_epochs and (now + 1) % config.eval_epochs == 0
-            ):
-                record |= {
-                    "val": evaluate(
-                        module, normalise, val, policy, config.batch_size, config, config.precision
-                    )
-                }
+            if val and (now + 1 == config.epochs or (config.eval_epochs and (now + 1) % config.eval_epochs == 0)):
+                record |= {"val": evaluate(module, normalise, val, policy, config.batch_size, config, config.precision)}
             log.write(record | {"seconds": time.perf_counter() - started})
             step, means = 0, Means()
             save(now + 1, 0)

@@ -4,8 +4,8 @@ Nothing about a view is ever stored. All arithmetic is on integers (square roots
 platform's libm can move a crop by a pixel.
 """
 
-from functools import cache
 from fractions import Fraction
+from functools import cache
 from math import isqrt
 
 import numpy as np
@@ -57,9 +57,7 @@ def draw(
     fires = words(_MASK, -(-ops // 4))[:, :ops] < np.uint64(round(policy.probability * 2**32))
     out["mask"] = (fires << np.arange(ops, dtype=np.uint64)).sum(axis=1)
     crop_words = words(_CROP, 2 * _ATTEMPTS).reshape(len(key_hash), 2, _ATTEMPTS, 4)
-    out["box"] = (
-        _pad_crop(crop_words, height, width, base) if base.pad >= 0 else _rrc(crop_words, height, width, base)
-    )
+    out["box"] = _pad_crop(crop_words, height, width, base) if base.pad >= 0 else _rrc(crop_words, height, width, base)
     return out
 
 
@@ -127,7 +125,7 @@ def _ratio_table(ratio: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     low, high = (Fraction(r).limit_denominator(1000) for r in ratio)
     root = one * high.numerator * low.denominator // (high.denominator * low.numerator)
     for _ in range(10):
-        half, root = root, isqrt(root * one)
+        root = isqrt(root * one)
     value = one * low.numerator // low.denominator * isqrt(root * one) // one  # half a step up
     table = []
     for _ in range(_RATIOS):

@@ -11,8 +11,7 @@ def pixels(rng: np.random.Generator, width: int, height: int, mode: str = "RGB")
     channels = len(Image.new(mode, (1, 1)).getbands())
     coarse = rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, channels), dtype=np.uint8)
     bands = [
-        Image.fromarray(coarse[..., band]).resize((width, height), Image.Resampling.BICUBIC)
-        for band in range(channels)
+        Image.fromarray(coarse[..., band]).resize((width, height), Image.Resampling.BICUBIC) for band in range(channels)
     ]
     return Image.merge(mode, bands)
 
@@ -23,9 +22,7 @@ def encode(image: Image.Image, format: str, **options) -> bytes:
     return file.getvalue()
 
 
-def jpeg(
-    rng: np.random.Generator, width: int, height: int, mode: str = "RGB", quality: int = 90, **options
-) -> bytes:
+def jpeg(rng: np.random.Generator, width: int, height: int, mode: str = "RGB", quality: int = 90, **options) -> bytes:
     """A JPEG of mode RGB, L or CMYK; options go to Pillow (progressive, exif, subsampling)."""
     return encode(pixels(rng, width, height, mode), "JPEG", quality=quality, **options)
 

@@ -26,9 +26,7 @@ def test_the_reference_is_pillow_13():
 
 def source(rng: np.random.Generator, number: int) -> np.ndarray:
     """Images of many kinds: noise, smooth, flat, few levels, decoded from gray and CMYK JPEG."""
-    width, height = (
-        SIZES[number % len(SIZES)] if number % 3 else (int(rng.integers(1, 160)), int(rng.integers(1, 120)))
-    )
+    width, height = SIZES[number % len(SIZES)] if number % 3 else (int(rng.integers(1, 160)), int(rng.integers(1, 120)))
     if number % 250 == 0:
         width, height = 640, 480
     kind = number % 7

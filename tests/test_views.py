@@ -54,9 +54,7 @@ def sample(count: int, seed: int = 0):
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.integers(0, 2**64 - 1), st.integers(0, 60000), st.integers(1, 40), st.sampled_from(sorted(POLICIES))
-)
+@given(st.integers(0, 2**64 - 1), st.integers(0, 60000), st.integers(1, 40), st.sampled_from(sorted(POLICIES)))
 def test_a_view_does_not_depend_on_its_company(seed, view, count, name):
     """Drawn alone, or in any batch, in any order: the same view."""
     keys, height, width = sample(count)
@@ -110,9 +108,7 @@ def test_random_resized_crop_has_torchvisions_distribution():
 
     torch.manual_seed(0)
     image = torch.empty(3, 375, 500)
-    reference = np.array(
-        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(20000)]
-    )
+    reference = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(20000)])
     keys = np.random.default_rng(0).integers(0, 2**64, 10000, dtype=np.uint64)
     drawn = views.draw(0, keys, 0, np.full(10000, 375), np.full(10000, 500), IMAGENET)["box"].reshape(-1, 4)
     for name, one, other in [

@@ -1,0 +1,64 @@
+"""Data sets that several tests read; each is prepared once, by the product, from real encoded images."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from images import jpeg, png
+
+from pipeline import prepare
+from pipeline.index import Index
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def mixed_tar(path: Path, count: int = 160, seed: int = 0) -> Path:
+    """Colour, gray and CMYK JPEG, progressive and subsampled ones, PNG; sides from 1 to 640 x 480 pixels."""
+    rng = np.random.default_rng(seed)
+    kinds = (
+        lambda w, h: ("jpg", jpeg(rng, w, h)),
+        lambda w, h: ("jpeg", jpeg(rng, w, h, mode="L")),
+        lambda w, h: ("jpg", jpeg(rng, w, h, mode="CMYK")),
+        lambda w, h: ("jpg", jpeg(rng, w, h, progressive=True, subsampling=0)),
+        lambda w, h: ("png", png(rng, w, h)),
+    )
+    members = {}
+    for number in range(count):
+        width, height = (int(rng.integers(1, high + 1)) for high in ((640, 480) if number % 4 == 0 else (200, 160)))
+        extension, data = kinds[number % len(kinds)](width, height)
+        members[f"{number:04d}.{extension}"] = data
+        members[f"{number:04d}.cls"] = str(number % 10).encode()
+    return tar_of(path, members)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory) -> Index:
+    folder = tmp_path_factory.mktemp("mixed")
+    mixed_tar(folder / "shard-0.tar")
+    prepare.build(f"webdataset:{folder}/shard-*.tar", folder / "data", classes=10)
+    return Index.open(folder / "data")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """A tenth of the digits, in train and val parts that both hold every class."""
+    folder = tmp_path_factory.mktemp("digits")
+    prepare.build("digits", folder / "all")
+    for split in ("train", "val"):
+        index = Index.open(folder / "all", split=split)
+        members = {}
+        for row in range(0, len(index), 8):
+            members[f"{split}{row:05d}.jpg"] = index.read(row)
+            members[f"{split}{row:05d}.cls"] = str(index.records["label"][row]).encode()
+        tar_of(folder / f"{split}.tar", members)
+        prepare.build(f"webdataset:{folder}/{split}.tar", folder / "data" / split, classes=10)
+    return folder / "data"

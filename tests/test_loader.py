@@ -1,0 +1,157 @@
+"""Pixels leave the DALI graph exactly as Pillow makes them, and are the same whenever they are asked for again."""
+
+import dataclasses
+import io
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pillow
+import pytest
+from conftest import tar_of
+from images import jpeg
+from PIL import Image
+
+from cache import UserError
+from pipeline import prepare, views
+from pipeline.index import Index
+from pipeline.loader import Batch, load
+from pipeline.policy import POLICIES, Policy
+
+SEED, VIEW = 2**60 + 3, 5
+
+
+def roomy(name: str) -> Policy:
+    """The published policy; pad-and-crop padded so that even an image of one pixel can be cropped."""
+    policy = POLICIES[name]
+    return policy if policy.base.pad < 0 else dataclasses.replace(policy, base=dataclasses.replace(policy.base, pad=16))
+
+
+def plan(index: Index, policy: Policy, rows: np.ndarray, batch: int, view: int = VIEW) -> list:
+    parts = [rows[at : at + batch] for at in range(0, len(rows), batch)]
+    return [(part, views.of(index.records[part], SEED, view, policy)) for part in parts]
+
+
+def digests(index: Index, policy: Policy, rows: np.ndarray, batch: int, threads: int) -> np.ndarray:
+    """(N, 2) digests by row."""
+    out = np.zeros((len(index), 2), np.uint32)
+    for item in load(index, plan(index, policy, rows, batch), policy, batch_size=batch, threads=threads, digests=True):
+        out[item.rows] = item.digests
+    return out
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_whole_pairs_equal_pillow(mixed, name):
+    """160 pairs per policy: Pillow decodes, augments, crops, resizes and mirrors; 0 bytes differ, and the digest is
+    the CRC-32 of those bytes."""
+    policy = roomy(name)
+    batches = load(mixed, plan(mixed, policy, mixed.good, 17), policy, batch_size=17, threads=2, digests=True)
+    drawn = views.of(mixed.records, SEED, VIEW, policy)
+    pairs = 0
+    for batch in batches:
+        assert batch.images.shape == (2, len(batch.rows), policy.base.size, policy.base.size, 3)
+        for i, row in enumerate(batch.rows):
+            image = Image.open(io.BytesIO(mixed.read(row))).convert("RGB")
+            augmented = pillow.jda(image, policy.table, int(drawn["mask"][row]), int(drawn["signs"][row]))
+            for s, source in enumerate((image, augmented)):
+                box, flip = drawn["box"][row, s], bool(drawn["flip"][row, s])
+                expected = np.asarray(pillow.base(source, box, flip, policy.base.size, policy.base.pad))
+                np.testing.assert_array_equal(batch.images[s, i].numpy(), expected, f"row {row}, view {s}")
+                assert batch.digests[i, s] == zlib.crc32(expected.tobytes())
+            pairs += 1
+    assert pairs == len(mixed) == 160
+
+
+def test_digests_do_not_depend_on_batch_threads_order_or_company(mixed):
+    policy = POLICIES["imagenet"]
+    expected = digests(mixed, policy, mixed.good, batch=64, threads=2)
+    assert len(np.unique(expected)) > 0.9 * expected.size  # only the smallest images can repeat
+    shuffled = np.random.default_rng(0).permutation(mixed.good)
+    for rows, batch, threads in [(mixed.good, 7, 1), (shuffled, 7, 2), (shuffled, 64, 1)]:
+        np.testing.assert_array_equal(digests(mixed, policy, rows, batch, threads), expected)
+    few = mixed.good[::9]
+    np.testing.assert_array_equal(digests(mixed, policy, few, 64, 2)[few], expected[few])
+
+
+CHILD = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from test_loader import digests
+from pipeline.index import Index
+from pipeline.policy import POLICIES
+index = Index.open(sys.argv[2])
+np.save(sys.argv[3], digests(index, POLICIES["imagenet"], index.good[::-1], 7, 1))
+"""
+
+
+def test_digests_are_the_same_in_another_process(mixed, tmp_path):
+    arguments = [str(Path(__file__).parent), str(mixed.path), str(tmp_path / "d.npy")]
+    subprocess.run([sys.executable, "-c", CHILD, *arguments], check=True)
+    expected = digests(mixed, POLICIES["imagenet"], mixed.good, batch=64, threads=2)
+    np.testing.assert_array_equal(np.load(tmp_path / "d.npy"), expected)
+
+
+def test_rows_and_labels_follow_the_plan(mixed):
+    policy = roomy("cifar10")
+    rows = np.random.default_rng(1).permutation(mixed.good)
+    batches: list[Batch] = list(load(mixed, plan(mixed, policy, rows, 9), policy, batch_size=9, threads=2))
+    np.testing.assert_array_equal(np.concatenate([batch.rows for batch in batches]), rows)
+    labels = np.concatenate([batch.labels.numpy() for batch in batches])
+    np.testing.assert_array_equal(labels, mixed.records["label"][rows])
+    np.testing.assert_array_equal(labels, rows % 10)  # how the fixture labels them
+    assert batches[0].digests is None
+
+
+def test_batches_keep_their_pixels(mixed):
+    """A batch that is held while others are made is not overwritten."""
+    policy = roomy("cifar10")
+    held = list(load(mixed, plan(mixed, policy, mixed.good, 8), policy, batch_size=8, threads=2, digests=True))
+    for batch in held:
+        for i in range(len(batch.rows)):
+            for s in range(2):
+                assert zlib.crc32(batch.images[s, i].numpy()) == batch.digests[i, s]
+
+
+def test_evaluation_makes_the_central_view_alone(mixed):
+    policy = POLICIES["imagenet"]
+    rows = mixed.good[:12]
+    request = rows, views.centre(mixed.records["height"][rows], mixed.records["width"][rows], policy)
+    (batch,) = load(mixed, [request], policy, batch_size=12, threads=1, pairs=False)
+    assert batch.images.shape == (1, 12, 224, 224, 3)
+    for i, row in enumerate(rows):
+        image = Image.open(io.BytesIO(mixed.read(row))).convert("RGB")
+        side = max((7 * min(image.size) + 4) // 8, 1)  # 224 / 256, halves up
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        expected = image.crop((left, top, left + side, top + side)).resize((224, 224), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(batch.original[i].numpy(), np.asarray(expected))
+
+
+def test_leaving_early_stops_the_threads(mixed):
+    policy = roomy("cifar10")
+    batches = load(mixed, plan(mixed, policy, mixed.good, 4), policy, batch_size=4, threads=2)
+    next(batches)
+    ours = {thread for thread in threading.enumerate() if thread.name.startswith(("loader", "pair"))}
+    assert ours
+    batches.close()
+    assert not ours & set(threading.enumerate())
+
+
+def test_a_shard_damaged_after_indexing_is_one_line(tmp_path):
+    rng = np.random.default_rng(0)
+    data = jpeg(rng, 90, 70)
+    tar = tar_of(tmp_path / "s.tar", {f"{i}.{e}": d for i in range(4) for e, d in (("jpg", data), ("cls", b"0"))})
+    prepare.build(f"webdataset:{tar}", tmp_path / "data", classes=2)
+    index = Index.open(tmp_path / "data")
+    with tar.open("r+b") as file:
+        file.seek(int(index.records["offset"][2]))
+        file.write(bytes(200))
+    policy = roomy("cifar10")
+    with pytest.raises(UserError, match=r"cannot decode a batch; found .*; fix: prepare the data set again"):
+        list(load(index, plan(index, policy, index.good, 2), policy, batch_size=2, threads=1))
+    tar.unlink()
+    with pytest.raises(UserError, match="shard .* is missing|cannot read shard"):
+        list(load(Index.open(tmp_path / "data"), [], policy, batch_size=2, threads=1))
