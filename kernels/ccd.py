@@ -9,16 +9,22 @@ sums only terms that do not cancel:
 - A cross-entropy near 0 is log(1 + rest), with the target's own exp(0) = 1 kept out of the rest.
 """
 
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+# (Triton's annotations are those of Python, not of the language inside @triton.jit.)
+
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from kernels import reference
 
 MAX_CLASSES = 4096  # a row lives in registers; beyond this it spills
 
-_INTERPRETED = triton.knobs.runtime.interpret  # what the decorators below see
+_INTERPRETED = knobs.runtime.interpret  # what the decorators below see
 
 # Stands for −inf in padding: exp gives 0, and the difference of two of them is 0 instead of NaN.
 _ABSENT = tl.constexpr(-1e30)
@@ -69,7 +75,7 @@ def _kl_divergence(z, t, temperature):
     q = exp_q / sum_q
     p = exp_p / sum_p
     # Finite also where the teacher's logit is −inf, so that p = 0 gives 0 and not 0·−inf.
-    x = tl.maximum((t - z) / temperature - (tl.log(sum_p) - tl.log(sum_q)), _ABSENT)
+    x = tl.maximum((t - z) / temperature - tl.log(sum_p / sum_q), _ABSENT)
     small = tl.abs(x) < 1.0
     y = tl.where(small, x, 0.0)
     # y + exp(−y) − 1 = y²/2·(1 − y/3·(1 − y/4·(…))); what is cut off is below 2/12! of it.
@@ -81,8 +87,15 @@ def _kl_divergence(z, t, temperature):
 
 
 @triton.jit
-def _load_row(pointer, row, stride, columns, classes):
-    return tl.load(pointer + row * stride + columns, mask=columns < classes, other=_ABSENT).to(tl.float32)
+def _load_row(pointer, row, stride, columns, inside):
+    return tl.load(pointer + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _shift(logits, inside):
+    """Logits less their maximum, which is exact also for logits around ±1e4."""
+    logits = tl.where(inside, logits, _ABSENT)
+    return logits - tl.max(logits, 0)
 
 
 @triton.jit
@@ -96,13 +109,13 @@ def _pair_kernel(
     loss,
     grad_o,
     grad_a,
-    stride_student_o,
-    stride_student_a,
-    stride_teacher_o,
-    stride_teacher_a,
     temperature,
     hard,
     soft,
+    STRIDE_STUDENT_O: tl.constexpr,
+    STRIDE_STUDENT_A: tl.constexpr,
+    STRIDE_TEACHER_O: tl.constexpr,
+    STRIDE_TEACHER_A: tl.constexpr,
     CLASSES: tl.constexpr,
     PADDED: tl.constexpr,
 ):
@@ -116,21 +129,18 @@ def _pair_kernel(
     label = tl.load(target + row).to(tl.int64)
     is_target = columns == label
 
-    t_o = _load_row(teacher_o, row, stride_teacher_o, columns, CLASSES)
-    t_a = _load_row(teacher_a, row, stride_teacher_a, columns, CLASSES)
-    z_o = _load_row(student_o, row, stride_student_o, columns, CLASSES)
-    z_a = _load_row(student_a, row, stride_student_a, columns, CLASSES)
-    if weight is None:
-        w = _cosine_weight(tl.where(inside, t_o, 0.0), tl.where(inside, t_a, 0.0))
-    else:
-        w = tl.load(weight + row).to(tl.float32)
+    t_o = _load_row(teacher_o, row, STRIDE_TEACHER_O, columns, inside)
+    t_a = _load_row(teacher_a, row, STRIDE_TEACHER_A, columns, inside)
+    z_o = _load_row(student_o, row, STRIDE_STUDENT_O, columns, inside)
+    z_a = _load_row(student_a, row, STRIDE_STUDENT_A, columns, inside)
+    w = _cosine_weight(t_o, t_a) if weight is None else tl.load(weight + row).to(tl.float32)
 
-    z_o -= tl.max(z_o, 0)
-    z_a -= tl.max(z_a, 0)
+    z_o = _shift(z_o, inside)
+    z_a = _shift(z_a, inside)
     ce_o, hard_grad_o = _cross_entropy(z_o, is_target)
     ce_a, hard_grad_a = _cross_entropy(z_a, is_target)
-    kl_o, soft_grad_o = _kl_divergence(z_o, t_o - tl.max(t_o, 0), temperature)
-    kl_a, soft_grad_a = _kl_divergence(z_a, t_a - tl.max(t_a, 0), temperature)
+    kl_o, soft_grad_o = _kl_divergence(z_o, _shift(t_o, inside), temperature)
+    kl_a, soft_grad_a = _kl_divergence(z_a, _shift(t_a, inside), temperature)
     total = hard * (ce_o + ce_a) + soft * (kl_o + w * kl_a)
     tl.store(loss + row, tl.where((label >= 0) & (label < CLASSES), total, float("nan")))
     if grad_o is not None:
@@ -140,10 +150,12 @@ def _pair_kernel(
         tl.store(grad_a + out, hard * hard_grad_a + soft_by_t * w * soft_grad_a, mask=inside)
 
 
-def launch_shape(classes: int) -> tuple[int, int]:
-    """Padded row length and warps: eight logits of a row per thread."""
-    padded = triton.next_power_of_2(classes)
-    return padded, min(max(padded // 256, 1), 16)
+def compile_options(classes: int) -> dict[str, int | bool]:
+    """Options of a launch: eight logits of a row per thread; the GPU rounds as the interpreter of the tests does."""
+    return {
+        "num_warps": min(max(triton.next_power_of_2(classes) // 256, 1), 16),
+        "enable_fp_fusion": False,
+    }
 
 
 def _launch(
@@ -156,32 +168,38 @@ def _launch(
     """Loss (float32 scalar) and the gradients by the two students, None unless `with_grad`."""
     temperature, alpha, kd_weight = scale
     batch, classes = logits[0].shape
-    rows = [row if row.stride(1) == 1 else row.contiguous() for row in logits]
-    losses = rows[0].new_empty(batch, dtype=torch.float32)
+    student_o, student_a, teacher_o, teacher_a = (row if row.stride(1) == 1 else row.contiguous() for row in logits)
+    losses = student_o.new_empty(batch, dtype=torch.float32)
     # float16 would flush a gradient that has not met its loss scale yet; backward casts after scaling.
     grad_o, grad_a = (
         torch.empty_like(row, dtype=_grad_dtype(row.dtype), memory_format=torch.contiguous_format)
         if with_grad
         else None
-        for row in rows[:2]
+        for row in (student_o, student_a)
     )
     hard, soft = reference.coefficients(temperature, alpha, kd_weight)
-    padded, warps = launch_shape(classes)
-    with torch.cuda.device_of(rows[0]):
-        _pair_kernel[(batch,)](
-            *rows,
-            target.contiguous(),
-            None if weight is None else weight.contiguous(),
-            losses,
-            grad_o,
-            grad_a,
-            *(row.stride(0) for row in rows),
-            temperature,
-            hard / (2 * batch),
-            soft / (2 * batch),
+    with torch.cuda.device_of(student_o):
+        launch: Any = _pair_kernel[(batch,)]
+        launch(
+            student_o=student_o,
+            student_a=student_a,
+            teacher_o=teacher_o,
+            teacher_a=teacher_a,
+            target=target.contiguous(),
+            weight=None if weight is None else weight.contiguous(),
+            loss=losses,
+            grad_o=grad_o,
+            grad_a=grad_a,
+            temperature=temperature,
+            hard=hard / (2 * batch),
+            soft=soft / (2 * batch),
+            STRIDE_STUDENT_O=student_o.stride(0),
+            STRIDE_STUDENT_A=student_a.stride(0),
+            STRIDE_TEACHER_O=teacher_o.stride(0),
+            STRIDE_TEACHER_A=teacher_a.stride(0),
             CLASSES=classes,
-            PADDED=padded,
-            num_warps=warps,
+            PADDED=triton.next_power_of_2(classes),
+            **compile_options(classes),
         )
     return losses.sum(dtype=torch.float64).float(), grad_o, grad_a
 
@@ -204,9 +222,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        students = [
-            (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        students = [(grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return *students, None, None, None, None, None
 
 
@@ -250,7 +266,10 @@ def ccd_loss(
         raise ValueError(f'impl: expected "auto", "triton" or "torch", got {impl!r}')
     if impl == "torch" or (impl == "auto" and (obstacle or not student_o.is_cuda)):
         loss = reference.ccd_loss(
-            *(row.double() for row in logits.values()),
+            student_o.double(),
+            student_a.double(),
+            teacher_o.double(),
+            teacher_a.double(),
             target,
             temperature=temperature,
             alpha=alpha,
@@ -264,9 +283,7 @@ def ccd_loss(
     return _launch(list(logits.values()), target, weight, scale, with_grad=False)[0]
 
 
-def _check(
-    logits: dict[str, Tensor], target: Tensor, weight: Tensor | None, temperature: float, alpha: float
-) -> None:
+def _check(logits: dict[str, Tensor], target: Tensor, weight: Tensor | None, temperature: float, alpha: float) -> None:
     student_o = logits["student_o"]
     if student_o.ndim != 2 or student_o.numel() == 0:
         raise ValueError(f"student_o: expected logits (B, C), got shape {tuple(student_o.shape)}")

@@ -64,7 +64,7 @@ def pair(image: np.ndarray, program: Program, view: np.void, pad: int, out: np.n
     signs. `pad` ≥ 0 crops without resizing from an image padded black by `pad`; `pad` < 0 resizes the box to S
     (bilinear, antialiased, as torchvision on Pillow images). Releases the GIL; safe to call from many threads.
     """
-    scratch = _scratch(max(image.size, 3 * out.shape[2] * max(image.shape[:2])))
+    scratch = _scratch(image.size + 3 * out.shape[2] * max(image.shape[:2]))
     _pair(
         image,
         program.codes,

@@ -7,9 +7,10 @@ its order is the one followed: vertical first iff h > S and h − S > 2 (w − S
 
 import numpy as np
 
-from kernels.pixels import jit
+from kernels.pixels import jit, through
 
 _BITS = 22  # fractional bits of a coefficient, libImaging/Resample.c PRECISION_BITS
+_STRIP = 16  # rows that the horizontal pass handles at a time; 48 lanes of bytes, widened, fill the vector registers
 
 
 @jit
@@ -17,22 +18,24 @@ def crop(source, lut, box, flip, pad, scratch, out):
     """Write one view `out`, u8 (size, size, 3), of `source` u8 (H, W, 3) read through `lut` u8 (3, 256).
 
     `box` is (top, left, height, width). With `pad` >= 0 it lies in the image padded black by `pad` and has the
-    output's size; with `pad` < 0 it lies in the image and is resized. `scratch` u8 (≥ 3·size·max(H, W),).
+    output's size; with `pad` < 0 it lies in the image and is resized. `scratch` u8 (≥ 3·max(H, W)·(min(H, W) + size),).
     """
     size = out.shape[1]
     top, left, height, width = box[0], box[1], box[2], box[3]
     if pad >= 0:
         _shift(source, lut, top - pad, left - pad, flip, out)
         return
-    vertical_first = height > size and height - size > 2 * (width - size) and width != size
-    if vertical_first:
-        between = scratch[: size * width * 3].reshape(size, width, 3)
-        _vertical(source, lut, top, left, height, between)
+    if height > size and height - size > 2 * (width - size) and width != size:
+        pixels = height * width * 3
+        region = scratch[:pixels].reshape(height, width, 3)
+        through(source[top : top + height, left : left + width], lut, region)
+        between = scratch[pixels : pixels + size * width * 3].reshape(size, width, 3)
+        _vertical(region, between)
         _horizontal(between, _unchanged(), 0, 0, width, flip, out)
     else:
         between = scratch[: height * size * 3].reshape(height, size, 3)
         _horizontal(source, lut, top, left, width, flip, between)
-        _vertical(between, _unchanged(), 0, 0, height, out)
+        _vertical(between, out)
 
 
 @jit
@@ -86,55 +89,57 @@ def _coefficients(length, size):
 
 @jit
 def _horizontal(source, lut, top, left, length, flip, out):
-    """Resize rows of `source` from `top` on, columns [left, left + length), to the width of `out`; then flip."""
-    size = out.shape[1]
+    """Resize rows of `source` from `top` on, columns [left, left + length), to the width of `out`; then flip.
+
+    Rows are worked on in strips, transposed so that the rows and channels of one column are neighbours: the inner
+    loop then runs over them and vectorises.
+    """
+    height, size, _ = out.shape
     if length == size:
-        for y in range(out.shape[0]):
+        for y in range(height):
             for x in range(size):
                 i = left + (size - 1 - x if flip else x)
                 for c in range(3):
                     out[y, x, c] = lut[c, source[top + y, i, c]]
         return
     start, count, taps = _coefficients(length, size)
-    row = np.empty((length, 3), np.int32)
-    for y in range(out.shape[0]):
-        for x in range(length):
-            for c in range(3):
-                row[x, c] = lut[c, source[top + y, left + x, c]]
+    strip = np.zeros((length, 3 * _STRIP), np.uint8)
+    total = np.empty(3 * _STRIP, np.int32)
+    for first in range(0, height, _STRIP):
+        rows = min(_STRIP, height - first)
+        for r in range(rows):
+            for x in range(length):
+                for c in range(3):
+                    strip[x, 3 * r + c] = lut[c, source[top + first + r, left + x, c]]
         for x in range(size):
-            r = g = b = np.int32(1 << (_BITS - 1))
-            low = start[x]
+            total[:] = 1 << (_BITS - 1)
             for k in range(count[x]):
                 t = taps[x, k]
-                r += row[low + k, 0] * t
-                g += row[low + k, 1] * t
-                b += row[low + k, 2] * t
+                column = strip[start[x] + k]
+                for lane in range(3 * _STRIP):
+                    total[lane] += np.int32(column[lane]) * t
             at = size - 1 - x if flip else x
-            out[y, at, 0] = r >> _BITS
-            out[y, at, 1] = g >> _BITS
-            out[y, at, 2] = b >> _BITS
+            for r in range(rows):
+                for c in range(3):
+                    out[first + r, at, c] = total[3 * r + c] >> _BITS
 
 
 @jit
-def _vertical(source, lut, top, left, length, out):
-    """Resize columns of `source` from `left` on, rows [top, top + length), to the height of `out`."""
+def _vertical(source, out):
+    """Resize the columns of `source` (L, W, 3) to the height of `out` (S, W, 3)."""
     size, width, _ = out.shape
-    if length == size:
-        for y in range(size):
-            for x in range(width):
-                for c in range(3):
-                    out[y, x, c] = lut[c, source[top + y, left + x, c]]
+    if len(source) == size:
+        out[:] = source
         return
-    start, count, taps = _coefficients(length, size)
-    total = np.empty((width, 3), np.int32)
+    start, count, taps = _coefficients(len(source), size)
+    total = np.empty(3 * width, np.int32)
     for y in range(size):
         total[:] = 1 << (_BITS - 1)
         for k in range(count[y]):
             t = taps[y, k]
-            j = top + start[y] + k
-            for x in range(width):
-                for c in range(3):
-                    total[x, c] += np.int32(lut[c, source[j, left + x, c]]) * t
-        for x in range(width):
-            for c in range(3):
-                out[y, x, c] = total[x, c] >> _BITS
+            row = source[start[y] + k].reshape(3 * width)
+            for i in range(3 * width):
+                total[i] += np.int32(row[i]) * t
+        row = out[y].reshape(3 * width)
+        for i in range(3 * width):
+            row[i] = total[i] >> _BITS

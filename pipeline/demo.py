@@ -26,7 +26,7 @@ def run(config: Demo) -> None:
     out, machine = config.out, {"device": config.device, "threads": config.threads}
     data = out / "data"
     if not data.exists():
-        prepare.prepare("digits", data)
+        prepare.build("digits", data)
     # The teacher never sees JDA: the paper's claim is that augmentation helps the student even then, and a teacher
     # trained by somebody else, the common case, has not seen it either.
     teacher.run(

@@ -1,7 +1,7 @@
 """The data set as one memory-mapped array: a fixed record per sample, rows in shard order.
 
-A data set folder holds ``index.npy`` (the records), ``dataset.json`` (classes, shards, fingerprint) and
-``quarantine.jsonl`` (one line per damaged sample or shard). A row never moves: a damaged sample keeps its row
+A data set folder holds `index.npy` (the records), `dataset.json` (classes, shards, fingerprint) and
+`quarantine.jsonl` (one line per damaged sample or shard). A row never moves: a damaged sample keeps its row
 with a non-zero status, so soft labels, random numbers and order can all hang on the row or on its key hash.
 """
 
@@ -62,7 +62,7 @@ def key_hash(key: str) -> int:
 def split_name(name: str) -> tuple[str, str] | None:
     """Member path -> (key, lower-case extensions), cut at the first dot of the last path component.
 
-    The rule of ``webdataset.tariterators.base_plus_ext``, without that package's import of torch.
+    The rule of `webdataset.tariterators.base_plus_ext`, without that package's import of torch.
     None for a name without a key or without a dot.
     """
     match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
@@ -94,7 +94,7 @@ def write(
     classes: int,
     class_names: list[str] | None,
 ) -> None:
-    """Write the three files of a data set folder; ``shards`` are absolute paths or relative to the folder."""
+    """Write the three files of a data set folder; `shards` are absolute paths or relative to the folder."""
     meta = {
         "format": _FORMAT,
         "source": source,
@@ -111,7 +111,7 @@ def write(
 
 
 def key_at(path: Path, offset: int, expected_hash: int) -> str:
-    """The key of the tar member whose data begins at ``offset``; UserError if it is not the expected one."""
+    """The key of the tar member whose data begins at `offset`; UserError if it is not the expected one."""
     try:
         with open(path, "rb") as file:
             block = os.pread(file.fileno(), _BLOCK, offset - _BLOCK)
@@ -162,7 +162,7 @@ class Index:
 
     @classmethod
     def open(cls, path: str | Path, split: str = "train") -> "Index":
-        """Open ``path``, or ``path/split`` where the data set was prepared with its own train and val parts.
+        """Open `path`, or `path/split` where the data set was prepared with its own train and val parts.
 
         UserError if the folder is missing, empty or damaged, or a shard is missing or shorter than indexed.
         """
@@ -248,9 +248,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         if not isinstance(meta[name], kind) or isinstance(meta[name], bool):
             raise _damaged(path, found=f"{name} of type {type(meta[name]).__name__} in dataset.json")
     if meta["samples"] == 0:
-        raise UserError(
-            f"the data set at {path} is empty", fix="run pipeline prepare on a source with images"
-        )
+        raise UserError(f"the data set at {path} is empty", fix="run pipeline prepare on a source with images")
     if not 1 <= meta["classes"] < 2**31:
         raise _damaged(path, found=f"{meta['classes']} classes")
     for name in ("shards", "class_names"):

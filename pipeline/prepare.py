@@ -25,7 +25,8 @@ from PIL import Image
 
 from cache.errors import UserError
 from pipeline import index
-from pipeline.report import progress
+from pipeline.config import Prepare
+from pipeline.report import progress, summary
 from pipeline.sources import Source, cifar, digits, duplicate_key, imagefolder, scan
 from pipeline.synthetic import synthetic
 
@@ -37,7 +38,15 @@ _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xae\x42\x60\x82"
 
 
-def run(
+def run(config: Prepare) -> None:
+    """Prepare a data set and print what is in it; see `build`."""
+    facts = build(config.source, config.out, classes=config.classes, shard_size=config.shard_size, seed=config.seed)
+    for name in ("causes", "splits"):
+        facts[name] = ", ".join(f"{key}: {count:,}" for key, count in facts[name].items()) or "none"
+    summary("prepared", facts | {"seconds": f"{facts['seconds']:.1f}"})
+
+
+def build(
     source: str,
     out: Path,
     *,
@@ -46,15 +55,15 @@ def run(
     seed: int = 0,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Build the data set folder ``out`` from ``source`` (one of SOURCES); ``shard_size`` in samples.
+    """Build the data set folder `out` from `source` (one of SOURCES); `shard_size` in samples.
 
-    digits and cifar become ``out/train`` and ``out/val``, all others one data set in ``out``. Everything is
-    built in a sibling folder that takes the name ``out`` at the end, so ``out`` is whole or not there.
-    ``classes`` is for webdataset (else the highest label + 1) and synthetic (else 1000).
+    digits and cifar become `out/train` and `out/val`, all others one data set in `out`. Everything is
+    built in a sibling folder that takes the name `out` at the end, so `out` is whole or not there.
+    `classes` is for webdataset (else the highest label + 1) and synthetic (else 1000).
 
     Returns a summary: out, classes, samples, good, quarantined, causes {cause: count}, shards, image_bytes,
     splits {name: good samples} (empty for a single data set), seconds.
-    UserError for an existing ``out``, an unusable source, a full disk, duplicate keys, or a source of which
+    UserError for an existing `out`, an unusable source, a full disk, duplicate keys, or a source of which
     more than half is unusable.
     """
     start = time.monotonic()
@@ -62,15 +71,11 @@ def run(
     out = Path(out).absolute()
     if os.path.lexists(out):
         raise UserError(f"the output folder {out} exists", fix="choose another --out or remove it")
-    for flag, value, low in (("shard-size", shard_size, 1), ("threads", threads, 1), ("seed", seed, 0)):
+    for flag, value, low in (("shard-size", shard_size, 1), ("seed", seed, 0)):
         if value < low:
-            raise UserError(
-                f"--{flag} out of range", found=value, expected=f"at least {low}", fix=f"correct --{flag}"
-            )
+            raise UserError(f"--{flag} out of range", found=value, expected=f"at least {low}", fix=f"correct --{flag}")
     if classes is not None and not 1 <= classes < 2**31:
-        raise UserError(
-            "--classes out of range", found=classes, expected="at least 1", fix="correct --classes"
-        )
+        raise UserError("--classes out of range", found=classes, expected="at least 1", fix="correct --classes")
     partial = out.with_name(f".{out.name}.partial")
     try:
         if partial.exists():  # of a killed run
@@ -113,13 +118,11 @@ def _build(
 ) -> dict[str, _Part]:
     """Write shards where the source has none, then the index of each split ("" where there is only one)."""
     kind, _, argument = source.partition(":")
-    path = Path(argument).expanduser()
+    path = Path(os.path.expanduser(argument))
     if kind == "webdataset" and argument:
         shards = sorted(os.path.abspath(name) for name in glob(str(path), recursive=True))
         if not shards:
-            raise UserError(
-                f"no shard matches {argument}", fix="check the pattern, and quote it for the shell"
-            )
+            raise UserError(f"no shard matches {argument}", fix="check the pattern, and quote it for the shell")
         return {"": _index(folder, shards, source, classes, None, threads)}
     if kind == "imagefolder" and argument:
         splits = {"": imagefolder(path, seed)}
@@ -138,7 +141,7 @@ def _build(
                 f"{source} has classes of its own",
                 found=f"--classes {classes}",
                 expected=split.classes,
-                fix="drop it",
+                fix="drop --classes",
             )
         part = folder / name
         part.mkdir(exist_ok=True)
@@ -181,15 +184,13 @@ def _index(
     class_names: list[str] | None,
     threads: int,
 ) -> _Part:
-    """Scan and check ``shards`` (absolute or relative to ``folder``) and write the index into ``folder``."""
+    """Scan and check `shards` (absolute or relative to `folder`) and write the index into `folder`."""
     paths = [folder / shard for shard in shards]
     scans = [scan(path) for path in _track(paths, len(paths), "reading headers", "shards")]
     records = np.concatenate([found.records for found in scans])
     records["shard"] = np.repeat(np.arange(len(scans)), [len(found.records) for found in scans])
     keys = [key for found in scans for key in found.keys]
-    causes = {
-        row: cause for row, cause in enumerate(cause for found in scans for cause in found.causes) if cause
-    }
+    causes = {row: cause for row, cause in enumerate(cause for found in scans for cause in found.causes) if cause}
     _check_keys(records, keys, paths)
     classes = _check_labels(records, causes, classes)
     _check_images(records, paths, causes, threads)
@@ -236,25 +237,23 @@ def _check_keys(records: np.ndarray, keys: list[str], paths: list[Path]) -> None
 
 
 def _check_labels(records: np.ndarray, causes: dict[int, str], classes: int | None) -> int:
-    """Add rows with a label outside [0, classes) to ``causes``; without ``classes``, infer it. Returns it."""
+    """Add rows with a label outside [0, classes) to `causes`; without `classes`, infer it. Returns it."""
     label = records["label"]
     if classes is None:
         classes = max(int(label.max(initial=-1)) + 1, 1)
         if classes > _MAX_INFERRED_CLASSES:
-            raise UserError(
-                "the highest label is no class", found=classes - 1, fix="give the count by --classes"
-            )
+            raise UserError("the highest label is no class", found=classes - 1, fix="give the count by --classes")
     for row in np.flatnonzero((label < 0) | (label >= classes)):
         causes.setdefault(int(row), f"label outside [0, {classes})")
     return classes
 
 
 def _check_images(records: np.ndarray, paths: list[Path], causes: dict[int, str], threads: int) -> None:
-    """Fill the crc of every row, height and width of each that decodes; add the others to ``causes``.
+    """Fill the crc of every row, height and width of each that decodes; add the others to `causes`.
 
     DALI judges, as it decodes in training, and it is the stricter one: it refuses a JPEG or PNG cut at any
-    byte, where Pillow lets a PNG without its end pass. Pillow reads the header first, which keeps
-    decompression bombs from the decoder, and names the causes.
+    byte. Pillow reads the header first, which keeps decompression bombs from the decoder, and names the causes.
+    What neither can see is damage that libjpeg repairs with a warning: it decodes to the same pixels each time.
     """
     decode = _decoder(threads)
     batches = _batches(records, paths, causes)
@@ -264,18 +263,14 @@ def _check_images(records: np.ndarray, paths: list[Path], causes: dict[int, str]
         following = reader.submit(next, batches, None)
         while (batch := following.result()) is not None:
             following = reader.submit(next, batches, None)  # read while this one is decoded
-            for (row, image), shape in zip(
-                batch, _shapes(decode, [image for _, image in batch]), strict=True
-            ):
+            for (row, image), shape in zip(batch, _shapes(decode, [image for _, image in batch]), strict=True):
                 if shape is None:
                     causes[row] = _damage(image) or "refused by DALI"
                 else:
                     records["height"][row], records["width"][row] = shape[:2]
 
 
-def _batches(
-    records: np.ndarray, paths: list[Path], causes: dict[int, str]
-) -> Iterator[list[tuple[int, bytes]]]:
+def _batches(records: np.ndarray, paths: list[Path], causes: dict[int, str]) -> Iterator[list[tuple[int, bytes]]]:
     """Rows and images that may be decoded together; the other rows only get their crc and their cause."""
     batch: list[tuple[int, bytes]] = []
     batch_pixels = 0
@@ -323,9 +318,7 @@ def _decoder(threads: int) -> Callable[[list[bytes]], list[tuple[int, ...]]]:
     pipe = Pipeline(_BATCH_IMAGES, threads, device_id=None, exec_dynamic=True, prefetch_queue_depth=1)
     with pipe:
         encoded = fn.external_source(name="encoded")
-        pipe.set_outputs(
-            fn.decoders.image(encoded, output_type=types.DALIImageType.RGB, adjust_orientation=False)
-        )
+        pipe.set_outputs(fn.decoders.image(encoded, output_type=types.DALIImageType.RGB, adjust_orientation=False))
     pipe.build()
 
     def decode(images: list[bytes]) -> list[tuple[int, ...]]:
@@ -354,12 +347,14 @@ def _flaw(image: bytes) -> tuple[str | None, int]:
 
 
 def _damage(image: bytes) -> str | None:
-    """Why Pillow cannot decode an image; None if it can."""
+    """Why an image cannot be decoded, as far as Pillow can tell; None if it can."""
     try:
-        Image.open(io.BytesIO(image), formats=("JPEG", "PNG")).load()
+        opened = Image.open(io.BytesIO(image), formats=("JPEG", "PNG"))
+        opened.load()
     except Exception as error:
         return "truncated" if "truncated" in str(error).lower() else "damaged"
-    return None
+    # Pillow forgives a PNG without its last chunk, DALI does not.
+    return "truncated" if opened.format == "PNG" and _PNG_END not in image else None
 
 
 def _track(items: Iterable, total: int, what: str, unit: str) -> Iterator:

@@ -39,45 +39,52 @@ class Source(NamedTuple):
 
 
 def imagefolder(root: Path, seed: int) -> Source:
-    """ROOT/class/**/name.jpg|jpeg|png; sorted classes, files shuffled by ``seed``, hidden ones left out.
+    """ROOT/class/**/name.jpg|jpeg|png; sorted classes, files shuffled by `seed`, hidden ones left out.
 
-    A key is the path without its extension; dots and percent signs of the file name are percent-escaped, and
-    files that differ only in their extension keep it, so that every file has a key of its own.
+    A key is the path without its extension; dots and percent signs of the file name are percent-escaped, and files
+    that differ only in their extension keep it, so that every file has a key of its own.
     """
-    if not root.is_dir():
-        raise UserError(f"cannot read {root}", expected="a folder of class folders", fix="check the path")
     try:
-        names = sorted(
-            item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith(".")
-        )
-        files = [
-            (path, label)
+        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        files = sorted(
+            (os.path.join(folder, entry), label)
             for label, name in enumerate(names)
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix[1:].lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-        ]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}", found=error.strerror, fix="check the path") from None
-    if not files:
-        raise UserError(
-            f"no images in {root}", expected="ROOT/class/name.jpg, .jpeg or .png", fix="check the path"
+            for folder, _, entries in os.walk(root / name, onerror=_fail)
+            for entry in entries
+            if not entry.startswith(".") and _extension(entry) in EXTENSIONS
         )
-    stems = Counter(path.with_suffix("") for path, _ in files)
-    order = np.random.default_rng(seed).permutation(len(files))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}", found=error.strerror, fix="give a folder of folders") from None
+    if not files:
+        raise UserError(f"no images in {root}", expected="ROOT/class/name.jpg, .jpeg or .png", fix="check the path")
+    stems = Counter(os.path.splitext(path)[0] for path, _ in files)
 
     def samples() -> Iterator[Sample]:
-        for path, label in (files[i] for i in order):
-            name = path.stem if stems[path.with_suffix("")] == 1 else path.name
-            name = name.replace("%", "%25").replace(".", "%2E")
+        for i in np.random.default_rng(seed).permutation(len(files)):
+            path, label = files[i]
+            stem = os.path.splitext(path)[0]
+            name = os.path.basename(stem if stems[stem] == 1 else path).replace("%", "%25").replace(".", "%2E")
+            key = os.path.join(os.path.relpath(os.path.dirname(path), root), name)
             # A line break would hide the member from WebDataset's rule for keys.
-            key = path.relative_to(root).with_name(name).as_posix().replace("\n", "%0A")
-            try:
-                image = path.read_bytes()
-            except OSError as error:
-                raise UserError(f"cannot read {path}", found=error.strerror, fix="check the file") from None
-            yield Sample(key, path.suffix[1:].lower(), image, label)
+            yield Sample(key.replace("\n", "%0A"), _extension(path), _read(path), label)
 
     return Source(samples(), len(files), len(names), names)
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+def _extension(path: str) -> str:
+    return os.path.splitext(path)[1][1:].lower()
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}", found=error.strerror, fix="check the file") from None
 
 
 class _CifarUnpickler(pickle.Unpickler):
@@ -119,9 +126,7 @@ def cifar(path: Path, classes: int) -> dict[str, Source]:
     try:
         blobs = _read_batches(path, folder, [*train, test, meta])
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise UserError(
-            f"cannot read {path}", found=error, fix=f"give the {folder} folder or .tar.gz"
-        ) from None
+        raise UserError(f"cannot read {path}", found=error, fix=f"give the {folder} folder or .tar.gz") from None
     class_names = _unpickle(blobs[meta], meta).get(names_key)
     if not (
         isinstance(class_names, list)
@@ -129,9 +134,7 @@ def cifar(path: Path, classes: int) -> dict[str, Source]:
         and all(isinstance(name, bytes) for name in class_names)
     ):
         raise _bad_batch(meta)
-    batches = {
-        name: _cifar_batch(_unpickle(blobs[name], name), name, label_key, classes) for name in [*train, test]
-    }
+    batches = {name: _cifar_batch(_unpickle(blobs[name], name), name, label_key, classes) for name in [*train, test]}
 
     def samples(names: list[str]) -> Iterator[Sample]:
         for name in names:
@@ -225,9 +228,7 @@ def digits(seed: int) -> dict[str, Source]:
             yield Sample(f"digit/{i:04d}", "jpg", _encode(image, "JPEG", quality=95), int(labels[i]))
 
     names = [str(digit) for digit in range(10)]
-    return {
-        name: Source(samples(rows), len(rows), 10, names) for name, rows in (("train", train), ("val", val))
-    }
+    return {name: Source(samples(rows), len(rows), 10, names) for name, rows in (("train", train), ("val", val))}
 
 
 class Scan(NamedTuple):
@@ -264,9 +265,7 @@ def scan(path: Path) -> Scan:
             if os.pread(file.fileno(), 512, end) != bytes(512):
                 empty = os.fstat(file.fileno()).st_size == 0
                 cut = "tar ends early" if end or empty else "not an uncompressed tar"
-                if samples and not (
-                    samples[key].keys() & {*EXTENSIONS} and samples[key].keys() & {"cls", "json"}
-                ):
+                if samples and not (samples[key].keys() & {*EXTENSIONS} and samples[key].keys() & {"cls", "json"}):
                     del samples[key]
             rows, causes = [], []
             for key, sample in samples.items():

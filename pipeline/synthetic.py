@@ -18,7 +18,7 @@ _QUALITY = 97
 
 
 def synthetic(count: int, classes: int, seed: int, threads: int) -> Source:
-    """``count`` JPEGs of about 500x375 and 110 KB, label i mod ``classes``; a function of (seed, i) alone.
+    """`count` JPEGs of about 500x375 and 110 KB, label i mod `classes`; a function of (seed, i) alone.
 
     A class sets how the two photographs are mixed and tinted; crop, zoom, size and a smaller tint vary by
     sample, so a network can learn the classes but not from one pixel.

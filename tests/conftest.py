@@ -1,12 +1,16 @@
 """Data sets that several tests read; each is prepared once, by the product, from real encoded images."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from images import jpeg, png
+
+# Before torch is imported, here and in child processes: threads that spin at a barrier starve each other on 2 cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from pipeline import prepare
 from pipeline.index import Index

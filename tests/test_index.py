@@ -191,6 +191,7 @@ def test_a_shard_cut_or_replaced_while_in_use_is_an_error_not_wrong_bytes(tmp_pa
         ({"shard": 2}, "shard number 2"),
         ({"shard": 2**32 - 1}, "shard number"),
         ({"offset": 2**64 - 1}, "is shorter"),  # offset + size wraps around
+        ({"offset": 2**64 - 1, "size": 0, "status": 1}, "is shorter"),
         ({"size": 2**32 - 1}, "is shorter"),
         ({"label": 2}, "label out of range"),
         ({"label": -1}, "label out of range"),

@@ -1,0 +1,157 @@
+"""The student loop: the loss it minimises, and a kill at any moment that leaves no trace in the weights."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_precompute import finished, killed
+
+import cache
+from cache import UserError
+from pipeline import models, precompute, train
+from pipeline.config import PrecomputeTeacher, TrainStudent
+from pipeline.demo import POLICY
+
+
+@pytest.fixture(scope="module")
+def options(digits, tmp_path_factory) -> TrainStudent:
+    folder = tmp_path_factory.mktemp("train")
+    weights = folder / "teacher.safetensors"
+    models.save_weights(models.create("cifar/resnet8", 10, seed=3).module, weights)
+    precompute.run(
+        PrecomputeTeacher(
+            data=digits,
+            teacher=f"cifar/resnet8@{weights}",
+            store=folder / "labels.zarr",
+            views=2,
+            policy=POLICY,
+            block_rows=64,
+            device="cpu",
+        )
+    )
+    return TrainStudent(
+        data=digits,
+        val=digits,
+        store=folder / "labels.zarr",
+        student="cifar/resnet8",
+        out=folder / "whole",
+        epochs=3,
+        batch_size=16,
+        lr=0.05,
+        schedule="cosine",
+        warmup_epochs=0.5,
+        checkpoint_steps=2,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(options) -> TrainStudent:
+    train.run(options)
+    return options
+
+
+def weights(config: TrainStudent) -> dict[str, torch.Tensor]:
+    return load_file(config.out / "model.safetensors")
+
+
+def assert_same_weights(one: TrainStudent, other: TrainStudent) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def log(config: TrainStudent) -> list[dict]:
+    return [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_records(whole):
+    records = log(whole)
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    assert all(0 <= record["val"]["top1"] <= 1 and record["loss"] > 0 for record in records)
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert json.loads((whole.out / "config.json").read_text())["student"] == "cifar/resnet8"
+
+
+def test_sigkill_at_five_random_moments(whole, tmp_path):
+    """With --resume the final weights are bit-identical to those of an uninterrupted run on the CPU."""
+    moments = random.Random(1)
+    finished(int, 0)  # starts the server that children are forked from
+    timed = dataclasses.replace(whole, out=tmp_path / "timed", resume=True)
+    duration = finished(train.run, timed)
+    assert_same_weights(timed, whole)
+    kills = 0
+    for number in range(20):
+        run = dataclasses.replace(whole, out=tmp_path / str(number), resume=True)
+        if killed(train.run, run, moments.uniform(0.1, 1) * duration):
+            kills += 1
+            finished(train.run, run)
+        assert_same_weights(run, whole)
+        ours, theirs = (
+            [{name: value for name, value in record.items() if name not in ("seconds", "wait_s")} for record in records]
+            for records in (log(run), log(whole))
+        )
+        assert ours == theirs
+        if kills == 5:
+            break
+    assert kills == 5, "the kills came too late"
+
+
+def test_the_loss_is_that_of_the_stored_labels(whole):
+    """One batch by hand: float64 autograd-free formula from PyTorch's own functionals on the decoded labels."""
+    from torch.nn import functional as F
+
+    from pipeline import views
+    from pipeline.index import Index
+    from pipeline.loader import Batch
+
+    store, index = cache.open(whole.store), Index.open(whole.data)
+    plane = store.load_plane(1)
+    rows = index.good[:9]
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 9, 10, generator=generator) * 3
+    labels = torch.from_numpy(index.records["label"][rows].astype("int64"))
+    batch = Batch(rows, labels, torch.empty(0), None)
+    encoded, weight = plane.gather(rows)
+    teacher = store.codec.decode(encoded, views.stream(store.manifest.seed, index.records["key_hash"][rows], 1))
+    t, z, T = torch.from_numpy(teacher).double(), logits.double(), 4.0
+    for loss, w in (("ccd", torch.from_numpy(weight).double()), ("kd", torch.ones(9, dtype=torch.float64))):
+        kl = [F.kl_div((z[v] / T).log_softmax(1), (t[:, v] / T).softmax(1), reduction="none").sum(1) for v in range(2)]
+        hard = F.cross_entropy(z.flatten(0, 1), labels.repeat(2))
+        expected = hard + 16 * 0.5 * (kl[0].mean() + (w * kl[1]).mean())
+        config = dataclasses.replace(whole, loss=loss)
+        got = train.distillation(config, store, plane, index, logits, batch)
+        assert float(got) == pytest.approx(float(expected), rel=1e-6)
+    assert float(train.cross_entropy(logits, batch)) == pytest.approx(float(hard), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kd"])
+def test_other_losses_train(whole, loss, tmp_path):
+    run = dataclasses.replace(whole, loss=loss, out=tmp_path / loss, epochs=1)
+    train.run(run)
+    assert len(log(run)) == 1
+
+
+def test_epoch_e_takes_view_e_mod_v(whole, monkeypatch, tmp_path):
+    asked = []
+    planes = cache.planes
+    monkeypatch.setattr(cache, "planes", lambda store, numbers: planes(store, (asked.append(v) or v for v in numbers)))
+    train.run(dataclasses.replace(whole, out=tmp_path / "r"))
+    assert asked == [0, 1, 0]
+
+
+def test_resuming_with_other_options_is_refused(whole):
+    with pytest.raises(UserError, match=r"--lr differs; found 0.1, expected 0.05"):
+        train.run(dataclasses.replace(whole, resume=True, lr=0.1))
+
+
+def test_the_learning_rate_is_the_papers():
+    config = TrainStudent(data=None, out=None, store=None, student="x")  # type: ignore[arg-type]
+    rates = [train.learning_rate(config, epoch) for epoch in (0, 59.9, 60, 120, 180, 199)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 1e-4, 1e-4])
+    cosine = dataclasses.replace(config, schedule="cosine", warmup_epochs=10, epochs=100)
+    assert [train.learning_rate(cosine, e) for e in (0, 50, 100)] == pytest.approx([0, 0.05, 0])
