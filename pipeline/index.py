@@ -30,9 +30,10 @@ RECORD = np.dtype(
         ("key_hash", "<u8"),
         ("crc", "<u4"),  # zlib.crc32 of the encoded image
         ("status", "u1"),  # 0 good, anything else quarantined
+        ("cmyk", "u1"),  # four inks: each decoder has its own idea of their colour
     ]
 )
-MAX_SIDE = 65_500  # libjpeg's own limit
+MAX_SIDE = 16_383  # Pillow rotates in 16.16 fixed point, and areas must stay exact in `pipeline.views`
 
 _IDENTITY = np.dtype(
     [(name, RECORD[name]) for name in ("key_hash", "label", "size", "crc", "height", "width", "status")]

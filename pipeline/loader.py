@@ -7,17 +7,20 @@ leave the graph without a copy; what flows out of DALI is one word per sample. T
 as its position in the plan, never in the order in which DALI happens to work.
 """
 
+import io
 import queue
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
+from PIL import Image
 
 from cache import UserError
 from kernels import jda
@@ -86,9 +89,10 @@ def load(
 
     def produce() -> None:
         try:
-            for batch in _run(index, plan, policy, batch_size, threads, device, pairs, digests):
-                if not put(batch):
-                    return
+            with closing(_run(index, plan, policy, batch_size, threads, device, pairs, digests)) as batches:
+                for batch in batches:
+                    if not put(batch):
+                        return
             put(None)
         except BaseException as error:  # whatever it is, the consumer must see it
             put(error)
@@ -116,7 +120,7 @@ def _run(index, plan, policy, batch_size, threads, device, pairs, digests) -> It
         images = torch.empty((1 + pairs, len(rows), size, size, 3), dtype=torch.uint8, pin_memory=device != "cpu")
         work[info.iteration] = (rows, views), images
         token = np.full((len(rows), 1), info.iteration)
-        return [np.frombuffer(index.read(row), np.uint8) for row in rows], token
+        return [np.frombuffer(_encoded(index, row), np.uint8) for row in rows], token
 
     def make_pair(views, out, position, image):
         jda.pair(image, program, views[position], pad, out, position)
@@ -154,6 +158,16 @@ def _run(index, plan, policy, batch_size, threads, device, pairs, digests) -> It
             iteration += 1
             labels = torch.from_numpy(index.records["label"][rows].astype(np.int64))
             yield Batch(rows, labels, images, np.array(words.as_array()) if digests else None)
+
+
+def _encoded(index: Index, row: int) -> bytes:
+    """The bytes for DALI. CMYK goes through Pillow first and on as PPM: DALI rounds its conversion differently."""
+    data = index.read(row)
+    if not index.records["cmyk"][row]:
+        return data
+    converted = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").save(converted, "PPM")
+    return converted.getvalue()
 
 
 @pipeline_def

@@ -278,7 +278,7 @@ def _batches(records: np.ndarray, paths: list[Path], causes: dict[int, str]) -> 
         records["crc"][row] = zlib.crc32(image)
         if row in causes:
             continue
-        flaw, pixels = _flaw(image)
+        flaw, pixels, records["cmyk"][row] = _flaw(image)
         if flaw:
             causes[row] = flaw
             continue
@@ -328,22 +328,22 @@ def _decoder(threads: int) -> Callable[[list[bytes]], list[tuple[int, ...]]]:
     return decode
 
 
-def _flaw(image: bytes) -> tuple[str | None, int]:
-    """Why an encoded image cannot be used, as far as its header and its end tell, and its pixel count."""
+def _flaw(image: bytes) -> tuple[str | None, int, bool]:
+    """Why an encoded image cannot be used, as far as its header and its end tell; its pixel count; is it CMYK?"""
     if not image:
-        return "empty file", 0
+        return "empty file", 0, False
     try:
         opened = Image.open(io.BytesIO(image), formats=("JPEG", "PNG"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return f"over {Image.MAX_IMAGE_PIXELS} pixels", 0
+        return f"over {Image.MAX_IMAGE_PIXELS} pixels", 0, False
     except Exception:  # Pillow's plug-ins raise what they please
         known = image.startswith((_JPEG_START, _PNG_START))
-        return "damaged" if known else "not a JPEG or PNG image", 0
+        return "damaged" if known else "not a JPEG or PNG image", 0, False
     if max(opened.size) > index.MAX_SIDE:
-        return f"a side over {index.MAX_SIDE} pixels", 0
+        return f"a side over {index.MAX_SIDE} pixels", 0, False
     # DALI prints to stderr for each image it refuses: most cuts are found here, in silence.
     suspect = not image.endswith((_JPEG_END, _PNG_END))
-    return _damage(image) if suspect else None, opened.width * opened.height
+    return _damage(image) if suspect else None, opened.width * opened.height, opened.mode == "CMYK"
 
 
 def _damage(image: bytes) -> str | None:

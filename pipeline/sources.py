@@ -270,7 +270,7 @@ def scan(path: Path) -> Scan:
             rows, causes = [], []
             for key, sample in samples.items():
                 offset, size, label, cause = _row(file.fileno(), sample)
-                rows.append((0, offset, size, 0, 0, label, index.key_hash(key), 0, 0))
+                rows.append((0, offset, size, 0, 0, label, index.key_hash(key), 0, 0, 0))
                 causes.append(cause)
     except OSError as error:
         raise UserError(f"cannot read shard {path}", found=error.strerror, fix="check the file") from None

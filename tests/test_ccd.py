@@ -74,7 +74,7 @@ CASES = {f"{name}, C {c}": case for c, b in CLASSES.items() for name, case in ca
 
 def evaluate(case: dict, impl: str, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Loss and gradients by the students; `case["loss_scale"]` multiplies the loss before backward."""
-    logits = [row.detach().to(device, copy=True) for row in case["logits"]]
+    logits = [row.detach().to(device) for row in case["logits"]]
     students = [row.requires_grad_() for row in logits[:2]]
     options = {
         key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in case["options"].items()
@@ -126,9 +126,15 @@ def interpret(path: Path) -> None:
     cases = torch.load(path)
     results = {name: evaluate(case, "triton") for name, case in cases.items()}
     plain = cases["plain, C 10"]
+    student = plain["logits"][0].clone().requires_grad_()
+    loss = ccd_loss(student, *plain["logits"][1:], plain["target"], impl="triton", **plain["options"])
+    (tripled,) = torch.autograd.grad(3 * loss, student, retain_graph=True)
+    (once_more,) = torch.autograd.grad(loss, student)
+    results["backward twice"] = {"tripled": tripled, "once more": once_more}
     with torch.no_grad():
         results["no grad"] = ccd_loss(*plain["logits"], plain["target"], impl="triton", **plain["options"])
     results["again"] = evaluate(plain, "triton")
+    results["auto"] = evaluate(plain, "auto")
     try:
         evaluate(random_case(4097, 1), "triton")
     except ValueError as error:
@@ -267,18 +273,20 @@ def test_the_kernel_is_deterministic_and_its_loss_the_same_without_gradient(trit
     assert triton["no grad"] == triton["plain, C 10"]["loss"]
 
 
-def test_backward_leaves_the_stored_gradient_alone():
-    case = CASES["plain, C 10"]
-    student = case["logits"][0].clone().requires_grad_()
-    loss = ccd_loss(student, *case["logits"][1:], case["target"])
-    (first,) = torch.autograd.grad(loss * 3, student, retain_graph=True)
-    (second,) = torch.autograd.grad(loss, student)
-    torch.testing.assert_close(first, 3 * second)
+def test_backward_scales_by_the_incoming_gradient_and_keeps_the_stored_one(triton):
+    grads, expected = triton["backward twice"], triton["plain, C 10"]["grad_o"]
+    torch.testing.assert_close(grads["tripled"], 3 * expected, rtol=0, atol=0)
+    torch.testing.assert_close(grads["once more"], expected, rtol=0, atol=0)
 
 
-def test_auto_takes_torch_on_the_cpu_and_float64_stays_float64():
+def test_auto_takes_torch_on_the_cpu_even_if_the_interpreter_is_on(triton):
+    expected = evaluate(CASES["plain, C 10"], "torch")
+    torch.testing.assert_close(triton["auto"], expected, rtol=0, atol=0)
+    torch.testing.assert_close(evaluate(CASES["plain, C 10"], "auto"), expected, rtol=0, atol=0)
+
+
+def test_float64_stays_float64():
     case = CASES["plain, C 100"]
-    torch.testing.assert_close(evaluate(case, "auto"), evaluate(case, "torch"), rtol=0, atol=0)
     wide = case | {"logits": [row.double() for row in case["logits"]]}
     torch.testing.assert_close(evaluate(wide, "auto"), oracle(case), rtol=0, atol=0)
 
@@ -339,7 +347,7 @@ def test_the_kernel_compiles_without_a_gpu_to_vector_loads_and_no_atomics(arch, 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     classes = 1000
     names = ccd._pair_kernel.arg_names
-    constants = dict.fromkeys(absent) | {name: classes for name in names if name.isupper()}
+    constants = dict.fromkeys(absent) | {p.name: classes for p in ccd._pair_kernel.params if p.is_constexpr}
     constants["PADDED"] = next_power_of_2(classes)
     signature = dict.fromkeys(names, "*fp32") | {"target": "*i64", "student_o": student, "student_a": student}
     signature |= dict.fromkeys(["temperature", "hard", "soft"], "fp32") | dict.fromkeys(constants, "constexpr")
@@ -358,6 +366,14 @@ def test_the_kernel_on_a_gpu_meets_float64(name):
     result = evaluate(CASES[name], "triton", "cuda")
     assert result["loss"].is_cuda
     assert_meets_float64(result, oracle(CASES[name]))
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu_takes_what_the_kernel_cannot():
+    many, wide = random_case(4097, 2), random_case(10, 2)
+    wide["logits"] = [row.double() for row in wide["logits"]]
+    for case in (many, wide):
+        assert_meets_float64(evaluate(case, "auto", "cuda"), oracle(case))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def make(folder: Path, members: dict[str, bytes], per_shard: int = 3, **changes)
             for member in tar:
                 key, data = member.name.split(".")[0], members[member.name]
                 number, crc, label = len(shards) - 1, zlib.crc32(data), len(rows) % 2
-                rows.append((number, member.offset_data, len(data), 9, 7, label, key_hash(key), crc, label * 0))
+                rows.append((number, member.offset_data, len(data), 9, 7, label, key_hash(key), crc, 0, 0))
     records = np.array(rows, RECORD)
     for name, value in changes.items():
         records[name][-1] = value
@@ -53,11 +53,11 @@ def members(count: int) -> dict[str, bytes]:
 
 
 def test_the_record_layout_is_fixed():
-    """Other programs may map index.npy: 41 bytes, little-endian, nothing padded."""
-    assert RECORD.itemsize == 41
+    """Other programs may map index.npy: 42 bytes, little-endian, nothing padded."""
+    assert RECORD.itemsize == 42
     assert [(name, RECORD[name].str) for name in RECORD.names] == [
         ("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("height", "<u4"), ("width", "<u4"),
-        ("label", "<i4"), ("key_hash", "<u8"), ("crc", "<u4"), ("status", "|u1"),
+        ("label", "<i4"), ("key_hash", "<u8"), ("crc", "<u4"), ("status", "|u1"), ("cmyk", "|u1"),
     ]  # fmt: skip
 
 
@@ -78,14 +78,14 @@ def test_the_fingerprint_covers_every_field_of_identity_and_not_the_place():
     records = np.frombuffer(rng.bytes(RECORD.itemsize * 70_000), RECORD).copy()
     digest = hashlib.sha256(struct.pack("<Q", 10))
     for row in records.tolist():
-        _, _, size, height, width, label, key, crc, status = row
+        _, _, size, height, width, label, key, crc, status, _ = row
         digest.update(struct.pack("<QiIIIIB", key, label, size, crc, height, width, status))
     assert fingerprint(records, 10) == digest.hexdigest()
     assert fingerprint(records, 11) != digest.hexdigest()
     for name in RECORD.names:
         changed = records.copy()
         changed[name][-1] ^= 1
-        assert (fingerprint(changed, 10) == digest.hexdigest()) == (name in ("shard", "offset")), name
+        assert (fingerprint(changed, 10) == digest.hexdigest()) == (name in ("shard", "offset", "cmyk")), name
 
 
 def test_rows_read_back_the_bytes_and_keys_that_tarfile_sees(tmp_path):
