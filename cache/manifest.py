@@ -167,7 +167,7 @@ def _check_fields(attributes: dict, where: str) -> None:
         if not good or not all(low <= v <= 1e6 for v in value):  # NaN compares false
             raise _wrong(where, name, value, f"three numbers in [{low:g}, 1e+06]")
     seed = attributes["seed"]
-    good = isinstance(seed, str) and len(seed) <= 20 and seed.isascii() and seed.isdecimal()
+    good = isinstance(seed, str) and len(seed) <= 20 and seed.isdecimal()
     if not good or int(seed) >= 1 << 64 or str(int(seed)) != seed:
         raise _wrong(where, "seed", seed, "a text, the decimal digits of an unsigned 64-bit number")
 

@@ -100,11 +100,8 @@ class Store:
             rows = slice(*self.block_range(block))
             for name, out in (("pairs", pairs), ("weight", weight), ("digest", digest)):
                 out[rows] = self._read(name, view, block, rows)
-            found, expected = (
-                _commit_of(pairs[rows], weight[rows], digest[rows]),
-                self._read("commit", view, block, block),
-            )
-            if found != expected:
+            commit = self._read("commit", view, block, block)
+            if commit != _commit_of(pairs[rows], weight[rows], digest[rows]):
                 raise self._damaged("pairs, weight or digest", view, block, "bytes that its commit does not vouch for")
         return Plane(view, pairs, weight, digest, self.status == 0)
 

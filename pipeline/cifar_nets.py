@@ -86,7 +86,7 @@ def wide_resnet(blocks: int, factor: int, classes: int) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """relu(x + F(x)); where the shape changes, x is projected by a normalised 1×1 convolution."""
+    """relu(x + F(x)); where the width changes, x is projected by a normalised 1×1 convolution."""
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
@@ -96,7 +96,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = (
             nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-            if stride != 1 or inputs != width
+            if inputs != width
             else None
         )
 

@@ -107,9 +107,9 @@ def special_cases() -> dict[str, dict]:
     poisoned["logits"][3][0, 7] = float("nan")
     undirected = random_case(10, 3)
     undirected["logits"][3][1] = 0
-    half, brain = (random_case(1000, 2, scale=2.0) | {"loss_scale": 4096.0} for _ in range(2))
+    half, bfloat = (random_case(1000, 2, scale=2.0) | {"loss_scale": 4096.0} for _ in range(2))
     half["logits"][:2] = [row.half() for row in half["logits"][:2]]
-    brain["logits"][:2] = [row.bfloat16() for row in brain["logits"][:2]]
+    bfloat["logits"][:2] = [row.bfloat16() for row in bfloat["logits"][:2]]
     return {
         "student equals its one-hot teacher": same,
         "teacher of -inf": masked,
@@ -117,7 +117,7 @@ def special_cases() -> dict[str, dict]:
         "nan": poisoned,
         "teacher row of zeros": undirected,
         "float16": half,
-        "bfloat16": brain,
+        "bfloat16": bfloat,
     }
 
 

@@ -80,8 +80,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def chunk(path: Path, name: str, view: int, block: int) -> Path:
-    tail = {"pairs": "/0", "digest": "/0"}.get(name, "")
-    return path / f"{name}/c/{view}/{block}{tail}"
+    return path / name / "c" / str(view) / str(block) / ("0" if name in ("pairs", "digest") else "")
 
 
 @pytest.fixture(scope="module")
@@ -305,8 +304,7 @@ for last in itertools.count():
 def test_sigkill_before_any_file_operation_leaves_blocks_exact_or_missing(tmp_path):
     """One process per moment creates and fills a store of two blocks; the last one lives to finish."""
     paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
-    environment = os.environ | {"PYTHONPATH": paths}
-    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], check=True, env=os.environ | {"PYTHONPATH": paths})
     runs = sorted(tmp_path.iterdir(), key=lambda folder: int(folder.name))
     expected = files(runs.pop() / "s")
     missing_after = []
