@@ -1,6 +1,7 @@
 """A run folder and its checkpoint: what a killed run needs to go on as if nothing had happened."""
 
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -47,9 +48,9 @@ def open_run(config: Training) -> None:
 
 def save(out: Path, state: dict) -> None:
     """Write `state` (tensors, numbers, strings, containers) so that a kill leaves the old or the new one, whole."""
-    partial = out / "checkpoint.pt.partial"
-    torch.save(state, partial)
-    os.replace(partial, out / "checkpoint.pt")
+    buffer = io.BytesIO()  # torch's own file writer turns a full disk into a RuntimeError without a cause
+    torch.save(state, buffer)
+    write_atomically(out / "checkpoint.pt", buffer.getbuffer())
 
 
 def load(out: Path) -> dict | None:
@@ -65,7 +66,12 @@ def load(out: Path) -> dict | None:
         ) from None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that a kill or a full disk leaves the old one or the new one, whole."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}", found=error.strerror, fix="free space or mend the path") from None

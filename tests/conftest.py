@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from images import jpeg, png
 
-# Before torch is imported, here and in child processes: threads that spin at a barrier starve each other on 2 cores.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as pipeline.cli, before torch is imported here and in child processes
 
-from pipeline import prepare
+from pipeline import models, precompute, prepare
+from pipeline.config import PrecomputeTeacher
+from pipeline.demo import POLICY
 from pipeline.index import Index
 
 
@@ -66,3 +67,23 @@ def digits(tmp_path_factory) -> Path:
         tar_of(folder / f"{split}.tar", members)
         prepare.build(f"webdataset:{folder}/{split}.tar", folder / "data" / split, classes=10)
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> str:
+    """A teacher with random weights: labels are labels."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    models.save_weights(models.create("cifar/resnet8", 10, seed=3).module, path)
+    return f"cifar/resnet8@{path}"
+
+
+@pytest.fixture(scope="session")
+def labels(digits, teacher, tmp_path_factory) -> Path:
+    """A store of two views of the digits; tests that harm a store take a copy."""
+    store = tmp_path_factory.mktemp("labels") / "labels.zarr"
+    precompute.run(
+        PrecomputeTeacher(
+            data=digits, teacher=teacher, store=store, views=2, policy=POLICY, block_rows=64, device="cpu"
+        )
+    )
+    return store

@@ -120,5 +120,5 @@ def test_a_wrong_image_is_refused(image):
 def test_a_wrong_table_is_refused(table, message):
     with pytest.raises(ValueError, match=message):
         compile_table(table)
-    with pytest.raises(ValueError, match="expected one of imagenet|expected one of cifar10"):
+    with pytest.raises(ValueError, match=r"expected one of imagenet|expected one of cifar10"):
         kernels.jda.apply(np.zeros((1, 1, 3), np.uint8), "imagnet", 0, 0)

@@ -153,5 +153,5 @@ def test_a_shard_damaged_after_indexing_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"cannot decode a batch; found .*; fix: prepare the data set again"):
         list(load(index, plan(index, policy, index.good, 2), policy, batch_size=2, threads=1))
     tar.unlink()
-    with pytest.raises(UserError, match="shard .* is missing|cannot read shard"):
+    with pytest.raises(UserError, match=r"shard .* is missing|cannot read shard"):
         list(load(Index.open(tmp_path / "data"), [], policy, batch_size=2, threads=1))

@@ -126,7 +126,7 @@ def test_a_wrong_custom_policy_is_named(change, message, tmp_path):
 def test_unreadable_and_unsafe_policies(tmp_path):
     with pytest.raises(UserError, match=r"unknown policy imagnet; .*did you mean imagenet"):
         load("imagnet")
-    with pytest.raises(UserError, match="cannot read policy .*; found No such file"):
+    with pytest.raises(UserError, match=r"cannot read policy .*; found No such file"):
         load(str(tmp_path / "no.yaml"))
     path = tmp_path / "evil.yaml"
     path.write_text("!!python/object/apply:os.system ['touch %s']" % (tmp_path / "ran"))

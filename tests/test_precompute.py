@@ -28,14 +28,6 @@ FORK.set_forkserver_preload(["pipeline.precompute", "pipeline.train"])  # so tha
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> str:
-    """A teacher with random weights: labels are labels."""
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    models.save_weights(models.create("cifar/resnet8", 10, seed=3).module, path)
-    return f"cifar/resnet8@{path}"
-
-
-@pytest.fixture(scope="module")
 def options(digits, teacher, tmp_path_factory) -> PrecomputeTeacher:
     return PrecomputeTeacher(
         data=digits,

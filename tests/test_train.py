@@ -11,33 +11,18 @@ from test_precompute import finished, killed
 
 import cache
 from cache import UserError
-from pipeline import models, precompute, train
-from pipeline.config import PrecomputeTeacher, TrainStudent
-from pipeline.demo import POLICY
+from pipeline import train
+from pipeline.config import TrainStudent
 
 
 @pytest.fixture(scope="module")
-def options(digits, tmp_path_factory) -> TrainStudent:
-    folder = tmp_path_factory.mktemp("train")
-    weights = folder / "teacher.safetensors"
-    models.save_weights(models.create("cifar/resnet8", 10, seed=3).module, weights)
-    precompute.run(
-        PrecomputeTeacher(
-            data=digits,
-            teacher=f"cifar/resnet8@{weights}",
-            store=folder / "labels.zarr",
-            views=2,
-            policy=POLICY,
-            block_rows=64,
-            device="cpu",
-        )
-    )
+def options(digits, labels, tmp_path_factory) -> TrainStudent:
     return TrainStudent(
         data=digits,
         val=digits,
-        store=folder / "labels.zarr",
+        store=labels,
         student="cifar/resnet8",
-        out=folder / "whole",
+        out=tmp_path_factory.mktemp("train") / "whole",
         epochs=3,
         batch_size=16,
         lr=0.05,
