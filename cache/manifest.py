@@ -56,9 +56,9 @@ class Manifest:
     teacher: str
     teacher_weights: str
     """Fingerprint of the teacher's weights."""
-    mean: tuple[float, float, float]
+    mean: tuple[float, ...]
     """What the teacher's input was normalised with, in units of the pixel range [0, 1]."""
-    std: tuple[float, float, float]
+    std: tuple[float, ...]
     policy: dict
     """The JDA policy with every number it uses."""
     base: dict

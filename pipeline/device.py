@@ -21,6 +21,11 @@ def threads(machine: Machine) -> int:
     return machine.threads or len(os.sched_getaffinity(0))
 
 
+def place(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The module on the device, channels last: images arrive that way, and convolutions are faster."""
+    return module.to(device).to(memory_format=torch.channels_last)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 

@@ -25,7 +25,7 @@ def run(config: Evaluate) -> None:
     network = models.create(config.model, index.classes)
     normalise = Normalise(network.mean or policy.mean, network.std or policy.std, device)
     models.probe(network, policy.base.size)
-    module = network.module.to(device, memory_format=torch.channels_last)
+    module = devices.place(network.module, device)
     result = evaluate(module, normalise, index, policy, config.batch_size, config, config.precision)
     summary("evaluation", {"model": config.model, "data": Path(config.data), **shown(result)})
 

@@ -11,7 +11,7 @@ import io
 import queue
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from cache import UserError
@@ -109,7 +110,7 @@ def load(
         thread.join()
 
 
-def _run(index, plan, policy, batch_size, threads, device, pairs, digests) -> Iterator[Batch]:
+def _run(index, plan, policy, batch_size, threads, device, pairs, digests) -> Generator[Batch, None, None]:
     requests = iter(plan)
     program = jda.program_of(policy.table)
     size, pad = policy.base.size, policy.base.pad
@@ -131,17 +132,7 @@ def _run(index, plan, policy, batch_size, threads, device, pairs, digests) -> It
         return list(pool.map(partial(make_pair, views, images.numpy()), range(len(decoded)), decoded))
 
     with ThreadPoolExecutor(threads, thread_name_prefix="pair") as pool:
-        graph = _graph(
-            read,
-            partial(make_pairs, pool),
-            device,
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=None if device == "cpu" else torch.cuda.current_device(),
-            exec_dynamic=True,
-            prefetch_queue_depth=2,
-        )
-        graph.build()
+        graph = _graph(read, partial(make_pairs, pool), device, batch_size, threads)
         iteration = 0
         while True:
             try:
@@ -157,7 +148,7 @@ def _run(index, plan, policy, batch_size, threads, device, pairs, digests) -> It
             (rows, _), images = work.pop(iteration)
             iteration += 1
             labels = torch.from_numpy(index.records["label"][rows].astype(np.int64))
-            yield Batch(rows, labels, images, np.array(words.as_array()) if digests else None)
+            yield Batch(rows, labels, images, np.array(words.as_cpu().as_array()) if digests else None)
 
 
 def _encoded(index: Index, row: int) -> bytes:
@@ -170,24 +161,36 @@ def _encoded(index: Index, row: int) -> bytes:
     return converted.getvalue()
 
 
-@pipeline_def
-def _graph(read, make_pairs, device):
-    encoded, token = fn.external_source(
-        source=read,
-        num_outputs=2,
-        batch=True,
-        batch_info=True,
-        dtype=[types.DALIDataType.UINT8, types.DALIDataType.INT64],
+def _graph(read, make_pairs, device: str, batch_size: int, threads: int) -> Pipeline:
+    # The dynamic executor loses only the batch that fails; the other one fails for ever after.
+    graph = Pipeline(
+        batch_size,
+        threads,
+        device_id=None if device == "cpu" else torch.cuda.current_device(),
+        exec_dynamic=True,
+        prefetch_queue_depth=2,
     )
-    images = fn.decoders.image(
-        encoded,
-        device="cpu" if device == "cpu" else "mixed",
-        output_type=types.DALIImageType.RGB,
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-        hw_decoder_load=0.0,
-    )
-    return fn.python_function(images.cpu(), token, function=make_pairs, batch_processing=True, num_outputs=1)
+    with graph:
+        encoded, token = fn.external_source(
+            source=read,
+            num_outputs=2,
+            batch=True,
+            batch_info=True,
+            dtype=[types.DALIDataType.UINT8, types.DALIDataType.INT64],
+        )
+        images = fn.decoders.image(
+            encoded,
+            device="cpu" if device == "cpu" else "mixed",
+            output_type=types.DALIImageType.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+            hw_decoder_load=0.0,
+        )
+        graph.set_outputs(
+            fn.python_function(images.cpu(), token, function=make_pairs, batch_processing=True, num_outputs=1)
+        )
+    graph.build()
+    return graph
 
 
 def _cause(error: RuntimeError) -> str:

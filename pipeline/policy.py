@@ -1,6 +1,7 @@
 """JDA policies as data: an op table, the probability of each op, and the base transform around it."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,15 +46,16 @@ class Policy:
     """Each op fires independently with this probability, always in list order."""
     table: tuple[Op, ...]
     base: Base
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    """Per channel, for input in [0, 1]."""
+    std: tuple[float, ...]
 
     def to_config(self) -> dict:
         """JSON-safe, complete: `from_config` gives an equal policy."""
         config = dataclasses.asdict(self)
         config["ops"] = [[op.name, op.magnitude] for op in self.table]
         del config["table"]
-        return _plain(config)
+        return json.loads(json.dumps(config))  # lists for tuples
 
 
 POLICIES = {
@@ -172,10 +174,3 @@ def _numbers(value: object, where: str, count: int, low: float, high: float) -> 
     if not good or not all(low <= v <= high for v in values):
         raise UserError(where, found=value, expected=f"{count} number(s) in [{low}, {high}]")
     return tuple(float(v) for v in values)
-
-
-def _plain(value):
-    """Tuples to lists, all the way down: what JSON gives back."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -12,11 +12,11 @@ from itertools import islice
 
 import numpy as np
 import torch
-from kernels.reference import cosine_weight
 
 import cache
 from cache import Manifest, Store, UserError
 from cache import codec as codecs
+from kernels.reference import cosine_weight
 from pipeline import device as devices
 from pipeline import models, views
 from pipeline import policy as policies
@@ -36,7 +36,7 @@ def run(config: PrecomputeTeacher) -> None:
     policy = policies.load(config.policy)
     teacher = models.create(config.teacher, index.classes)
     normalise = devices.Normalise(teacher.mean or policy.mean, teacher.std or policy.std, device)
-    module = teacher.module.to(device, memory_format=torch.channels_last).eval()
+    module = devices.place(teacher.module, device).eval()
     models.probe(teacher, policy.base.size)
     store = _open_or_create(config, _manifest(config, index, policy, teacher, device), index)
 
@@ -112,6 +112,7 @@ class _Block:
 
     def put(self, batch: Batch, pairs: np.ndarray, weight: np.ndarray) -> None:
         at = batch.rows - self.start
+        assert batch.digests is not None
         self.pairs[at], self.weight[at], self.digest[at] = pairs, weight, batch.digests
 
 

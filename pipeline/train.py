@@ -101,7 +101,7 @@ def fit(
     checkpoint.open_run(config)
     device = devices.pick(config)
     torch.manual_seed(config.seed)  # dropout and its like; views and order have their own source
-    module = network.module.to(device, memory_format=torch.channels_last)
+    module = devices.place(network.module, device)
     models.probe(network, policy.base.size)
     normalise = Normalise(network.mean or policy.mean, network.std or policy.std, device)
     optimizer = torch.optim.SGD(

@@ -95,7 +95,7 @@ def centre(height: np.ndarray, width: np.ndarray, policy: Policy, size: int | No
 
 
 def _require_room(height: np.ndarray, width: np.ndarray, base: Base) -> None:
-    small = np.minimum(height, width) + 2 * base.pad < base.size
+    small = np.asarray(np.minimum(height, width) + 2 * base.pad < base.size)
     if small.any():
         at = int(np.argmax(small))
         raise UserError(
@@ -156,7 +156,7 @@ def _rrc(words: np.ndarray, height: np.ndarray, width: np.ndarray, base: Base) -
     first = np.argmax(fits, axis=-1)[..., None, None]
     chosen = np.take_along_axis(boxes, first, axis=2)[:, :, 0]
     fallback = _central(height[:, 0, 0], width[:, 0, 0], base)[:, None]
-    return np.where(fits.any(axis=-1)[..., None], chosen, fallback)
+    return np.where(fits.any(axis=-1, keepdims=True), chosen, fallback)
 
 
 def _central(height: np.ndarray, width: np.ndarray, base: Base) -> np.ndarray:
