@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         importlib.import_module(module).run(options)
     except UserError as error:
         return _fail(str(error))
+    except BrokenPipeError:  # the reader left, as `| head` does: nothing to say, and no flush at exit that fails
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         # Permissions, a full disk, a path that is a folder: the system's own words, and which file.
         return _fail(f"{error.strerror or error}; found {error.filename or 'no file name'}; fix: check path and space")

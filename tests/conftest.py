@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from images import jpeg, png
+from PIL import Image
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as pipeline.cli, before torch is imported here and in child processes
 
@@ -27,13 +28,16 @@ def tar_of(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def mixed_tar(path: Path, count: int = 160, seed: int = 0) -> Path:
-    """Colour, gray and CMYK JPEG, progressive and subsampled ones, PNG; sides from 1 to 640 x 480 pixels."""
+    """Colour, gray and CMYK JPEG, progressive, subsampled and EXIF-rotated ones, PNG; sides from 1 to 640 x 480 pixels."""
     rng = np.random.default_rng(seed)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: a viewer would rotate it; training pixels are the stored ones
     kinds = (
         lambda w, h: ("jpg", jpeg(rng, w, h)),
         lambda w, h: ("jpeg", jpeg(rng, w, h, mode="L")),
         lambda w, h: ("jpg", jpeg(rng, w, h, mode="CMYK")),
         lambda w, h: ("jpg", jpeg(rng, w, h, progressive=True, subsampling=0)),
+        lambda w, h: ("jpg", jpeg(rng, w, h, exif=turned)),
         lambda w, h: ("png", png(rng, w, h)),
     )
     members = {}

@@ -1,6 +1,7 @@
 """The command line: what works exits with 0; whatever a user gets wrong is one line, exit code 2, no traceback."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -50,6 +51,22 @@ def student(digits, store, out, *more) -> list:
 
 
 # --- what works
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    ended = subprocess.run(
+        [sys.executable, "-c", MAIN, "train-student", "--help"],
+        stdout=(closed := closed_pipe()),
+        stderr=subprocess.PIPE,
+    )
+    os.close(closed)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def closed_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
 
 
 def test_the_four_commands_from_images_to_a_student(digits, teacher, tmp_path, capsys):
