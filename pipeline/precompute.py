@@ -12,6 +12,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from nvidia.dali import __version__ as dali_version
 
 import cache
 from cache import Manifest, Store, UserError
@@ -135,7 +136,8 @@ def _manifest(config, index: Index, policy: Policy, teacher: models.Network, dev
         codec=codecs.make(config.codec, classes=index.classes).config,
         block_rows=config.block_rows,
         versions={name: version(name) for name in ("torch", "numpy", "zarr", "numba")}
-        | {"python": platform.python_version(), "device": str(device), "precision": config.precision},
+        | {"dali": dali_version, "python": platform.python_version()}
+        | {"device": str(device), "precision": config.precision},
     )
 
 

@@ -28,7 +28,7 @@ def tar_of(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def mixed_tar(path: Path, count: int = 160, seed: int = 0) -> Path:
-    """Colour, gray and CMYK JPEG, progressive, subsampled and EXIF-rotated ones, PNG; sides from 1 to 640 x 480 pixels."""
+    """Colour, gray and CMYK JPEG, progressive, EXIF-rotated ones, PNG; sides from 1 to 640 x 480 pixels."""
     rng = np.random.default_rng(seed)
     turned = Image.Exif()
     turned[0x0112] = 6  # orientation: a viewer would rotate it; training pixels are the stored ones
