@@ -64,7 +64,7 @@ def pair(image: np.ndarray, program: Program, view: np.void, pad: int, out: np.n
     signs. `pad` ≥ 0 crops without resizing from an image padded black by `pad`; `pad` < 0 resizes the box to S
     (bilinear, antialiased, as torchvision on Pillow images). Releases the GIL; safe to call from many threads.
     """
-    scratch = _scratch(image.size + 3 * out.shape[2] * max(image.shape[:2]))
+    scratch = _scratch(resample.scratch_bytes(image.shape[0], image.shape[1], out.shape[2]))
     _pair(
         image,
         program.codes,
@@ -100,8 +100,7 @@ def _apply(image, codes, params, mask, signs, scratch, out):
 
 @pixels.jit
 def _pair(image, codes, params, mask, signs, boxes, flips, pad, scratch, out, position):
-    lut = np.empty((3, 256), np.uint8)
-    _identity(lut)
+    lut = pixels.identity()
     resample.crop(image, lut, boxes[0], flips[0], pad, scratch[0], out[0, position])
     if out.shape[0] == 1:
         return
@@ -120,7 +119,7 @@ def _run(image, codes, params, mask, signs, scratch, lut):
     source, target, spare = image, first, second
     histogram = np.empty((3, 256), np.int64)
     fresh = False  # is `histogram` that of `source`?
-    _identity(lut)
+    lut[:] = pixels.identity()
     for i in range(len(codes)):
         if not (mask >> i) & 1:
             continue
@@ -164,16 +163,9 @@ def _run(image, codes, params, mask, signs, scratch, lut):
             else:
                 pixels.translate(source, lut, 0.0, signed * height, target)
             source, target, spare = target, spare, target
-            _identity(lut)
+            lut[:] = pixels.identity()
             fresh = False
     return source
-
-
-@pixels.jit
-def _identity(lut):
-    for c in range(3):
-        for v in range(256):
-            lut[c, v] = v
 
 
 @pixels.jit

@@ -4,12 +4,34 @@
 contracts and reorders nothing, and float32 / float64 expressions give the bits of Pillow's C.
 """
 
+import hashlib
+import os
+from pathlib import Path
+
+import numba
 import numpy as np
-from numba import njit
 
 GRAY = np.uint8(128)  # what geometric operations uncover
+ONE, TWO = np.uint64(1), np.uint64(2)  # unsigned indices: numba lets a signed one count from the end
 
-jit = njit(nogil=True, cache=True)
+
+def _cache_folder() -> str:
+    """Numba's cache knows a function's own file, not those of what it calls: keep one per state of all sources."""
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return str(home / "jda-distill" / hashlib.sha256(sources).hexdigest()[:16])
+
+
+_CACHE = _cache_folder()
+
+
+def jit(function):
+    """numba.njit without the GIL, compiled once per machine and state of this package."""
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    finally:
+        numba.config.CACHE_DIR = before
 
 
 @jit
@@ -21,6 +43,25 @@ def through(source, lut, out):
 
 
 @jit
+def identity():
+    lut = np.empty((3, 256), np.uint8)
+    for v in range(256):
+        lut[:, v] = v
+    return lut
+
+
+@jit
+def word_tables(lut):
+    """Tables u32 (256,) for red, green and blue, whose entries or-ed give a pixel's bytes after `lut` in one word."""
+    red, green, blue = np.empty(256, np.uint32), np.empty(256, np.uint32), np.empty(256, np.uint32)
+    for v in range(256):
+        red[v] = lut[0, v]
+        green[v] = np.uint32(lut[1, v]) << np.uint32(8)
+        blue[v] = np.uint32(lut[2, v]) << np.uint32(16)
+    return red, green, blue
+
+
+@jit
 def luma(r, g, b):
     """L of RGB, libImaging/Convert.c: L24."""
     return (np.int32(r) * 19595 + np.int32(g) * 38470 + np.int32(b) * 7471 + 0x8000) >> 16
@@ -29,7 +70,7 @@ def luma(r, g, b):
 @jit
 def blend(a, b, factor):
     """libImaging/Blend.c in float32: a + factor·(b − a), truncated; clipped first where it extrapolates."""
-    value = np.float32(a) + factor * np.float32(np.int32(b) - np.int32(a))
+    value = np.float32(a) + factor * np.float32(np.int32(np.int32(b) - np.int32(a)))
     if value <= np.float32(0.0):
         return np.uint8(0)
     if value >= np.float32(255.0):
@@ -39,14 +80,21 @@ def blend(a, b, factor):
 
 @jit
 def color(source, lut, factor, out):
-    """PIL.ImageEnhance.Color: blend with L."""
-    for y in range(source.shape[0]):
-        for x in range(source.shape[1]):
-            r, g, b = lut[0, source[y, x, 0]], lut[1, source[y, x, 1]], lut[2, source[y, x, 2]]
-            gray = luma(r, g, b)
-            out[y, x, 0] = blend(gray, r, factor)
-            out[y, x, 1] = blend(gray, g, factor)
-            out[y, x, 2] = blend(gray, b, factor)
+    """PIL.ImageEnhance.Color: blend with L, read from a table of all (L, value)."""
+    table = np.empty((256, 256), np.uint8)
+    for gray in range(256):
+        for v in range(256):
+            table[gray, v] = blend(gray, v, factor)
+    blends = table.reshape(256 * 256)
+    reds, greens, blues = lut
+    width = source.shape[1]
+    for y in range(len(source)):
+        row, result = source[y].reshape(3 * width), out[y].reshape(3 * width)
+        for x in range(width):
+            i = np.uint64(3 * x)
+            r, g, b = reds[row[i]], greens[row[i + ONE]], blues[row[i + TWO]]
+            gray = np.uint64(luma(r, g, b) << 8)
+            result[i], result[i + ONE], result[i + TWO] = blends[gray + r], blends[gray + g], blends[gray + b]
 
 
 @jit
@@ -57,20 +105,26 @@ def sharpness(source, factor, out):
     than 1/26 to a rounding boundary, so integer rounding gives the same byte.
     """
     height, width, _ = source.shape
-    for y in range(height):
-        inner = 0 < y < height - 1
-        for x in range(width):
-            for c in range(3):
-                v = np.int32(source[y, x, c])
-                if inner and 0 < x < width - 1:
-                    total = 4 * v
-                    for j in range(y - 1, y + 2):
-                        for i in range(x - 1, x + 2):
-                            total += np.int32(source[j, i, c])
-                    smooth = (2 * total + 13) // 26
-                else:
-                    smooth = v
-                out[y, x, c] = blend(smooth, v, factor)
+    out[0], out[-1] = source[0], source[-1]
+    if width < 3:
+        out[:] = source
+        return
+    lanes = 3 * width
+    sums = np.empty(lanes, np.int32)  # of three rows; a pixel's neighbours in the row are three bytes off
+    left, centre, right = sums, sums[3:], sums[6:]
+    for y in range(1, height - 1):
+        row, result = source[y].reshape(lanes), out[y].reshape(lanes)
+        above, below = source[y - 1].reshape(lanes), source[y + 1].reshape(lanes)
+        for i in range(lanes):
+            sums[i] = np.int32(above[i]) + np.int32(row[i]) + np.int32(below[i])
+        inner, smoothed = row[3:], result[3:]
+        for i in range(lanes - 6):
+            v = np.int32(inner[i])
+            total = np.int32(left[i] + centre[i] + right[i] + 4 * v)
+            # (2·total + 13) // 26, exact for all totals up to 13·255
+            smooth = np.int32((2 * total + 13) * 10083) >> 18
+            smoothed[i] = blend(smooth, v, factor)
+        result[:3], result[lanes - 3 :] = row[:3], row[lanes - 3 :]
 
 
 @jit
@@ -84,20 +138,36 @@ def rotate(source, lut, cos, sin, out):
     row_y = _fixed(offset_y + -sin * 0.5 + cos * 0.5)
     dx_x, dx_y = _fixed(cos), _fixed(-sin)
     dy_x, dy_y = _fixed(sin), _fixed(cos)
+    reds, greens, blues = lut
+    pixels = source.reshape(source.size)
     for y in range(height):
-        xx, yy = row_x, row_y
-        for x in range(width):
-            i, j = xx >> 16, yy >> 16
-            if 0 <= i < width and 0 <= j < height:
-                for c in range(3):
-                    out[y, x, c] = lut[c, source[j, i, c]]
-            else:
-                for c in range(3):
-                    out[y, x, c] = GRAY
+        first, stop = _inside(row_x, dx_x, width << 16, 0, width)
+        first, stop = _inside(row_y, dx_y, height << 16, first, stop)
+        result = out[y].reshape(3 * width)
+        result[: 3 * first] = GRAY
+        result[3 * stop :] = GRAY
+        xx, yy = row_x + first * dx_x, row_y + first * dx_y
+        for x in range(first, stop):
+            at, i = np.uint64(3 * ((yy >> 16) * width + (xx >> 16))), np.uint64(3 * x)
+            result[i] = reds[pixels[at]]
+            result[i + ONE] = greens[pixels[at + ONE]]
+            result[i + TWO] = blues[pixels[at + TWO]]
             xx += dx_x
             yy += dx_y
         row_x += dy_x
         row_y += dy_y
+
+
+@jit
+def _inside(start, step, limit, first, stop):
+    """The part of [first, stop) whose x have 0 <= start + x·step < limit: (first, stop), stop >= first."""
+    if step > 0:
+        first, stop = max(first, -(start // step)), min(stop, -((start - limit) // step))
+    elif step < 0:
+        first, stop = max(first, (start - limit) // -step + 1), min(stop, start // -step + 1)
+    elif not 0 <= start < limit:
+        stop = first
+    return first, max(first, stop)
 
 
 @jit
@@ -132,25 +202,44 @@ def translate(source, lut, shift_x, shift_y, out):
 def shear_x(source, lut, m, out):
     """Image.transform(AFFINE, (1, m, 0, 0, 1, 0), BICUBIC): the vertical fraction is 0, one row is read."""
     height, width, _ = source.shape
+    lanes = 3 * width
+    line = np.empty(lanes + 12, np.uint8)  # a row after the table, its ends repeated twice on either side
     for y in range(height):
         for x in range(width):
-            at = 1.0 * (x + 0.5) + m * (y + 0.5) + 0.0
-            if at < 0.0 or at >= width:
-                for c in range(3):
-                    out[y, x, c] = GRAY
-                continue
-            at -= 0.5
-            i = int(np.floor(at))
-            d = at - i
-            i0, i1, i2, i3 = _clip(i - 1, width), _clip(i, width), _clip(i + 1, width), _clip(i + 2, width)
             for c in range(3):
-                out[y, x, c] = _cubic(
-                    float(lut[c, source[y, i0, c]]),
-                    float(lut[c, source[y, i1, c]]),
-                    float(lut[c, source[y, i2, c]]),
-                    float(lut[c, source[y, i3, c]]),
-                    d,
-                )
+                line[3 * x + c + 6] = lut[c, source[y, x, c]]
+        for c in range(6):
+            line[c], line[lanes + 6 + c] = line[6 + c % 3], line[lanes + 3 + c % 3]
+        result = out[y].reshape(lanes)
+        shift = m * (y + 0.5)
+        x = 0
+        while x < width and (x + 0.5) + shift < 0.0:
+            x += 1
+        result[: 3 * x] = GRAY
+        at = (x + 0.5) + shift
+        while x < width and at < width:
+            # Pillow computes `at` for each pixel. Up to the next power of two all these sums are rounded alike, so
+            # the pixels of a run share their fraction to the last bit.
+            limit = 1.0
+            while limit <= at:
+                limit *= 2.0
+            limit = min(limit, float(width))
+            stop = min(width, int(limit - shift) + 2)
+            while (stop - 0.5) + shift >= limit:
+                stop -= 1
+            column = int(np.floor(at - 0.5))
+            _cubic_run(line[3 * (column + 1) :], (at - 0.5) - column, result[3 * x : 3 * stop])
+            x = stop
+            at = (x + 0.5) + shift
+        result[3 * x :] = GRAY
+
+
+@jit
+def _cubic_run(line, d, out):
+    """out[i] = `_cubic` of line[i], line[i + 3], line[i + 6], line[i + 9]."""
+    first, second, third, fourth = line, line[3:], line[6:], line[9:]
+    for i in range(len(out)):
+        out[i] = _cubic(first[i], second[i], third[i], fourth[i], d)
 
 
 @jit
@@ -174,27 +263,24 @@ def shear_y(source, lut, m, out):
                 _clip(j + 2, height),
             )
             for c in range(3):
-                out[y, x, c] = _cubic(
-                    float(lut[c, source[j0, x, c]]),
-                    float(lut[c, source[j1, x, c]]),
-                    float(lut[c, source[j2, x, c]]),
-                    float(lut[c, source[j3, x, c]]),
-                    d,
-                )
+                v1, v2 = lut[c, source[j0, x, c]], lut[c, source[j1, x, c]]
+                v3, v4 = lut[c, source[j2, x, c]], lut[c, source[j3, x, c]]
+                out[y, x, c] = _cubic(v1, v2, v3, v4, d)
 
 
 @jit
 def _cubic(v1, v2, v3, v4, d):
-    """libImaging/Geometry.c BICUBIC, clipped and truncated to a byte."""
-    p2 = -v1 + v3
-    p3 = 2 * (v1 - v2) + v3 - v4
-    p4 = -v1 + v2 - v3 + v4
+    """libImaging/Geometry.c BICUBIC in float64, clipped and truncated to a byte; the coefficients are whole numbers."""
+    v1, v2, v3, v4 = np.int32(v1), np.int32(v2), np.int32(v3), np.int32(v4)
+    p2 = np.float64(np.int32(v3 - v1))
+    p3 = np.float64(np.int32(2 * (v1 - v2) + v3 - v4))
+    p4 = np.float64(np.int32(v2 - v1 - v3 + v4))
     value = v2 + d * (p2 + d * (p3 + d * p4))
     if value <= 0.0:
         return np.uint8(0)
     if value >= 255.0:
         return np.uint8(255)
-    return np.uint8(int(value))
+    return np.uint8(np.int32(value))
 
 
 @jit

@@ -7,10 +7,12 @@ its order is the one followed: vertical first iff h > S and h − S > 2 (w − S
 
 import numpy as np
 
-from kernels.pixels import jit, through
+from kernels.pixels import ONE, TWO, identity, jit, through, word_tables
 
+SLACK = 3  # rows of scratch behind an image: taps are read in groups of up to four, the surplus ones being zero
 _BITS = 22  # fractional bits of a coefficient, libImaging/Resample.c PRECISION_BITS
-_STRIP = 16  # rows that the horizontal pass handles at a time; 48 lanes of bytes, widened, fill the vector registers
+_HALF = np.int32(1 << (_BITS - 1))
+_STRIP = 16  # rows that the horizontal pass handles at a time
 
 
 @jit
@@ -18,7 +20,7 @@ def crop(source, lut, box, flip, pad, scratch, out):
     """Write one view `out`, u8 (size, size, 3), of `source` u8 (H, W, 3) read through `lut` u8 (3, 256).
 
     `box` is (top, left, height, width). With `pad` >= 0 it lies in the image padded black by `pad` and has the
-    output's size; with `pad` < 0 it lies in the image and is resized. `scratch` u8 (≥ 3·max(H, W)·(min(H, W) + size),).
+    output's size; with `pad` < 0 it lies in the image and is resized. `scratch` u8 (≥ `scratch_bytes`,).
     """
     size = out.shape[1]
     top, left, height, width = box[0], box[1], box[2], box[3]
@@ -26,24 +28,21 @@ def crop(source, lut, box, flip, pad, scratch, out):
         _shift(source, lut, top - pad, left - pad, flip, out)
         return
     if height > size and height - size > 2 * (width - size) and width != size:
-        pixels = height * width * 3
-        region = scratch[:pixels].reshape(height, width, 3)
-        through(source[top : top + height, left : left + width], lut, region)
+        pixels = (height + SLACK) * width * 3
+        region = scratch[:pixels].reshape(height + SLACK, width, 3)
+        through(source[top : top + height, left : left + width], lut, region[:height])
         between = scratch[pixels : pixels + size * width * 3].reshape(size, width, 3)
-        _vertical(region, between)
-        _horizontal(between, _unchanged(), 0, 0, width, flip, out)
+        _vertical(region, height, between)
+        _horizontal(between, identity(), 0, 0, width, flip, out)
     else:
-        between = scratch[: height * size * 3].reshape(height, size, 3)
-        _horizontal(source, lut, top, left, width, flip, between)
-        _vertical(between, out)
+        between = scratch[: (height + SLACK) * size * 3].reshape(height + SLACK, size, 3)
+        _horizontal(source, lut, top, left, width, flip, between[:height])
+        _vertical(between, height, out)
 
 
-@jit
-def _unchanged():
-    lut = np.empty((3, 256), np.uint8)
-    for v in range(256):
-        lut[:, v] = v
-    return lut
+def scratch_bytes(height: int, width: int, size: int) -> int:
+    """What `crop` needs for an image of this height and width."""
+    return 3 * (max(height, width) + SLACK) * (min(height, width) + size)
 
 
 @jit
@@ -62,14 +61,15 @@ def _shift(source, lut, top, left, flip, out):
 def _coefficients(length, size):
     """libImaging/Resample.c precompute_coeffs and normalize_coeffs_8bpc for the triangle filter.
 
-    Returns the first source index i32 (size,), the number of taps i32 (size,) and the taps i32 (size, taps).
+    Returns the first source index i32 (size,), the number of taps i32 (size,) and the taps i32 (size, taps), followed
+    by zeros to a whole group of four.
     """
     scale = length / size
     support = max(scale, 1.0)
     inverse = 1.0 / support
     start = np.empty(size, np.int32)
     count = np.empty(size, np.int32)
-    taps = np.zeros((size, int(np.ceil(support)) * 2 + 1), np.int32)
+    taps = np.zeros((size, int(np.ceil(support)) * 2 + 1 + SLACK), np.int32)
     weights = np.empty(taps.shape[1])
     for x in range(size):
         centre = (x + 0.5) * scale
@@ -91,8 +91,8 @@ def _coefficients(length, size):
 def _horizontal(source, lut, top, left, length, flip, out):
     """Resize rows of `source` from `top` on, columns [left, left + length), to the width of `out`; then flip.
 
-    Rows are worked on in strips, transposed so that the rows and channels of one column are neighbours: the inner
-    loop then runs over them and vectorises.
+    Rows are worked on in strips, transposed so that the rows of one column are neighbours, a word of four bytes per
+    pixel: a tap then is one vector operation on all of them.
     """
     height, size, _ = out.shape
     if length == size:
@@ -103,43 +103,65 @@ def _horizontal(source, lut, top, left, length, flip, out):
                     out[y, x, c] = lut[c, source[top + y, i, c]]
         return
     start, count, taps = _coefficients(length, size)
-    strip = np.zeros((length, 3 * _STRIP), np.uint8)
-    total = np.empty(3 * _STRIP, np.int32)
+    strip = np.zeros((length + SLACK, _STRIP), np.uint32)
+    result = np.empty((size, _STRIP), np.uint32)
+    total = np.empty(4 * _STRIP, np.int32)
+    red, green, blue = word_tables(lut)
     for first in range(0, height, _STRIP):
         rows = min(_STRIP, height - first)
         for r in range(rows):
+            row = source[top + first + r].reshape(3 * source.shape[1])
             for x in range(length):
-                for c in range(3):
-                    strip[x, 3 * r + c] = lut[c, source[top + first + r, left + x, c]]
-        for x in range(size):
-            total[:] = 1 << (_BITS - 1)
-            for k in range(count[x]):
-                t = taps[x, k]
-                column = strip[start[x] + k]
-                for lane in range(3 * _STRIP):
-                    total[lane] += np.int32(column[lane]) * t
-            at = size - 1 - x if flip else x
-            for r in range(rows):
-                for c in range(3):
-                    out[first + r, at, c] = total[3 * r + c] >> _BITS
+                i = np.uint64(3 * (left + x))
+                strip[x, r] = red[row[i]] | green[row[i + ONE]] | blue[row[i + TWO]]
+        _weigh(strip.view(np.uint8), start, count, taps, total, result.view(np.uint8))
+        for r in range(rows):
+            row = out[first + r].reshape(3 * size)
+            for x in range(size):
+                word = result[x, r]
+                i = np.uint64(3 * (size - 1 - x if flip else x))
+                row[i], row[i + ONE], row[i + TWO] = word, word >> np.uint32(8), word >> np.uint32(16)
 
 
 @jit
-def _vertical(source, out):
-    """Resize the columns of `source` (L, W, 3) to the height of `out` (S, W, 3)."""
+def _vertical(source, length, out):
+    """Resize the first `length` rows of `source` (≥ length + SLACK, W, 3) to the height of `out` (S, W, 3)."""
     size, width, _ = out.shape
-    if len(source) == size:
-        out[:] = source
+    if length == size:
+        out[:] = source[:length]
         return
-    start, count, taps = _coefficients(len(source), size)
-    total = np.empty(3 * width, np.int32)
+    start, count, taps = _coefficients(length, size)
+    lanes = 3 * width
+    rows, into = source.reshape(len(source), lanes), out.reshape(size, lanes)
+    _weigh(rows, start, count, taps, np.empty(lanes, np.int32), into)
+
+
+@jit
+def _weigh(rows, start, count, taps, total, out):
+    """out[y] = Σₖ rows[start[y] + k] · taps[y, k], rounded: u8 (L, lanes) -> u8 (S, lanes).
+
+    `total` i32 (lanes,) is scratch. Up to four taps, the usual case, stay in registers.
+    """
+    size, lanes = out.shape
     for y in range(size):
-        total[:] = 1 << (_BITS - 1)
-        for k in range(count[y]):
-            t = taps[y, k]
-            row = source[start[y] + k].reshape(3 * width)
-            for i in range(3 * width):
-                total[i] += np.int32(row[i]) * t
-        row = out[y].reshape(3 * width)
-        for i in range(3 * width):
-            row[i] = total[i] >> _BITS
+        a, b, c, d = start[y], start[y] + 1, start[y] + 2, start[y] + 3
+        t0, t1, t2, t3 = taps[y, 0], taps[y, 1], taps[y, 2], taps[y, 3]
+        if count[y] <= 2:
+            for i in range(lanes):
+                out[y, i] = np.int32(_HALF + _two(t0, rows[a, i], t1, rows[b, i])) >> _BITS
+            continue
+        for i in range(lanes):
+            total[i] = _HALF + _two(t0, rows[a, i], t1, rows[b, i]) + _two(t2, rows[c, i], t3, rows[d, i])
+        for k in range(4, count[y], 2):
+            a, b = start[y] + k, start[y] + k + 1
+            t0, t1 = taps[y, k], taps[y, k + 1]
+            for i in range(lanes):
+                total[i] += _two(t0, rows[a, i], t1, rows[b, i])
+        for i in range(lanes):
+            out[y, i] = total[i] >> _BITS
+
+
+@jit
+def _two(t0, v0, t1, v1):
+    # Narrowed at once: numba would go on in 64 bits, at half the lanes.
+    return np.int32(np.int32(t0 * v0) + np.int32(t1 * v1))

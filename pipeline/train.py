@@ -2,6 +2,7 @@
 
 import json
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
@@ -40,7 +41,7 @@ def run(config: TrainStudent) -> dict:
             yield from repeat(cross_entropy)
         numbers = (epoch % store.manifest.views for epoch in range(first_epoch, config.epochs))
         for plane in cache.planes(store, numbers):
-            yield partial(distillation, config, store, plane, index)
+            yield _checked(partial(distillation, config, store, plane, index), plane, index)
 
     return fit(
         config,
@@ -80,6 +81,36 @@ def distillation(
         kd_weight=config.kd_weight,
         weight=w,
     )
+
+
+def _checked(objective: Objective, plane: Plane, index: Index) -> Objective:
+    """`objective`, whose first batch must hold the very pixels that the teacher saw.
+
+    Once per epoch is enough: what could change them (decoder, its version, the view) changes all of them.
+    """
+    unchecked = [plane]
+
+    def check_and_go(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        if unchecked:
+            check_pixels(unchecked.pop(), index, batch)
+        return objective(logits, batch)
+
+    return check_and_go
+
+
+def check_pixels(plane: Plane, index: Index, batch: Batch) -> None:
+    """Raise UserError unless the batch's pixels have the digests that the teacher pass stored."""
+    found = np.array(
+        [[zlib.crc32(view) for view in pair] for pair in batch.images.cpu().numpy().swapaxes(0, 1)], np.uint32
+    )
+    if len(differ := np.flatnonzero((found != plane.digest[batch.rows]).any(axis=1))):
+        row = batch.rows[differ[0]]
+        raise UserError(
+            "the student would not see the pixels that the teacher saw",
+            found=f"{len(differ)} of {len(found)} pairs of view {plane.view} differ, the first of key {index.key(row)}",
+            expected="the digests in the store",
+            fix="decode with the DALI version and on the kind of device of the teacher pass, or run it again",
+        )
 
 
 def fit(

@@ -1,11 +1,15 @@
 """The student loop: the loss it minimises, and a kill at any moment that leaves no trace in the weights."""
 
 import dataclasses
+import io
 import json
 import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_precompute import finished, killed
 
@@ -13,6 +17,7 @@ import cache
 from cache import UserError
 from pipeline import train
 from pipeline.config import TrainStudent
+from pipeline.demo import POLICY
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +132,46 @@ def test_epoch_e_takes_view_e_mod_v(whole, monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "planes", lambda store, numbers: planes(store, (asked.append(v) or v for v in numbers)))
     train.run(dataclasses.replace(whole, out=tmp_path / "r"))
     assert asked == [0, 1, 0]
+
+
+def test_other_pixels_than_the_teachers_are_refused(whole, tmp_path):
+    """A store whose digests are of other pixels: as if another decoder had made this run's."""
+    store = tmp_path / "labels.zarr"
+    shutil.copytree(whole.store, store)
+    opened = cache.open(store)
+    for view, block in ((v, b) for v in range(2) for b in range(opened.manifest.blocks)):
+        rows = slice(*opened.block_range(block))
+        plane = cache.open(whole.store).load_plane(view)
+        opened.write_block(view, block, plane.encoded[rows], plane.weight[rows], plane.digest[rows] ^ np.uint32(1))
+    with pytest.raises(
+        UserError, match=r"not see the pixels .* 16 of 16 pairs of view 0 .* key train"
+    ):
+        train.run(dataclasses.replace(whole, store=store, out=tmp_path / "run"))
+
+
+def test_evaluation_counts_what_pillow_and_numpy_count(whole):
+    """Top-1, top-5 and cross-entropy of the trained student, from images that Pillow cropped."""
+    from pipeline import models, policy
+    from pipeline.device import Normalise
+    from pipeline.evaluate import evaluate
+    from pipeline.index import Index
+
+    index, base = Index.open(whole.data, split="val"), policy.load(POLICY)
+    network = models.create(f"cifar/resnet8@{whole.out / 'model.safetensors'}", index.classes)
+    normalise = Normalise(base.mean, base.std, torch.device("cpu"))
+    got = evaluate(network.module, normalise, index, base, 7, whole)
+
+    images = [Image.open(io.BytesIO(index.read(row))).convert("RGB") for row in index.good]
+    images = [image.resize((32, 32), Image.Resampling.BILINEAR) for image in images]  # the policy keeps all of it
+    x = (np.stack([np.asarray(image) for image in images]) / 255 - base.mean) / base.std
+    with torch.inference_mode():
+        logits = network.module.eval()(torch.from_numpy(x).permute(0, 3, 1, 2).float()).double().numpy()
+    labels = index.records["label"][index.good]
+    rank = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(axis=1)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+    assert got["samples"] == len(labels) == 45
+    assert got["top1"] == (rank < 1).mean() and got["top5"] == (rank < 5).mean() and got["top1"] < got["top5"]
+    assert got["loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
 def test_resuming_with_other_options_is_refused(whole):
