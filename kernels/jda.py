@@ -3,7 +3,8 @@
 Operations that map one value to another (posterize, solarize, invert, autocontrast, equalize, contrast, brightness)
 never touch a pixel: they compose into one table per channel, `lut` (3, 256). A histogram wanted in between is that of
 the last materialised image, pushed through the table. Only rotate, shear, translate, color and sharpness write
-pixels, and each reads its source through the table. The last table is applied while the crop reads.
+pixels, and each reads its source through the table. The last table is applied while the crop reads. Only pixels
+that the crop, or a histogram on the way to it, depends on are ever computed.
 
 Each function names the Pillow source it reproduces. No fast-math: LLVM then contracts and reorders nothing, and
 float32 / float64 expressions give the bits of Pillow's C.
@@ -14,7 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from kernels import pixels, resample
+from kernels import geometry, pixels, resample
 from kernels.ops import CODES, TABLES, Op, Program, compile_table
 
 _INVERT = CODES["invert"]
@@ -30,6 +31,7 @@ _ROTATE = CODES["rotate"]
 _SHEAR_X = CODES["shear_x"]
 _SHEAR_Y = CODES["shear_y"]
 _TRANSLATE_X = CODES["translate_x"]
+_TRANSLATE_Y = CODES["translate_y"]
 
 
 def apply(image: np.ndarray, policy: str | tuple[Op, ...], mask: int, signs: int) -> np.ndarray:
@@ -94,8 +96,9 @@ def _scratch(pixels: int) -> np.ndarray:
 @pixels.jit
 def _apply(image, codes, params, mask, signs, scratch, out):
     lut = np.empty((3, 256), np.uint8)
-    result = _run(image, codes, params, mask, signs, scratch, lut)
-    pixels.through(result, lut, out)
+    whole = (0, 0, image.shape[0], image.shape[1])
+    result = _run(image, codes, params, mask, signs, whole, scratch, lut)
+    pixels.through(result, lut, whole, out)
 
 
 @pixels.jit
@@ -104,21 +107,28 @@ def _pair(image, codes, params, mask, signs, boxes, flips, pad, scratch, out, po
     resample.crop(image, lut, boxes[0], flips[0], pad, scratch[0], out[0, position])
     if out.shape[0] == 1:
         return
-    source = _run(image, codes, params, mask, signs, scratch, lut)
+    height, width, _ = image.shape
+    top, left = boxes[1, 0] - max(pad, 0), boxes[1, 1] - max(pad, 0)
+    wanted = (max(top, 0), max(left, 0), min(top + boxes[1, 2], height), min(left + boxes[1, 3], width))
+    source = _run(image, codes, params, mask, signs, wanted, scratch, lut)
     # The result of JDA may live in either half of the scratch; the resize gets the other one.
     free = scratch[1] if source.ctypes.data == scratch[0].ctypes.data else scratch[0]
     resample.crop(source, lut, boxes[1], flips[1], pad, free, out[1, position])
 
 
 @pixels.jit
-def _run(image, codes, params, mask, signs, scratch, lut):
-    """Run the fired operations; returns the image to be read through `lut`: `image` itself or a half of `scratch`."""
+def _run(image, codes, params, mask, signs, wanted, scratch, lut):
+    """Run the fired operations; returns the image to be read through `lut`: `image` itself or a half of `scratch`.
+
+    Of the result only the region `wanted` is valid.
+    """
     height, width, _ = image.shape
     first = scratch[0, : image.size].reshape(image.shape)
     second = scratch[1, : image.size].reshape(image.shape)
     source, target, spare = image, first, second
     histogram = np.empty((3, 256), np.int64)
     fresh = False  # is `histogram` that of `source`?
+    regions = _regions(codes, params, mask, signs, wanted, height, width)
     lut[:] = pixels.identity()
     for i in range(len(codes)):
         if not (mask >> i) & 1:
@@ -126,6 +136,7 @@ def _run(image, codes, params, mask, signs, scratch, lut):
         code = codes[i]
         m = params[i, 0]
         signed = -m if (signs >> i) & 1 else m
+        region = (regions[i, 0], regions[i, 1], regions[i, 2], regions[i, 3])
         if code in (_INVERT, _POSTERIZE, _SOLARIZE):
             for c in range(3):
                 for v in range(256):
@@ -148,24 +159,66 @@ def _run(image, codes, params, mask, signs, scratch, lut):
             continue  # factor 1 copies
         else:
             if code == _COLOR:
-                pixels.color(source, lut, np.float32(1.0 + signed), target)
+                pixels.color(source, lut, np.float32(1.0 + signed), region, target)
             elif code == _SHARPNESS:
-                pixels.through(source, lut, spare)
-                pixels.sharpness(spare, np.float32(1.0 + signed), target)
+                if not pixels.is_identity(lut):
+                    pixels.through(source, lut, _grown(region, height, width), spare)
+                    source = spare
+                pixels.sharpness(source, np.float32(1.0 + signed), region, target)
             elif code == _ROTATE:
-                pixels.rotate(source, lut, m, params[i, 1], target)
+                geometry.rotate(source, lut, m, params[i, 1], region, target)
             elif code == _SHEAR_X:
-                pixels.shear_x(source, lut, signed, target)
+                geometry.shear_x(source, lut, signed, region, target)
             elif code == _SHEAR_Y:
-                pixels.shear_y(source, lut, signed, target)
+                geometry.shear_y(source, lut, signed, region, target)
             elif code == _TRANSLATE_X:
-                pixels.translate(source, lut, signed * width, 0.0, target)
+                geometry.translate(source, lut, signed * width, 0.0, region, target)
             else:
-                pixels.translate(source, lut, 0.0, signed * height, target)
+                geometry.translate(source, lut, 0.0, signed * height, region, target)
             source, target, spare = target, spare, target
             lut[:] = pixels.identity()
             fresh = False
     return source
+
+
+@pixels.jit
+def _regions(codes, params, mask, signs, wanted, height, width):
+    """What each operation must produce so that `wanted` of the last one is right: i64 (ops, 4), as `wanted`.
+
+    Worked out backwards. An operation that looks at the whole image (histogram, mean) wants all of it.
+    """
+    regions = np.empty((len(codes), 4), np.int64)
+    region = wanted
+    for i in range(len(codes) - 1, -1, -1):
+        regions[i] = region
+        if not (mask >> i) & 1:
+            continue
+        code, m = codes[i], params[i, 0]
+        signed = -m if (signs >> i) & 1 else m
+        if code in (_AUTOCONTRAST, _EQUALIZE, _CONTRAST):
+            region = (0, 0, height, width)
+        elif code == _SHARPNESS:
+            region = _grown(region, height, width)
+        elif code == _ROTATE:
+            cos, sin = m, params[i, 1]
+            x, y = geometry.rotation_offset(cos, sin, height, width)
+            region = geometry.reach(region, cos, sin, x, -sin, cos, y, height, width)
+        elif code == _SHEAR_X:
+            region = geometry.reach(region, 1.0, signed, 0.0, 0.0, 1.0, 0.0, height, width)
+        elif code == _SHEAR_Y:
+            region = geometry.reach(region, 1.0, 0.0, 0.0, signed, 1.0, 0.0, height, width)
+        elif code == _TRANSLATE_X:
+            region = geometry.reach(region, 1.0, 0.0, signed * width, 0.0, 1.0, 0.0, height, width)
+        elif code == _TRANSLATE_Y:
+            region = geometry.reach(region, 1.0, 0.0, 0.0, 0.0, 1.0, signed * height, height, width)
+    return regions
+
+
+@pixels.jit
+def _grown(region, height, width):
+    """With the neighbours of its pixels."""
+    top, left, bottom, right = region
+    return max(top - 1, 0), max(left - 1, 0), min(bottom + 1, height), min(right + 1, width)
 
 
 @pixels.jit

@@ -7,7 +7,7 @@ its order is the one followed: vertical first iff h > S and h − S > 2 (w − S
 
 import numpy as np
 
-from kernels.pixels import ONE, TWO, identity, jit, through, word_tables
+from kernels.pixels import ONE, TWO, identity, jit, through_row, word_tables
 
 SLACK = 3  # rows of scratch behind an image: taps are read in groups of up to four, the surplus ones being zero
 _BITS = 22  # fractional bits of a coefficient, libImaging/Resample.c PRECISION_BITS
@@ -30,7 +30,9 @@ def crop(source, lut, box, flip, pad, scratch, out):
     if height > size and height - size > 2 * (width - size) and width != size:
         pixels = (height + SLACK) * width * 3
         region = scratch[:pixels].reshape(height + SLACK, width, 3)
-        through(source[top : top + height, left : left + width], lut, region[:height])
+        for y in range(height):
+            row = source[top + y].reshape(3 * source.shape[1])[3 * left : 3 * (left + width)]
+            through_row(row, lut, 0, width, region[y].reshape(3 * width))
         between = scratch[pixels : pixels + size * width * 3].reshape(size, width, 3)
         _vertical(region, height, between)
         _horizontal(between, identity(), 0, 0, width, flip, out)

@@ -15,6 +15,12 @@ from pillow import base, jda, operation
 import kernels.jda
 from kernels import resample
 from kernels.ops import TABLES, Op, compile_table
+from pipeline.views import VIEW
+
+# A table of everything, the dearest operations last, so that little but the crop wants their output.
+EVERY = [("contrast", 0.4), ("equalize",), ("brightness", 0.3), ("autocontrast",), ("posterize", 5), ("rotate", 20.0)]
+EVERY += [("sharpness", 0.8), ("shear_x", 0.2), ("translate_y", 0.3), ("color", 0.5), ("solarize", 100.0)]
+EVERY += [("shear_y", 0.15), ("sharpness", 0.5), ("rotate", 45.0), ("translate_x", 0.2), ("shear_x", 0.3), ("invert",)]
 
 SIZES = [(1, 1), (1, 7), (5, 1), (2, 2), (3, 3), (2, 9), (31, 17), (64, 64), (100, 75), (33, 200), (224, 224)]
 
@@ -87,6 +93,33 @@ def test_crop_and_resize_equal_pillow(width, height, size, flip, seed):
     lut = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
     resample.crop(image, lut, box, flip, -1, np.empty(resample.scratch_bytes(height, width, size), np.uint8), out)
     np.testing.assert_array_equal(out, np.asarray(base(Image.fromarray(image), box, flip, size, -1)))
+
+
+@pytest.mark.parametrize("policy", [*TABLES, "every"])
+def test_pairs_equal_pillow(policy):
+    """500 pairs per table, crops from one pixel to the whole image: only what a crop needs is computed, and rightly."""
+    rng = np.random.default_rng(list(policy.encode()))
+    table = TABLES[policy] if policy in TABLES else tuple(Op(*op) for op in EVERY)
+    program, size, pad = compile_table(table), 16, 3
+    differing = 0
+    for number in range(500):
+        image = source(rng, number)
+        height, width = image.shape[:2]
+        view = np.zeros((), VIEW)
+        view["mask"] = int((rng.random(len(table)) < 0.3) @ (1 << np.arange(len(table))))
+        view["signs"], view["flip"] = rng.integers(0, 1 << len(table)), rng.integers(0, 2, 2)
+        padded = number % 2 and min(height, width) + 2 * pad >= size
+        margin = 2 * pad if padded else 0
+        for box in view["box"]:
+            box[2:] = (size, size) if padded else (rng.integers(1, height + 1), rng.integers(1, width + 1))
+            box[:2] = rng.integers(0, height + margin - box[2] + 1), rng.integers(0, width + margin - box[3] + 1)
+        out = np.empty((2, 1, size, size, 3), np.uint8)
+        kernels.jda.pair(image, program, view[()], pad if padded else -1, out, 0)
+        augmented = jda(Image.fromarray(image), table, int(view["mask"]), int(view["signs"]))
+        for v, seen in enumerate((Image.fromarray(image), augmented)):
+            crop = base(seen, view["box"][v], bool(view["flip"][v]), size, pad if padded else -1)
+            differing += int((out[v, 0] != np.asarray(crop)).sum())
+    assert differing == 0
 
 
 def test_the_input_is_left_alone():
