@@ -116,7 +116,7 @@ def translate(source, lut, shift_x, shift_y, region, out):
 @jit
 def shear_x(source, lut, m, region, out):
     """Image.transform(AFFINE, (1, m, 0, 0, 1, 0), BICUBIC): the vertical fraction is 0, one row is read."""
-    height, width, _ = source.shape
+    width = source.shape[1]
     top, left, bottom, right = region
     lanes = 3 * width
     line = np.empty(lanes + 12, np.uint8)  # a row after the table, its ends repeated twice on either side
@@ -161,7 +161,7 @@ def _cubic_run(line, d, out):
 @jit
 def shear_y(source, lut, m, region, out):
     """Image.transform(AFFINE, (1, 0, 0, m, 1, 0), BICUBIC): the horizontal fraction is 0, one column is read."""
-    height, width, _ = source.shape
+    height = source.shape[0]
     top, left, bottom, right = region
     for y in range(top, bottom):
         for x in range(left, right):

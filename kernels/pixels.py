@@ -9,8 +9,9 @@ import hashlib
 import os
 from pathlib import Path
 
-import numba
 import numpy as np
+from numba import njit
+from numba.core import config
 
 ONE, TWO = np.uint64(1), np.uint64(2)  # unsigned indices: numba lets a signed one count from the end
 
@@ -27,11 +28,12 @@ _CACHE = _cache_folder()
 
 def jit(function):
     """numba.njit without the GIL, compiled once per machine and state of this package."""
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE
+    before = getattr(config, "CACHE_DIR")  # noqa: B009 - numba sets its options at run time
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        setattr(config, "CACHE_DIR", _CACHE)  # noqa: B010
+        return njit(nogil=True, cache=True)(function)
     finally:
-        numba.config.CACHE_DIR = before
+        setattr(config, "CACHE_DIR", before)  # noqa: B010
 
 
 @jit
@@ -62,10 +64,10 @@ def identity():
 
 @jit
 def is_identity(lut):
+    different = 0
     for v in range(256):
-        if lut[0, v] != v or lut[1, v] != v or lut[2, v] != v:
-            return False
-    return True
+        different |= (lut[0, v] ^ v) | (lut[1, v] ^ v) | (lut[2, v] ^ v)
+    return different == 0
 
 
 @jit
