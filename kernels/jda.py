@@ -125,7 +125,7 @@ def _run(image, codes, params, mask, signs, wanted, scratch, lut):
     height, width, _ = image.shape
     first = scratch[0, : image.size].reshape(image.shape)
     second = scratch[1, : image.size].reshape(image.shape)
-    source, target, spare = image, first, second
+    source, target = image, first
     histogram = np.empty((3, 256), np.int64)
     fresh = False  # is `histogram` that of `source`?
     regions = _regions(codes, params, mask, signs, wanted, height, width)
@@ -161,10 +161,7 @@ def _run(image, codes, params, mask, signs, wanted, scratch, lut):
             if code == _COLOR:
                 pixels.color(source, lut, np.float32(1.0 + signed), region, target)
             elif code == _SHARPNESS:
-                if not pixels.is_identity(lut):
-                    pixels.through(source, lut, _grown(region, height, width), spare)
-                    source = spare
-                pixels.sharpness(source, np.float32(1.0 + signed), region, target)
+                pixels.sharpness(source, lut, np.float32(1.0 + signed), region, target)
             elif code == _ROTATE:
                 geometry.rotate(source, lut, m, params[i, 1], region, target)
             elif code == _SHEAR_X:
@@ -175,7 +172,7 @@ def _run(image, codes, params, mask, signs, wanted, scratch, lut):
                 geometry.translate(source, lut, signed * width, 0.0, region, target)
             else:
                 geometry.translate(source, lut, 0.0, signed * height, region, target)
-            source, target, spare = target, spare, target
+            source, target = target, second if target is first else first
             lut[:] = pixels.identity()
             fresh = False
     return source

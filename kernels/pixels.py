@@ -13,6 +13,9 @@ import numpy as np
 from numba import njit
 from numba.core import config
 
+from kernels.words import load_word, store_word
+
+BYTE = np.uint32(255)
 ONE, TWO = np.uint64(1), np.uint64(2)  # unsigned indices: numba lets a signed one count from the end
 
 
@@ -41,17 +44,21 @@ def through(source, lut, region, out):
     """Copy `region` (top, left, bottom, right) through the table."""
     top, left, bottom, right = region
     lanes = 3 * source.shape[1]
+    tables = word_tables(lut)
     for y in range(top, bottom):
-        through_row(source[y].reshape(lanes), lut, left, right, out[y].reshape(lanes))
+        through_row(source[y].reshape(lanes), tables, left, right, out[y].reshape(lanes))
 
 
 @jit
-def through_row(row, lut, left, right, out):
-    """Copy the pixels [left, right) of a row, u8 (3·W,), through the table, to the same place."""
-    reds, greens, blues = lut
-    for x in range(left, right):
+def through_row(row, tables, left, right, out):
+    """Copy the pixels [left, right) of a row, u8 (3·W,), through `word_tables`, to the same place."""
+    if left >= right:
+        return
+    for x in range(left, right - 1):
         i = np.uint64(3 * x)
-        out[i], out[i + ONE], out[i + TWO] = reds[row[i]], greens[row[i + ONE]], blues[row[i + TWO]]
+        store_word(out, i, look_up(tables, load_word(row, i)))
+    for i in range(3 * right - 3, 3 * right):
+        out[i] = tables[i % 3][row[i]] >> np.uint32(8 * (i % 3))
 
 
 @jit
@@ -72,13 +79,19 @@ def is_identity(lut):
 
 @jit
 def word_tables(lut):
-    """Tables u32 (256,) for red, green and blue, whose entries or-ed give a pixel's bytes after `lut` in one word."""
-    red, green, blue = np.empty(256, np.uint32), np.empty(256, np.uint32), np.empty(256, np.uint32)
-    for v in range(256):
-        red[v] = lut[0, v]
-        green[v] = np.uint32(lut[1, v]) << np.uint32(8)
-        blue[v] = np.uint32(lut[2, v]) << np.uint32(16)
-    return red, green, blue
+    """u32 (3, 256): entries that, or-ed for the channels of a pixel, give its bytes after `lut` in one word."""
+    tables = np.empty((3, 256), np.uint32)
+    for c in range(3):
+        for v in range(256):
+            tables[c, v] = np.uint32(lut[c, v]) << np.uint32(8 * c)
+    return tables[0], tables[1], tables[2]
+
+
+@jit
+def look_up(tables, word):
+    """The pixel in the lower three bytes of a u32, after `word_tables`; the upper byte is 0."""
+    red, green, blue = tables
+    return red[word & BYTE] | green[(word >> np.uint32(8)) & BYTE] | blue[(word >> np.uint32(16)) & BYTE]
 
 
 @jit
@@ -104,12 +117,12 @@ def color(source, lut, factor, region, out):
     """PIL.ImageEnhance.Color: blend with L."""
     top, left, bottom, right = region
     lanes = 3 * source.shape[1]
-    plain = is_identity(lut)
+    plain, tables = is_identity(lut), word_tables(lut)
     line = np.empty(lanes, np.uint8)
     for y in range(top, bottom):
         row = source[y].reshape(lanes)
         if not plain:
-            through_row(row, lut, left, right, line)
+            through_row(row, tables, left, right, line)
             row = line
         pixels, result = row[3 * left : 3 * right], out[y].reshape(lanes)[3 * left : 3 * right]
         for x in range(right - left):  # nothing but arithmetic, so that it vectorises
@@ -121,7 +134,7 @@ def color(source, lut, factor, region, out):
 
 
 @jit
-def sharpness(source, factor, region, out):
+def sharpness(source, lut, factor, region, out):
     """PIL.ImageEnhance.Sharpness: blend with ImageFilter.SMOOTH, whose border copies the source.
 
     Pillow sums float32 products with 1/13 and 5/13 and rounds. The exact sum is a multiple of 1/13, never closer
@@ -130,14 +143,21 @@ def sharpness(source, factor, region, out):
     height, width, _ = source.shape
     top, left, bottom, right = region
     lanes = 3 * width
-    sums = np.empty(lanes, np.int32)  # of three rows; a pixel's neighbours in the row are three bytes off
+    tables = word_tables(lut)
+    low, high = max(left - 1, 0), min(right + 1, width)
+    lines = np.empty((3, lanes), np.uint8)  # the rows above, at and below y after the table, at their number mod 3
+    sums = np.empty(lanes, np.int32)  # of the three; a pixel's neighbours in its row are three bytes off
     first, stop = 3 * max(left, 1), 3 * min(right, width - 1)
+    done = max(top - 1, 0)
     for y in range(top, bottom):
-        row, result = source[y].reshape(lanes), out[y].reshape(lanes)
-        if y in (0, height - 1) or first >= stop:
+        while done < min(y + 2, height):
+            through_row(source[done].reshape(lanes), tables, low, high, lines[done % 3])
+            done += 1
+        row, result = lines[y % 3], out[y].reshape(lanes)
+        if y == 0 or y == height - 1 or first >= stop:
             result[3 * left : 3 * right] = row[3 * left : 3 * right]
             continue
-        above, below = source[y - 1].reshape(lanes), source[y + 1].reshape(lanes)
+        above, below = lines[(y - 1) % 3], lines[(y + 1) % 3]
         for i in range(first - 3, stop + 3):
             sums[i] = np.int32(above[i]) + np.int32(row[i]) + np.int32(below[i])
         left_sums, right_sums = sums[first - 3 :], sums[first + 3 :]

@@ -7,7 +7,8 @@ its order is the one followed: vertical first iff h > S and h − S > 2 (w − S
 
 import numpy as np
 
-from kernels.pixels import ONE, TWO, identity, jit, through_row, word_tables
+from kernels.pixels import identity, is_identity, jit, look_up, through_row, word_tables
+from kernels.words import load_word, store_word
 
 SLACK = 3  # rows of scratch behind an image: taps are read in groups of up to four, the surplus ones being zero
 _BITS = 22  # fractional bits of a coefficient, libImaging/Resample.c PRECISION_BITS
@@ -30,9 +31,10 @@ def crop(source, lut, box, flip, pad, scratch, out):
     if height > size and height - size > 2 * (width - size) and width != size:
         pixels = (height + SLACK) * width * 3
         region = scratch[:pixels].reshape(height + SLACK, width, 3)
+        tables = word_tables(lut)
         for y in range(height):
             row = source[top + y].reshape(3 * source.shape[1])[3 * left : 3 * (left + width)]
-            through_row(row, lut, 0, width, region[y].reshape(3 * width))
+            through_row(row, tables, 0, width, region[y].reshape(3 * width))
         between = scratch[pixels : pixels + size * width * 3].reshape(size, width, 3)
         _vertical(region, height, between)
         _horizontal(between, identity(), 0, 0, width, flip, out)
@@ -108,21 +110,26 @@ def _horizontal(source, lut, top, left, length, flip, out):
     strip = np.zeros((length + SLACK, _STRIP), np.uint32)
     result = np.empty((size, _STRIP), np.uint32)
     total = np.empty(4 * _STRIP, np.int32)
-    red, green, blue = word_tables(lut)
+    tables, plain = word_tables(lut), is_identity(lut)
     for first in range(0, height, _STRIP):
         rows = min(_STRIP, height - first)
         for r in range(rows):
-            row = source[top + first + r].reshape(3 * source.shape[1])
-            for x in range(length):
-                i = np.uint64(3 * (left + x))
-                strip[x, r] = red[row[i]] | green[row[i + ONE]] | blue[row[i + TWO]]
+            row = source[top + first + r].reshape(3 * source.shape[1])[3 * left : 3 * (left + length)]
+            if plain:
+                for x in range(length - 1):
+                    strip[x, r] = load_word(row, np.uint64(3 * x))
+            else:
+                for x in range(length - 1):
+                    strip[x, r] = look_up(tables, load_word(row, np.uint64(3 * x)))
+            # The last pixel of an image has no byte behind it.
+            strip[length - 1, r] = tables[0][row[-3]] | tables[1][row[-2]] | tables[2][row[-1]]
         _weigh(strip.view(np.uint8), start, count, taps, total, result.view(np.uint8))
         for r in range(rows):
             row = out[first + r].reshape(3 * size)
-            for x in range(size):
-                word = result[x, r]
-                i = np.uint64(3 * (size - 1 - x if flip else x))
-                row[i], row[i + ONE], row[i + TWO] = word, word >> np.uint32(8), word >> np.uint32(16)
+            for x in range(size - 1):
+                store_word(row, np.uint64(3 * x), result[size - 1 - x if flip else x, r])
+            word = result[0 if flip else size - 1, r]
+            row[-3], row[-2], row[-1] = word, word >> np.uint32(8), word >> np.uint32(16)
 
 
 @jit
