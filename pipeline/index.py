@@ -1,23 +1,28 @@
 """The data set as one memory-mapped array: a fixed record per sample, rows in shard order.
 
-A data set folder holds `index.npy` (the records), `dataset.json` (classes, shards, fingerprint) and
-`quarantine.jsonl` (one line per damaged sample or shard). A row never moves: a damaged sample keeps its row
-with a non-zero status, so soft labels, random numbers and order can all hang on the row or on its key hash.
+A data set folder is local and holds `index.npy` (the records), `dataset.json` (classes, shards, fingerprint) and
+`quarantine.jsonl` (one line per damaged sample or shard); the shards lie anywhere that `pipeline.shards` reads. A row
+never moves: a damaged sample keeps its row with a non-zero status, so soft labels, random numbers and order can all
+hang on the row or on its key hash.
 """
 
 import hashlib
+import io
 import json
-import os
 import re
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google_crc32c import value as crc32c
 
 from cache.errors import UserError
+from pipeline.remote import Unreadable, is_remote
+from pipeline.shards import CACHE_BYTES, Reader
 
 RECORD = np.dtype(
     [
@@ -28,7 +33,7 @@ RECORD = np.dtype(
         ("width", "<u4"),
         ("label", "<i4"),
         ("key_hash", "<u8"),
-        ("crc", "<u4"),  # zlib.crc32 of the encoded image
+        ("crc", "<u4"),  # CRC-32C of the encoded image
         ("status", "u1"),  # 0 good, anything else quarantined
         ("cmyk", "u1"),  # four inks: each decoder has its own idea of their colour
     ]
@@ -38,7 +43,7 @@ MAX_SIDE = 16_383  # Pillow rotates in 16.16 fixed point, and areas must stay ex
 _IDENTITY = np.dtype(
     [(name, RECORD[name]) for name in ("key_hash", "label", "size", "crc", "height", "width", "status")]
 )
-_FORMAT = 1
+_FORMAT = 2  # 1 held the CRC-32 of zlib
 _META_TYPES: dict[str, type | tuple[type, ...]] = {
     "format": int,
     "source": str,
@@ -50,8 +55,13 @@ _META_TYPES: dict[str, type | tuple[type, ...]] = {
     "fingerprint": str,
 }
 _MAX_META_BYTES = 64 << 20
-_OPEN_SHARDS = 256  # well below the usual limit of 1,024 descriptors per process
 _BLOCK = 512  # of a tar file
+_HEADER_BYTES = 8 << 10  # a member's headers: one block, and those that hold a name over 100 characters
+_LENGTH_THREADS = 32
+
+
+class BadSample(UserError):
+    """A sample that can no longer be read as it was indexed; its line names key, shard, byte and cause."""
 
 
 def key_hash(key: str) -> int:
@@ -95,7 +105,7 @@ def write(
     classes: int,
     class_names: list[str] | None,
 ) -> None:
-    """Write the three files of a data set folder; `shards` are absolute paths or relative to the folder."""
+    """Write the three files of a data set folder; `shards` are URLs, or paths absolute or relative to the folder."""
     meta = {
         "format": _FORMAT,
         "source": source,
@@ -111,42 +121,31 @@ def write(
     (folder / "dataset.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def key_at(path: Path, offset: int, expected_hash: int) -> str:
+def key_at(reader: Reader, shard: str, offset: int, expected_hash: int) -> str:
     """The key of the tar member whose data begins at `offset`; UserError if it is not the expected one."""
-    try:
-        with open(path, "rb") as file:
-            block = os.pread(file.fileno(), _BLOCK, offset - _BLOCK)
-            try:
-                header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-                name = split_name(header.name)
-            except tarfile.TarError:
-                name = None
-            if name and key_hash(name[0]) == expected_hash:
-                return name[0]
-            # A name over 100 characters is cut in the last header and whole only in an earlier one.
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-                for member in tar:
-                    name = split_name(member.name) if member.offset_data == offset else None
-                    if name and key_hash(name[0]) == expected_hash:
-                        return name[0]
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"cannot read shard {path}", found=error, fix="restore the shard") from None
+    start = max(0, offset - _HEADER_BYTES)
+    before = reader.read(shard, start, offset - start)
+    # The last block cuts a name over 100 characters, which is whole only if read from an earlier block on.
+    for back in range(_BLOCK, len(before) + 1, _BLOCK):
+        name = split_name(_member_name(before[-back:]) or "")
+        if name and key_hash(name[0]) == expected_hash:
+            return name[0]
     raise UserError(
-        f"shard {path} has changed since it was indexed",
+        f"shard {shard} has changed since it was indexed",
         found=f"no such key at byte {offset}",
         fix="run pipeline prepare again",
     )
 
 
-class _Descriptor:
-    """A read-only file descriptor that closes with its last user, so a cache may drop it at any time."""
-
-    def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self):
-        if hasattr(self, "number"):
-            os.close(self.number)
+def _member_name(headers: bytes) -> str | None:
+    """The name of the member whose headers are exactly these blocks."""
+    file = io.BytesIO(headers)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            member = tar.next()
+            return member.name if member and member.offset_data == len(headers) else None
+    except (tarfile.TarError, ValueError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,14 +156,17 @@ class Index:
     records: np.ndarray  # (N,) RECORD, memory-mapped
     classes: int
     class_names: list[str] | None
-    shards: list[Path]  # absolute
+    shards: list[str]  # absolute paths, or URLs
     fingerprint: str
-    _descriptor: Any = field(default_factory=lambda: lru_cache(_OPEN_SHARDS)(_Descriptor), repr=False)
+    _reader: Reader = field(default_factory=Reader, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path, split: str = "train") -> "Index":
+    def open(
+        cls, path: str | Path, split: str = "train", *, cache: Path | None = None, cache_bytes: int = CACHE_BYTES
+    ) -> "Index":
         """Open `path`, or `path/split` where the data set was prepared with its own train and val parts.
 
+        `cache` is a folder for samples of remote shards, at most `cache_bytes` of them; processes may share it.
         UserError if the folder is missing, empty or damaged, or a shard is missing or shorter than indexed.
         """
         path = Path(path).absolute()
@@ -182,11 +184,12 @@ class Index:
             raise _damaged(path, found=f"{len(records)} records", expected=meta["samples"])
         if np.count_nonzero(records["status"]) != meta["quarantined"]:
             raise _damaged(path, found="another number of quarantined samples", expected=meta["quarantined"])
-        shards = [path / shard for shard in meta["shards"]]
-        _check_records(path, records, shards, meta["classes"])
+        shards = [shard if is_remote(shard) else str(path / shard) for shard in meta["shards"]]
+        reader = Reader(cache, cache_bytes)
+        _check_records(path, records, shards, reader, meta["classes"])
         if fingerprint(records, meta["classes"]) != meta["fingerprint"]:
             raise UserError(f"the index of {path} was altered", fix="run pipeline prepare again")
-        return cls(path, records, meta["classes"], meta["class_names"], shards, meta["fingerprint"])
+        return cls(path, records, meta["classes"], meta["class_names"], shards, meta["fingerprint"], reader)
 
     def __len__(self) -> int:
         """Number of rows N, quarantined ones included."""
@@ -198,27 +201,42 @@ class Index:
         return np.flatnonzero(self.records["status"] == 0).astype(np.int64, copy=False)
 
     def read(self, row: int) -> bytes:
-        """The encoded image of a row, as it stands in its shard."""
+        """The encoded image of a row, byte for byte as it was indexed; BadSample if that cannot be had."""
         record = self.records[row]
-        path = self.shards[record["shard"]]
+        shard, size, crc = self.shards[record["shard"]], int(record["size"]), int(record["crc"])
         try:
-            shard = self._descriptor(path)  # the name keeps it open, should the cache drop it meanwhile
-            data = os.pread(shard.number, int(record["size"]), int(record["offset"]))
-        except OSError as error:
-            raise UserError(f"cannot read shard {path}", found=error.strerror, fix="restore it") from None
-        if len(data) != record["size"]:
-            raise UserError(
-                f"shard {path} was cut while in use",
-                found=f"{len(data)} bytes at byte {record['offset']}",
-                expected=record["size"],
-                fix="restore the shard",
-            )
+            data = self._reader.read(shard, int(record["offset"]), size, crc)
+        except Unreadable as error:
+            # The key of a sample on a server that just failed is not worth another minute of tries.
+            raise self.bad(row, error.cause, find_key=not is_remote(shard)) from None
+        if len(data) != size:
+            raise self.bad(row, f"the shard was cut: {len(data)} of {size} bytes")
+        if crc32c(data) != crc:
+            raise self.bad(row, "the shard has changed since it was indexed: another CRC-32C")
         return data
+
+    @cached_property
+    def remote(self) -> bool:
+        """Does any shard lie behind a URL?"""
+        return any(map(is_remote, self.shards))
 
     def key(self, row: int) -> str:
         """The WebDataset key of a row, from its tar header; meant for messages, not for hot loops."""
         record = self.records[row]
-        return key_at(self.shards[record["shard"]], int(record["offset"]), int(record["key_hash"]))
+        return key_at(self._reader, self.shards[record["shard"]], int(record["offset"]), int(record["key_hash"]))
+
+    def bad(self, row: int, cause: str, find_key: bool = True) -> BadSample:
+        record = self.records[row]
+        try:
+            name = repr(self.key(row)) if find_key else None
+        except UserError:  # the header is gone as well
+            name = None
+        name = name or f"with key hash {record['key_hash']:016x}"
+        return BadSample(
+            f"cannot read sample {name} at byte {record['offset']} of shard {self.shards[record['shard']]}",
+            found=cause,
+            fix="restore the shard or run pipeline prepare again",
+        )
 
 
 def _damaged(path: Path, *, found: object, expected: object = None) -> UserError:
@@ -240,9 +258,15 @@ def _read_meta(path: Path) -> dict[str, Any]:
         if isinstance(error, UserError):
             raise
         raise _damaged(path, found="dataset.json that is not JSON") from None
-    if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
-        raise _damaged(path, found=f"index format {found}", expected=_FORMAT)
+    if not isinstance(meta, dict):
+        raise _damaged(path, found=f"dataset.json that is a {type(meta).__name__}")
+    if meta.get("format") != _FORMAT:
+        raise UserError(
+            f"the index of {path} has another format",
+            found=repr(meta.get("format")),
+            expected=_FORMAT,
+            fix="run pipeline prepare again",
+        )
     if meta.keys() != _META_TYPES.keys():
         raise _damaged(path, found=f"keys {sorted(meta)}", expected=sorted(_META_TYPES))
     for name, kind in _META_TYPES.items():
@@ -271,18 +295,12 @@ def _read_records(path: Path) -> np.ndarray:
     return records
 
 
-def _check_records(path: Path, records: np.ndarray, shards: list[Path], classes: int) -> None:
+def _check_records(path: Path, records: np.ndarray, shards: list[str], reader: Reader, classes: int) -> None:
     """Every record lies inside its shard, and every good one has a label in range and a plausible size."""
     if records["shard"].max() >= len(shards):
         raise _damaged(path, found=f"shard number {records['shard'].max()}", expected=f"below {len(shards)}")
-    lengths = np.empty(len(shards), np.uint64)
-    for number, shard in enumerate(shards):
-        try:
-            lengths[number] = shard.stat().st_size
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot read shard {shard}", found=error, fix="restore it or run pipeline prepare again"
-            ) from None
+    with ThreadPoolExecutor(_LENGTH_THREADS) as pool:  # a server answers in milliseconds, each time
+        lengths = np.fromiter(pool.map(reader.length, shards), np.uint64, len(shards))
     room = lengths[records["shard"]]
     size, offset = records["size"], records["offset"]
     # Compared without offset + size, which a hostile offset could make wrap around.

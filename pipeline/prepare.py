@@ -1,8 +1,8 @@
 """Images -> WebDataset shards and a checked index.
 
-Every source but existing WebDataset tars is first written as shards; then all shards, written or found, go
-through the same two passes: read the tar headers and labels into records, and decode every image once. What
-cannot be trained on is quarantined by key, with its cause, and keeps its row.
+Every source but existing WebDataset tars is first written as shards; then each shard, written or found, local or
+remote, is read once: tar headers and labels become records, and every image is decoded. What cannot be trained on is
+quarantined by key, with its cause, and keeps its row.
 """
 
 import io
@@ -11,29 +11,30 @@ import re
 import shutil
 import time
 import warnings
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from google_crc32c import value as crc32c
 from PIL import Image
 
 from cache.errors import UserError
 from pipeline import index
 from pipeline.config import Prepare
+from pipeline.decode import Undecodable, decode
+from pipeline.remote import is_remote
 from pipeline.report import progress, summary
-from pipeline.sources import Source, cifar, digits, duplicate_key, imagefolder, scan
+from pipeline.shards import Reader
+from pipeline.sources import Scan, Source, cifar, digits, duplicate_key, imagefolder, scan
 from pipeline.synthetic import synthetic
 
 SOURCES = "imagefolder:PATH | cifar10:PATH | cifar100:PATH | webdataset:GLOB | digits | synthetic:N"
 
 _MAX_INFERRED_CLASSES = 1_000_000  # beyond it a damaged label is likelier than a class
-_BATCH_IMAGES, _BATCH_PIXELS = 64, 64 << 20  # of one decode, so that huge photographs do not add up
+_BATCH_IMAGES, _BATCH_PIXELS = 64, 64 << 20  # under way at once, so that huge photographs do not add up
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xae\x42\x60\x82"
 
@@ -56,6 +57,9 @@ def build(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Build the data set folder `out` from `source` (one of SOURCES); `shard_size` in samples.
+
+    A GLOB of tars is a path or a URL (s3://bucket/key, http(s)://host/path) with {braces}, and wildcards but for
+    HTTP. Remote tars stay where they are.
 
     digits and cifar become `out/train` and `out/val`, all others one data set in `out`. Everything is
     built in a sibling folder that takes the name `out` at the end, so `out` is whole or not there.
@@ -120,10 +124,7 @@ def _build(
     kind, _, argument = source.partition(":")
     path = Path(os.path.expanduser(argument))
     if kind == "webdataset" and argument:
-        shards = sorted(os.path.abspath(name) for name in glob(str(path), recursive=True))
-        if not shards:
-            raise UserError(f"no shard matches {argument}", fix="check the pattern, and quote it for the shell")
-        return {"": _index(folder, shards, source, classes, None, threads)}
+        return {"": _index(folder, Reader().expand(argument), source, classes, None, threads)}
     if kind == "imagefolder" and argument:
         splits = {"": imagefolder(path, seed)}
     elif kind in ("cifar10", "cifar100") and argument:
@@ -184,17 +185,18 @@ def _index(
     class_names: list[str] | None,
     threads: int,
 ) -> _Part:
-    """Scan and check `shards` (absolute or relative to `folder`) and write the index into `folder`."""
-    paths = [folder / shard for shard in shards]
-    scans = [scan(path) for path in _track(paths, len(paths), "reading headers", "shards")]
+    """Scan and check `shards` (URLs, or paths absolute or relative to `folder`), write the index into `folder`."""
+    scans: list[Scan] = []
+    _check_images(_batches(shards, folder, scans, classes), threads)
     records = np.concatenate([found.records for found in scans])
     records["shard"] = np.repeat(np.arange(len(scans)), [len(found.records) for found in scans])
     keys = [key for found in scans for key in found.keys]
     causes = {row: cause for row, cause in enumerate(cause for found in scans for cause in found.causes) if cause}
-    _check_keys(records, keys, paths)
     classes = _check_labels(records, causes, classes)
-    _check_images(records, paths, causes, threads)
-    records["status"][list(causes)] = 1
+    bad = list(causes)
+    records["status"][bad] = 1
+    for name in ("height", "width", "cmyk"):
+        records[name][bad] = 0
 
     quarantine = [
         {"key": None, "shard": shard, "offset": found.end, "cause": found.cut}
@@ -218,22 +220,21 @@ def _index(
     return _Part(classes, len(records), good, counts, len(shards), int(records["size"].sum(dtype=np.int64)))
 
 
-def _check_keys(records: np.ndarray, keys: list[str], paths: list[Path]) -> None:
-    """No two rows may share a key, nor two keys a hash: identity hangs on it."""
-    order = np.argsort(records["key_hash"], kind="stable")
-    hashes = records["key_hash"][order]
-    twins = np.flatnonzero(hashes[1:] == hashes[:-1])
-    if len(twins) == 0:
-        return
-    first, second = order[twins[0]], order[twins[0] + 1]
-    shards = [paths[records["shard"][row]] for row in (first, second)]
-    if keys[first] == keys[second]:
-        raise duplicate_key(keys[first], *shards)
-    raise UserError(
-        "two keys have the same 64-bit hash",
-        found=f"{keys[first]!r} in {shards[0]} and {keys[second]!r} in {shards[1]}",
-        fix="rename one of the two samples",
-    )
+def _check_keys(scans: list[Scan], holders: dict[int, int]) -> None:
+    """The last scan may repeat no key, nor the hash of one: identity hangs on it. `holders`: key hash -> scan."""
+    for key, hashed in zip(scans[-1].keys, scans[-1].records["key_hash"].tolist(), strict=True):
+        if hashed not in holders:
+            holders[hashed] = len(scans) - 1
+            continue
+        other = scans[holders[hashed]]
+        twin = other.keys[int((other.records["key_hash"] == hashed).argmax())]
+        if twin == key:
+            raise duplicate_key(key, other.shard, scans[-1].shard)
+        raise UserError(
+            "two keys have the same 64-bit hash",
+            found=f"{twin!r} in {other.shard} and {key!r} in {scans[-1].shard}",
+            fix="rename one of the two samples",
+        )
 
 
 def _check_labels(records: np.ndarray, causes: dict[int, str], classes: int | None) -> int:
@@ -248,84 +249,68 @@ def _check_labels(records: np.ndarray, causes: dict[int, str], classes: int | No
     return classes
 
 
-def _check_images(records: np.ndarray, paths: list[Path], causes: dict[int, str], threads: int) -> None:
-    """Fill the crc of every row, height and width of each that decodes; add the others to `causes`.
+class _Item(NamedTuple):
+    scan: Scan
+    row: int  # of the scan
+    image: bytes  # encoded
+
+
+def _check_images(batches: Iterator[list[_Item]], threads: int) -> None:
+    """Fill height and width of each record whose image decodes; give the others their cause.
 
     DALI judges, as it decodes in training, and it is the stricter one: it refuses a JPEG or PNG cut at any
     byte. Pillow reads the header first, which keeps decompression bombs from the decoder, and names the causes.
     What neither can see is damage that libjpeg repairs with a warning: it decodes to the same pixels each time.
     """
-    decode = _decoder(threads)
-    batches = _batches(records, paths, causes)
-    with warnings.catch_warnings(), ThreadPoolExecutor(1) as reader:
+    with warnings.catch_warnings(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads) as workers:
         warnings.simplefilter("ignore", UserWarning)  # Pillow's remarks on odd EXIF
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         following = reader.submit(next, batches, None)
         while (batch := following.result()) is not None:
             following = reader.submit(next, batches, None)  # read while this one is decoded
-            for (row, image), shape in zip(batch, _shapes(decode, [image for _, image in batch]), strict=True):
+            for item, shape in zip(batch, workers.map(_shape, [item.image for item in batch]), strict=True):
                 if shape is None:
-                    causes[row] = _damage(image) or "refused by DALI"
+                    item.scan.causes[item.row] = _damage(item.image) or "refused by DALI"
                 else:
-                    records["height"][row], records["width"][row] = shape[:2]
+                    item.scan.records["height"][item.row], item.scan.records["width"][item.row] = shape[:2]
 
 
-def _batches(records: np.ndarray, paths: list[Path], causes: dict[int, str]) -> Iterator[list[tuple[int, bytes]]]:
-    """Rows and images that may be decoded together; the other rows only get their crc and their cause."""
-    batch: list[tuple[int, bytes]] = []
+def _batches(shards: list[str], folder: Path, scans: list[Scan], classes: int | None) -> Iterator[list[_Item]]:
+    """Scan shard after shard, appending to `scans`; images that may be decoded together. Fills crc and cmyk."""
+    reader = Reader()
+    holders: dict[int, int] = {}
+    batch: list[_Item] = []
     batch_pixels = 0
-    for row, image in _track(_images(records, paths), len(records), "checking images", "images"):
-        records["crc"][row] = zlib.crc32(image)
-        if row in causes:
-            continue
-        flaw, pixels, records["cmyk"][row] = _flaw(image)
-        if flaw:
-            causes[row] = flaw
-            continue
-        if len(batch) == _BATCH_IMAGES or (batch and batch_pixels + pixels > _BATCH_PIXELS):
-            yield batch
-            batch, batch_pixels = [], 0
-        batch.append((row, image))
-        batch_pixels += pixels
+    for name in _track(shards, len(shards), "checking shards", "shards"):
+        shard = name if is_remote(name) else str(folder / name)
+        with reader.open(shard, folder) as file:
+            found = scan(file, shard)
+            scans.append(found)
+            _check_keys(scans, holders)
+            _check_labels(found.records, {}, classes)  # for its error, which should not wait for the last shard
+            for row, record in enumerate(found.records):
+                image = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
+                record["crc"] = crc32c(image)
+                if found.causes[row]:
+                    continue
+                found.causes[row], pixels, record["cmyk"] = _flaw(image)
+                if found.causes[row]:
+                    continue
+                if len(batch) == _BATCH_IMAGES or (batch and batch_pixels + pixels > _BATCH_PIXELS):
+                    yield batch
+                    batch, batch_pixels = [], 0
+                batch.append(_Item(found, row, image))
+                batch_pixels += pixels
     if batch:
         yield batch
 
 
-def _images(records: np.ndarray, paths: list[Path]) -> Iterator[tuple[int, bytes]]:
-    """Every row with its encoded image."""
-    for shard, rows in groupby(range(len(records)), records["shard"].__getitem__):
-        with open(paths[shard], "rb") as file:
-            for row in rows:
-                yield row, os.pread(file.fileno(), int(records["size"][row]), int(records["offset"][row]))
-
-
-def _shapes(decode: Callable, images: list[bytes]) -> list[tuple[int, ...] | None]:
-    """(H, W, 3) of each image, None for one that DALI refuses: a failed batch is repeated image by image."""
+def _shape(image: bytes) -> tuple[int, ...] | None:
+    """(H, W, 3), None for what DALI refuses."""
     try:
-        return decode(images)
-    except RuntimeError:
-        return [None] if len(images) == 1 else [_shapes(decode, [image])[0] for image in images]
-
-
-def _decoder(threads: int) -> Callable[[list[bytes]], list[tuple[int, ...]]]:
-    """A function from encoded images to decoded shapes; it raises RuntimeError and stays usable."""
-    try:
-        from nvidia.dali import fn, types
-        from nvidia.dali.pipeline import Pipeline
-    except ImportError:
-        raise UserError("DALI is not installed", fix="pip install '.[cuda13]' or '.[cuda12]'") from None
-    # The dynamic executor loses only the batch that fails; the other one fails for ever after.
-    pipe = Pipeline(_BATCH_IMAGES, threads, device_id=None, exec_dynamic=True, prefetch_queue_depth=1)
-    with pipe:
-        encoded = fn.external_source(name="encoded")
-        pipe.set_outputs(fn.decoders.image(encoded, output_type=types.DALIImageType.RGB, adjust_orientation=False))
-    pipe.build()
-
-    def decode(images: list[bytes]) -> list[tuple[int, ...]]:
-        pipe.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in images])
-        return pipe.run()[0].shape()
-
-    return decode
+        return decode(image).shape
+    except Undecodable:
+        return None
 
 
 def _flaw(image: bytes) -> tuple[str | None, int, bool]:

@@ -234,6 +234,7 @@ def digits(seed: int) -> dict[str, Source]:
 class Scan(NamedTuple):
     """What the headers and labels of one tar say."""
 
+    shard: str
     records: np.ndarray  # (n,) RECORD; shard, height, width, crc and status still 0
     keys: list[str]
     causes: list[str | None]  # why a sample cannot be used
@@ -241,40 +242,39 @@ class Scan(NamedTuple):
     cut: str | None  # why nothing could be read from there on; None for a whole tar
 
 
-def scan(path: Path) -> Scan:
+def scan(file: BinaryIO, shard: str) -> Scan:
     """Samples of a tar: regular members that share a key, wherever they stand; rows in order of appearance.
 
     A tar is whole if a block of zeros follows its members. In one that is not, the members before the cut
     count, and a last sample that lacks its image or label goes with the rest.
-    UserError for an unreadable file and for a key that has two members of one extension.
+    UserError, with the name `shard`, for an unreadable file and for a key that has two members of one extension.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}  # key -> extension -> offset, size
     end, cut, key = 0, None, ""
     try:
-        with open(path, "rb") as file:
-            for member in _members(file):
-                name, offset, size, end = member
-                split = index.split_name(name)
-                # As webdataset does, leave out __meta__/notes.txt and the like.
-                if split is None or re.match(r"__[^/]*__($|/)", name):
-                    continue
-                key, extension = split
-                if extension in samples.setdefault(key, {}):
-                    raise duplicate_key(key, path, path)
-                samples[key][extension] = offset, size
-            if os.pread(file.fileno(), 512, end) != bytes(512):
-                empty = os.fstat(file.fileno()).st_size == 0
-                cut = "tar ends early" if end or empty else "not an uncompressed tar"
-                if samples and not (samples[key].keys() & {*EXTENSIONS} and samples[key].keys() & {"cls", "json"}):
-                    del samples[key]
-            rows, causes = [], []
-            for key, sample in samples.items():
-                offset, size, label, cause = _row(file.fileno(), sample)
-                rows.append((0, offset, size, 0, 0, label, index.key_hash(key), 0, 0, 0))
-                causes.append(cause)
+        for member in _members(file):
+            name, offset, size, end = member
+            split = index.split_name(name)
+            # As webdataset does, leave out __meta__/notes.txt and the like.
+            if split is None or re.match(r"__[^/]*__($|/)", name):
+                continue
+            key, extension = split
+            if extension in samples.setdefault(key, {}):
+                raise duplicate_key(key, shard, shard)
+            samples[key][extension] = offset, size
+        if os.pread(file.fileno(), 512, end) != bytes(512):
+            empty = os.fstat(file.fileno()).st_size == 0
+            cut = "tar ends early" if end or empty else "not an uncompressed tar"
+            if samples and not (samples[key].keys() & {*EXTENSIONS} and samples[key].keys() & {"cls", "json"}):
+                del samples[key]
+        rows, causes = [], []
+        for key, sample in samples.items():
+            offset, size, label, cause = _row(file.fileno(), sample)
+            rows.append((0, offset, size, 0, 0, label, index.key_hash(key), 0, 0, 0))
+            causes.append(cause)
     except OSError as error:
-        raise UserError(f"cannot read shard {path}", found=error.strerror, fix="check the file") from None
-    return Scan(np.array(rows, index.RECORD), list(samples), causes, end, cut)
+        raise UserError(f"cannot read shard {shard}", found=error.strerror, fix="check the file") from None
+    return Scan(shard, np.array(rows, index.RECORD), list(samples), causes, end, cut)
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, int, int, int]]:
@@ -320,7 +320,7 @@ def _label(text: bytes, is_cls: bool) -> int | str:
     return label if type(label) is int and abs(label) < 2**31 else "label is not an integer"
 
 
-def duplicate_key(key: str, first: Path, second: Path) -> UserError:
+def duplicate_key(key: str, first: str, second: str) -> UserError:
     return UserError(
         f"duplicate key {key!r}",
         found=f"it in {first} and in {second}",

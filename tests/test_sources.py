@@ -26,6 +26,11 @@ NAMES = st.sampled_from(["a", "b", "dir/a", "dir.v2/a", "c d", "é"])
 EXTENSIONS = st.sampled_from(["jpg", "JPEG", "png", "cls", "json", "txt", "seg.png"])
 
 
+def scan(path: Path) -> sources.Scan:
+    with open(path, "rb") as file:
+        return sources.scan(file, str(path))
+
+
 @given(st.lists(st.tuples(NAMES, EXTENSIONS), unique=True, max_size=16), st.booleans())
 @settings(deadline=None, max_examples=80)
 def test_members_group_by_key_in_any_order(tmp_path_factory, names, meta):
@@ -33,15 +38,15 @@ def test_members_group_by_key_in_any_order(tmp_path_factory, names, meta):
     path = tmp_path_factory.getbasetemp() / "grouped.tar"
     content = {"cls": b" 7\n", "json": b'{"label": 8}'}
     members = [(f"{key}.{extension}", content.get(extension, b"x")) for key, extension in names]
-    found = tar(path, ([("__meta__/notes.txt", b"")] if meta else []) + members)
+    lying = tar(path, ([("__meta__/notes.txt", b"")] if meta else []) + members)
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
-    for member in found[meta:]:
+    for member in lying[meta:]:
         key, extension = tariterators.base_plus_ext(member.name)
         assert extension.lower() not in groups.setdefault(key, {})
         groups[key][extension.lower()] = member
-    scan = sources.scan(path)
-    assert scan.keys == list(groups) and scan.cut is None
-    for (key, group), record, cause in zip(groups.items(), scan.records, scan.causes, strict=True):
+    found = scan(path)
+    assert found.keys == list(groups) and found.cut is None
+    for (key, group), record, cause in zip(groups.items(), found.records, found.causes, strict=True):
         image = group.get("jpg") or group.get("jpeg") or group.get("png")
         label = 7 if "cls" in group else 8 if "json" in group else None
         assert record["key_hash"] == key_hash(key)
@@ -66,16 +71,16 @@ def test_of_a_tar_cut_anywhere_the_samples_before_the_cut_are_kept(whole, data):
         st.integers(0, members[-1].offset_data + members[-1].size + 1500).filter(lambda n: n < len(content))
     )
     path.write_bytes(content[:cut])
-    scan = sources.scan(path)
+    found = scan(path)
     complete = [m.name for m in members if m.offset_data + m.size <= cut]
     pairs = len(complete) // 2  # the label follows its image
-    assert scan.keys == [f"k{i}" for i in range(pairs)] and scan.causes == [None] * pairs
+    assert found.keys == [f"k{i}" for i in range(pairs)] and found.causes == [None] * pairs
     end = members[-1].offset_data + 512
     if cut >= end + 512:
-        assert scan.cut is None
+        assert found.cut is None
     else:
-        assert scan.cut == ("tar ends early" if complete or cut == 0 else "not an uncompressed tar")
-        assert scan.end <= end
+        assert found.cut == ("tar ends early" if complete or cut == 0 else "not an uncompressed tar")
+        assert found.end <= end
 
 
 @given(st.data())
@@ -89,11 +94,11 @@ def test_no_damage_to_a_tar_escapes_as_another_exception(whole, data):
         damaged[at : at + len(patch)] = patch
     path.write_bytes(damaged)
     try:
-        scan = sources.scan(path)
+        found = scan(path)
     except UserError as error:
         assert "duplicate key" in str(error)
     else:
-        assert (scan.records["offset"] + scan.records["size"] <= len(damaged)).all()
+        assert (found.records["offset"] + found.records["size"] <= len(damaged)).all()
 
 
 def test_damaged_tars_cost_a_line_each_and_nothing_else(tmp_path):
