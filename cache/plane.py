@@ -17,7 +17,7 @@ class Plane:
     encoded: np.ndarray
     """u8 (N, row_bytes), for the store's codec to decode."""
     weight: np.ndarray
-    """f32 (N,), w = 1 + cos of the pair's raw logits."""
+    """f32 (N,), w = 1 + cos of the pair's raw logits; NaN where the teacher skipped the sample."""
     digest: np.ndarray
     """u32 (N, 2), CRC-32 of the pixels the teacher saw, original and augmented."""
     good: np.ndarray

@@ -4,7 +4,7 @@
 array      shape             chunk     content
 ========== ================= ========= ================================================================
 ``pairs``  (V, N, row_bytes) one block u8, encoded logits; zero where a sample is quarantined
-``weight`` (V, N)            one block f32, w = 1 + cos of the pair's raw logits
+``weight`` (V, N)            one block f32, w = 1 + cos of the pair's raw logits; NaN: no labels, the teacher skipped it
 ``digest`` (V, N, 2)         one block u32, CRC-32 of the pixels of both views
 ``status`` (N,)              all of it u8, 0 good, else quarantined; written with the store
 ``commit`` (V, blocks)       one entry u64, 2³² + CRC-32 of the block's pairs, weight and digest bytes

@@ -4,6 +4,8 @@ A pixel has three bytes, so a word holds the first byte of the next one too. Rea
 ascending order, so that it is overwritten.
 """
 
+from typing import Any
+
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
@@ -17,7 +19,7 @@ def _address(context, builder, array_type, array, at):
 
 
 @intrinsic
-def load_word(typing_context, array, at):
+def _load_word(typing_context, array, at):
     """The u32 at byte `at` (u64) of a contiguous u8 array: `array[at]` in its lowest eight bits."""
 
     def code(context, builder, signature, arguments):
@@ -29,7 +31,7 @@ def load_word(typing_context, array, at):
 
 
 @intrinsic
-def store_word(typing_context, array, at, word):
+def _store_word(typing_context, array, at, word):
     """Write `word` (u32) to the bytes `at` to `at` + 3 of a contiguous u8 array."""
 
     def code(context, builder, signature, arguments):
@@ -38,3 +40,8 @@ def store_word(typing_context, array, at, word):
         return context.get_dummy_value()
 
     return types.void(array, types.uint64, types.uint32), code
+
+
+# Called from compiled code without the typing context, which a type checker cannot know.
+load_word: Any = _load_word
+store_word: Any = _store_word

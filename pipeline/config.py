@@ -38,6 +38,12 @@ class Machine:
     """Where the network runs; auto takes a GPU if there is one."""
     threads: int = 0
     """Threads that decode and as many that augment; 0: one per core."""
+    max_bad: float = 0.001
+    """Largest share of the samples that may turn out unreadable during a run; they are skipped and named."""
+    shard_cache: Path | None = None
+    """Folder that keeps samples of remote shards (s3://, https://); processes may share it."""
+    shard_cache_gb: float = 50.0
+    """Size that the folder may grow to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,8 @@ class Training(Machine):
     """Arithmetic of the network; losses are always fp32."""
     seed: int = 0
     """Seed of the initial weights, the order and (without a store) the views."""
+    shuffle_window: int = 0
+    """Shuffle within windows of so many shards, for storage that hates random reads; 0: the whole set."""
     checkpoint_steps: int = 500
     """Steps between checkpoints; one is also written after each epoch."""
     eval_epochs: int = 1
@@ -165,6 +173,30 @@ class Demo(Machine):
     """Students per loss."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time this package against its alternatives: interleaved, with medians and their spread."""
+
+    suite: Annotated[Literal["loader"], tyro.conf.Positional]
+    """What to time."""
+    data: Path | None = None
+    """Prepared data set; without it synthetic:512, prepared once and kept in WORK."""
+    work: Path | None = None
+    """Folder for what is made once; without it jda-distill/bench in the user's cache folder."""
+    arms: str | None = None
+    """Arms to run, separated by commas; without it all."""
+    rounds: int = 7
+    """Timed rounds; each runs every arm once. One more goes first and is not counted."""
+    pairs: int = 1024
+    """Pairs per arm and round, rounded up to whole batches of every worker."""
+    batch_size: int = 64
+    """Pairs per batch."""
+    threads: int = 0
+    """Threads that decode and as many that augment, or DataLoader workers; 0: one per core."""
+    json: Path | None = None
+    """File to write every figure to."""
+
+
 def recipe_flags(path: Path, command: str, schema: type, commands: tuple[str, ...]) -> list[str]:
     """A recipe's options for `command` as flags, to stand before the user's own.
 
@@ -179,7 +211,7 @@ def recipe_flags(path: Path, command: str, schema: type, commands: tuple[str, ..
         raise UserError(f"cannot parse recipe {path}", found=" ".join(str(error).split()), expected="YAML") from None
     options = {key: value for key, value in _mapping(recipe, path).items() if key not in commands}
     options |= _mapping(recipe.get(command, {}), path)
-    known = [field.name for field in dataclasses.fields(schema) if field.name != "source"]
+    known = [field.name for field in dataclasses.fields(schema) if field.name not in ("source", "suite")]
     flags = []
     for key, value in options.items():
         name = str(key).replace("-", "_")

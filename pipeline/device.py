@@ -1,11 +1,13 @@
 """The machine a run finds itself on, and pixels on their way into a network."""
 
 import os
+from pathlib import Path
 
 import torch
 
 from cache import UserError
 from pipeline.config import Machine
+from pipeline.index import Index
 
 
 def pick(machine: Machine) -> torch.device:
@@ -14,6 +16,11 @@ def pick(machine: Machine) -> torch.device:
     if machine.device == "cuda" and not available:
         raise UserError("no CUDA device", found="none", expected="--device cuda has one", fix="use --device cpu")
     return torch.device("cuda" if available and machine.device != "cpu" else "cpu")
+
+
+def open_data(machine: Machine, path: str | Path, split: str) -> Index:
+    """The data set at `path`, read through the machine's cache of remote shards."""
+    return Index.open(path, split, cache=machine.shard_cache, cache_bytes=int(machine.shard_cache_gb * 2**30))
 
 
 def threads(machine: Machine) -> int:

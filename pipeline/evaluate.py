@@ -15,12 +15,13 @@ from pipeline.index import Index
 from pipeline.loader import Request, load
 from pipeline.policy import Policy
 from pipeline.report import progress, summary
+from pipeline.skipped import Skipped
 
 
 def run(config: Evaluate) -> None:
     """Print the accuracy of a network."""
     device = devices.pick(config)
-    index = Index.open(config.data, split="val")
+    index = devices.open_data(config, config.data, "val")
     policy = policies.load(config.policy)
     network = models.create(config.model, index.classes)
     normalise = Normalise(network.mean or policy.mean, network.std or policy.std, device)
@@ -53,19 +54,21 @@ def evaluate(
     """{"top1", "top5": shares, "loss": mean cross-entropy in nats, "samples"}; leaves the module in eval mode."""
     module.eval()
     device = normalise.scale.device
-    top1 = top5 = 0
+    samples = top1 = top5 = 0
     loss = 0.0
     batches = load(
         index,
         _plan(index, policy, batch_size),
         policy,
-        batch_size=batch_size,
         threads=devices.threads(machine),
         device=device.type,
         pairs=False,
+        skipped=Skipped(index, machine.max_bad),
     )
     with progress("evaluate", len(index.good), "images") as advance:
         for batch in batches:
+            if not len(batch.rows):
+                continue
             labels = batch.labels.to(device)
             with devices.autocast(device, precision):
                 logits = module(normalise(batch.original)).float()
@@ -73,8 +76,8 @@ def evaluate(
             hits = logits.topk(min(5, index.classes), dim=1).indices == labels[:, None]
             top1 += int(hits[:, 0].sum())
             top5 += int(hits.sum())
+            samples += len(labels)
             advance(len(labels))
-    samples = len(index.good)
     return {"top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples, "samples": samples}
 
 

@@ -1,41 +1,42 @@
-"""The DALI graph: index rows and views in, pairs of uint8 crops out.
+"""The loader: index rows and views in, pairs of uint8 crops out.
 
-    external source (bytes of the shards) -> fn.decoders.image -> pair kernel (fn.python_function) -> digests
+    shards -> readers (threads) -> workers (threads): DALI decode -> pair kernel -> batch
 
-The pair kernel writes the pixels straight into a batch of torch memory (pinned where a GPU will read it), so they
-leave the graph without a copy; what flows out of DALI is one word per sample. The identity of a sample rides along
-as its position in the plan, never in the order in which DALI happens to work.
+A worker takes one sample from its bytes to its two crops, so that the decoded image is still in its core's cache when
+the pair kernel reads it. Several batches are under way at once. What identifies a sample is its place in the plan,
+never the order in which threads happen to work; batches leave in the order in which they were asked for.
 """
 
-import io
 import queue
 import threading
 import zlib
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import Pipeline
-from PIL import Image
 
-from cache import UserError
 from kernels import jda
-from pipeline.index import Index
+from pipeline.decode import Undecodable, as_rgb, decode
+from pipeline.index import BadSample, Index
 from pipeline.policy import Policy
+from pipeline.skipped import Skipped
 
 Request = tuple[np.ndarray, np.ndarray]
 """One batch of a plan: index rows i64 (B,) and their views (B,), a record array of `pipeline.views.VIEW`."""
+
+_AHEAD = 3  # batches under way beside the one that is finished next
+_READERS, _REMOTE_READERS = 4, 64  # a remote read waits some 50 ms, and costs no core while it waits
 
 
 @dataclass(frozen=True)
 class Batch:
     rows: np.ndarray
-    """Index rows i64 (B,)."""
+    """Index rows i64 (B,), those of the request less the skipped ones."""
     labels: torch.Tensor
     """i64 (B,)."""
     images: torch.Tensor
@@ -52,29 +53,22 @@ class Batch:
         return self.images[1]
 
 
-def decoder_identity(device: str) -> dict:
-    """What decides the decoded bytes, kept in a store's manifest: decoders differ by a level here and there."""
-    if device == "cpu":
-        return {"backend": "libjpeg-turbo", "fancy_upsampling": True, "orientation": False}
-    return {"backend": "nvjpeg", "hw_decoder_load": 0, "fancy_upsampling": True, "orientation": False}
-
-
 def load(
     index: Index,
     plan: Iterable[Request],
     policy: Policy,
     *,
-    batch_size: int,
     threads: int,
     device: str = "cpu",
     pairs: bool = True,
     digests: bool = False,
+    skipped: Skipped | None = None,
 ) -> Iterator[Batch]:
     """Yield one `Batch` per request of `plan`, in its order, working ahead in the background.
 
-    `batch_size` is the largest request. `threads` decode and as many run the pair kernel. `device` is where DALI
-    decodes: "cpu", or "cuda" for `mixed`. `pairs=False` makes only the first view. Raises UserError if an image of
-    the plan cannot be read or decoded.
+    `threads` decode and make views. `device` is where DALI decodes: "cpu", or "cuda" for `mixed`. `pairs=False` makes
+    only the first view. A sample that cannot be read or decoded is entered in `skipped` and left out of its batch,
+    which may become empty. Raises UserError if that happens to more samples than `skipped` allows.
     """
     ready: queue.Queue = queue.Queue(maxsize=2)
     stopped = threading.Event()
@@ -90,7 +84,8 @@ def load(
 
     def produce() -> None:
         try:
-            with closing(_run(index, plan, policy, batch_size, threads, device, pairs, digests)) as batches:
+            run = _run(index, plan, policy, threads, pairs, digests, skipped or Skipped(index))
+            with closing(run) as batches:
                 for batch in batches:
                     if not put(batch):
                         return
@@ -110,90 +105,62 @@ def load(
         thread.join()
 
 
-def _run(index, plan, policy, batch_size, threads, device, pairs, digests) -> Generator[Batch, None, None]:
-    requests = iter(plan)
+def _run(index, plan, policy, threads, pairs, digests, skipped) -> Generator[Batch, None, None]:
+    readers = ThreadPoolExecutor(_REMOTE_READERS if index.remote else _READERS, thread_name_prefix="read")
+    workers = ThreadPoolExecutor(threads, thread_name_prefix="work")
+    under_way: deque[tuple[Request, torch.Tensor, np.ndarray, list[Future]]] = deque()
+    try:
+        for rows, views in plan:
+            shape = (1 + pairs, len(rows), policy.base.size, policy.base.size, 3)
+            images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            checks = np.zeros((len(rows), 1 + pairs), np.uint32)
+            reads = [readers.submit(_read, index, int(row), skipped) for row in rows]
+            draw = partial(_draw, index, rows, views, reads, policy, images.numpy(), checks, digests, skipped)
+            # The positions are shared: whoever is free takes the next sample.
+            samples = iter(range(len(rows)))
+            under_way.append(((rows, views), images, checks, [workers.submit(draw, samples) for _ in range(threads)]))
+            if len(under_way) > _AHEAD:
+                yield _finish(index, *under_way.popleft(), skipped, digests)
+        while under_way:
+            yield _finish(index, *under_way.popleft(), skipped, digests)
+    finally:
+        readers.shutdown(cancel_futures=True)
+        workers.shutdown(cancel_futures=True)
+
+
+def _read(index: Index, row: int, skipped: Skipped) -> bytes | None:
+    if row in skipped:
+        return None
+    try:
+        data = index.read(row)
+    except BadSample as error:
+        skipped.add(row, str(error))
+        return None
+    return as_rgb(data) if index.records["cmyk"][row] else data
+
+
+def _draw(index, rows, views, reads, policy, pixels, checks, digests, skipped, samples: Iterator[int]) -> None:
+    """Make the crops of the samples that `samples` hands out."""
     program = jda.program_of(policy.table)
-    size, pad = policy.base.size, policy.base.pad
-    work: dict[int, tuple[Request, torch.Tensor]] = {}  # by DALI's iteration number
-
-    def read(info):
-        rows, views = next(requests)  # StopIteration ends the epoch for DALI
-        images = torch.empty((1 + pairs, len(rows), size, size, 3), dtype=torch.uint8, pin_memory=device != "cpu")
-        work[info.iteration] = (rows, views), images
-        token = np.full((len(rows), 1), info.iteration)
-        return [np.frombuffer(_encoded(index, row), np.uint8) for row in rows], token
-
-    def make_pair(views, out, position, image):
-        jda.pair(image, program, views[position], pad, out, position)
-        return np.array([zlib.crc32(view) for view in out[:, position]] if digests else [0], np.uint32)
-
-    def make_pairs(pool, decoded, tokens):
-        (_, views), images = work[int(tokens[0][0])]
-        return list(pool.map(partial(make_pair, views, images.numpy()), range(len(decoded)), decoded))
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="pair") as pool:
-        graph = _graph(read, partial(make_pairs, pool), device, batch_size, threads)
-        iteration = 0
-        while True:
-            try:
-                (words,) = graph.run()
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                raise UserError(
-                    "cannot decode a batch",
-                    found=_cause(error),
-                    fix="prepare the data set again; it quarantines what cannot be decoded",
-                ) from error
-            (rows, _), images = work.pop(iteration)
-            iteration += 1
-            labels = torch.from_numpy(index.records["label"][rows].astype(np.int64))
-            yield Batch(rows, labels, images, np.array(words.as_cpu().as_array()) if digests else None)
+    for i in samples:
+        if (data := reads[i].result()) is None:
+            continue
+        reads[i] = None  # the bytes are not needed any more
+        try:
+            image = decode(data)
+        except Undecodable as error:
+            skipped.add(int(rows[i]), str(index.bad(rows[i], f"cannot be decoded: {error}")))
+            continue
+        jda.pair(image, program, views[i], policy.base.pad, pixels, i)
+        if digests:
+            checks[i] = [zlib.crc32(view) for view in pixels[:, i]]
 
 
-def _encoded(index: Index, row: int) -> bytes:
-    """The bytes for DALI. CMYK goes through Pillow first and on as PPM: DALI rounds its conversion differently."""
-    data = index.read(row)
-    if not index.records["cmyk"][row]:
-        return data
-    converted = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").save(converted, "PPM")
-    return converted.getvalue()
-
-
-def _graph(read, make_pairs, device: str, batch_size: int, threads: int) -> Pipeline:
-    # The dynamic executor loses only the batch that fails; the other one fails for ever after.
-    graph = Pipeline(
-        batch_size,
-        threads,
-        device_id=None if device == "cpu" else torch.cuda.current_device(),
-        exec_dynamic=True,
-        prefetch_queue_depth=2,
-    )
-    with graph:
-        encoded, token = fn.external_source(
-            source=read,
-            num_outputs=2,
-            batch=True,
-            batch_info=True,
-            dtype=[types.DALIDataType.UINT8, types.DALIDataType.INT64],
-        )
-        images = fn.decoders.image(
-            encoded,
-            device="cpu" if device == "cpu" else "mixed",
-            output_type=types.DALIImageType.RGB,
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
-            hw_decoder_load=0.0,
-        )
-        graph.set_outputs(
-            fn.python_function(images.cpu(), token, function=make_pairs, batch_processing=True, num_outputs=1)
-        )
-    graph.build()
-    return graph
-
-
-def _cause(error: RuntimeError) -> str:
-    """The line of DALI's report that says what went wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "rror" in line and not line.startswith("Error in")), lines[0])
+def _finish(index: Index, request: Request, images, checks, drawing: list[Future], skipped: Skipped, digests) -> Batch:
+    for future in drawing:
+        future.result()
+    rows, _ = request
+    if skipped.causes and len(kept := [i for i, row in enumerate(rows) if row not in skipped]) < len(rows):
+        rows, images, checks = rows[kept], images[:, kept], checks[kept]
+    labels = torch.from_numpy(index.records["label"][rows].astype(np.int64))
+    return Batch(rows, labels, images, checks if digests else None)

@@ -1,20 +1,37 @@
-"""The order of an epoch: (seed, epoch) -> rows, and (step, rank, world) -> the rows of one step.
+"""The order of a run: (seed, epoch) -> rows, cut into steps, and those into the shares of ranks.
 
 The permutation knows nothing of batch size, rank or world size, so a run resumes from (epoch, step) alone and sees
 every sample exactly once per epoch whatever machine it continues on.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pipeline.philox import philox
 
-_DOMAIN = 0x0DE5  # counter word that keeps orders apart from views
+_SAMPLES, _SHARDS = 0x0DE5, 0x0DE6  # counter words that keep orders apart from views
 
 
-def permutation(seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
-    """`rows` i64 (N,) in the order of `epoch`: sorted by a random 64-bit word each, ties by position."""
-    words = philox((np.arange(len(rows)), 0, epoch, _DOMAIN), seed)
-    return rows[np.argsort(words[:, :2].copy().view("<u8")[:, 0], kind="stable")]
+def permutation(
+    seed: int, epoch: int, rows: np.ndarray, shards: np.ndarray | None = None, window: int = 0
+) -> np.ndarray:
+    """`rows` i64 (N,) in the order of `epoch`: sorted by a random 64-bit word each, ties by position; i64 (N,).
+
+    With a `window`, the shards are put in a random order, so many at a time are a window, and rows are shuffled
+    within their window only: storage then reads few shards at once, each nearly whole. `shards` (N,) is the shard of
+    each row.
+    """
+    words = _words(len(rows), seed, epoch, _SAMPLES)
+    if not window or shards is None:
+        return rows[np.argsort(words, kind="stable")]
+    rank = np.argsort(np.argsort(_words(int(shards.max(initial=0)) + 1, seed, epoch, _SHARDS), kind="stable"))
+    return rows[np.lexsort((words, rank[shards] // window))]
+
+
+def _words(count: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
+    """Random words u64 (count,)."""
+    return philox((np.arange(count), 0, epoch, purpose), seed)[:, :2].copy().view("<u8")[:, 0]
 
 
 def steps_per_epoch(samples: int, batch: int) -> int:
@@ -22,6 +39,26 @@ def steps_per_epoch(samples: int, batch: int) -> int:
     return -(-samples // batch)
 
 
-def rows_of_step(order: np.ndarray, step: int, batch: int, rank: int = 0, world: int = 1) -> np.ndarray:
-    """The rows i64 that `rank` handles in `step`: an equal share of the global batch, within one sample."""
-    return np.array_split(order[step * batch : (step + 1) * batch], world)[rank]
+def steps(
+    seed: int,
+    rows: np.ndarray,
+    batch: int,
+    epochs: int,
+    start: tuple[int, int] = (0, 0),
+    *,
+    shards: np.ndarray | None = None,
+    window: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, the rows i64 that `rank` handles) of every step from `start`, an (epoch, step), to the last epoch's end.
+
+    `batch` is the global one; a rank's share of it is equal to within one sample. `shards` and `window` as in
+    `permutation`.
+    """
+    first_epoch, step = start
+    for epoch in range(first_epoch, epochs):
+        order = permutation(seed, epoch, rows, shards, window)
+        for at in range(step * batch, len(order), batch):
+            yield epoch, np.array_split(order[at : at + batch], world)[rank]
+        step = 0

@@ -28,7 +28,7 @@ def pairs_page(path: Path, index: Index, store: Store, samples: int = 12) -> Non
         stream = views.stream(store.manifest.seed, records["key_hash"], view)
         logits = store.codec.decode(encoded, stream)
         request = rows, views.of(records, store.manifest.seed, view, policy)
-        for batch in load(index, [request], policy, batch_size=len(rows), threads=1):
+        for batch in load(index, [request], policy, threads=1):
             for i, cell in enumerate(cells):
                 pair = (_figure(batch.images[s, i].numpy(), logits[i, s], index) for s in range(2))
                 cell.append("".join(pair) + f"<p>w = {weight[i]:.3f}</p>")

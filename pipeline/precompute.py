@@ -22,10 +22,12 @@ from pipeline import device as devices
 from pipeline import models, views
 from pipeline import policy as policies
 from pipeline.config import PrecomputeTeacher
+from pipeline.decode import decoder_identity
 from pipeline.index import Index
-from pipeline.loader import Batch, Request, decoder_identity, load
+from pipeline.loader import Batch, Request, load
 from pipeline.policy import Policy
 from pipeline.report import progress, summary
+from pipeline.skipped import Skipped
 
 
 def run(config: PrecomputeTeacher) -> None:
@@ -33,7 +35,7 @@ def run(config: PrecomputeTeacher) -> None:
     if config.views < 1:
         raise UserError("too few views", found=config.views, expected="at least 1")
     device = devices.pick(config)
-    index = Index.open(config.data, split="train")
+    index = devices.open_data(config, config.data, "train")
     policy = policies.load(config.policy)
     teacher = models.create(config.teacher, index.classes)
     normalise = devices.Normalise(teacher.mean or policy.mean, teacher.std or policy.std, device)
@@ -44,21 +46,24 @@ def run(config: PrecomputeTeacher) -> None:
     todo = store.missing_blocks()
     blocks = len({block for _, block in todo})
     started = time.perf_counter()
+    skipped = Skipped(index, config.max_bad)
     plans = [(view, block, good_rows(index, store, block)) for view, block in todo]
     batches = load(
         index,
         plan(index, policy, config, plans),
         policy,
-        batch_size=config.batch_size,
         threads=devices.threads(config),
         device=_decoder_device(config, device),
         digests=True,
+        skipped=skipped,
     )
     done = 0
     with progress("teacher", sum(len(rows) for _, _, rows in plans), "pairs") as advance:
         for view, block, rows in plans:
-            arrays = _Block(store, block)
+            arrays = _Block(store, block, rows)
             for batch in islice(batches, -(-len(rows) // config.batch_size)):
+                if not len(batch.rows):
+                    continue
                 arrays.put(batch, *_labels(module, normalise, batch, config.precision, store, view, index))
                 advance(len(batch.rows))
             store.write_block(view, block, arrays.pairs, arrays.weight, arrays.digest)
@@ -73,6 +78,7 @@ def run(config: PrecomputeTeacher) -> None:
             "bytes per vector": store.codec.row_bytes / 2,
             "label bytes": f"{store.codec.row_bytes * len(index) * config.views:,}",
             "quarantined samples": int((index.records["status"] != 0).sum()),
+            "skipped samples": len(skipped.causes),
         },
     )
 
@@ -103,12 +109,13 @@ def _labels(module, normalise, batch: Batch, precision, store, view, index) -> t
 
 
 class _Block:
-    """The arrays of one block while it fills; quarantined rows stay zero."""
+    """The arrays of one block while it fills; quarantined rows stay zero, the weight of skipped ones NaN."""
 
-    def __init__(self, store: Store, block: int):
+    def __init__(self, store: Store, block: int, rows: np.ndarray):
         self.start, stop = store.block_range(block)
         self.pairs = np.zeros((stop - self.start, store.codec.row_bytes), np.uint8)
         self.weight = np.zeros(stop - self.start, np.float32)
+        self.weight[rows - self.start] = np.nan
         self.digest = np.zeros((stop - self.start, 2), np.uint32)
 
     def put(self, batch: Batch, pairs: np.ndarray, weight: np.ndarray) -> None:

@@ -5,13 +5,13 @@ from itertools import repeat
 from pipeline import models
 from pipeline import policy as policies
 from pipeline.config import TrainTeacher
-from pipeline.index import Index
+from pipeline.device import open_data
 from pipeline.train import cross_entropy, fit
 
 
 def run(config: TrainTeacher) -> None:
     """Train a teacher; every epoch sees views of its own."""
-    index = Index.open(config.data, split="train")
+    index = open_data(config, config.data, "train")
     teacher = models.create(config.teacher, index.classes, seed=config.seed)
     fit(
         config,

@@ -17,13 +17,15 @@ from pipeline import checkpoint, models, order, views
 from pipeline import device as devices
 from pipeline import policy as policies
 from pipeline.config import Training, TrainStudent
+from pipeline.decode import decoder_identity
 from pipeline.device import Normalise
 from pipeline.evaluate import evaluate, shown
 from pipeline.index import Index
-from pipeline.loader import Batch, Request, decoder_identity, load
+from pipeline.loader import Batch, Request, load
 from pipeline.metrics import Log, Means
 from pipeline.policy import Policy
 from pipeline.report import progress, summary
+from pipeline.skipped import Skipped
 
 Objective = Callable[[torch.Tensor, Batch], torch.Tensor]
 """Logits f32 (views, B, C) and their batch -> scalar loss."""
@@ -31,7 +33,7 @@ Objective = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 def run(config: TrainStudent) -> dict:
     """Train a student; returns the last log record. Raises UserError if store, data and options disagree."""
-    index = Index.open(config.data, split="train")
+    index = devices.open_data(config, config.data, "train")
     store = cache.open(config.store)
     policy, decoder = _check(config, index, store)
     student = models.create(config.student, index.classes, seed=config.seed)
@@ -64,9 +66,15 @@ def cross_entropy(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 def distillation(
     config: TrainStudent, store: Store, plane: Plane, index: Index, logits: torch.Tensor, batch: Batch
 ) -> torch.Tensor:
-    """CCD against the stored labels of the batch; KD is the same with w ≡ 1."""
+    """CCD against the stored labels of the batch; KD is the same with w ≡ 1. Samples without labels do not count."""
     device = logits.device
     rows, weight = plane.gather(batch.rows)
+    if np.isnan(weight).any():
+        labelled = np.flatnonzero(~np.isnan(weight))
+        kept = Batch(batch.rows[labelled], batch.labels[labelled], batch.images[:, labelled], None)
+        if not len(labelled):
+            return logits.sum() * 0.0
+        return distillation(config, store, plane, index, logits[:, labelled], kept)
     stream = views.stream(store.manifest.seed, index.records["key_hash"][batch.rows], plane.view)
     teacher = torch.from_numpy(store.codec.decode(rows, stream)).to(device, non_blocking=True)
     w = torch.from_numpy(weight if config.loss == "ccd" else np.ones_like(weight)).to(device)
@@ -100,11 +108,12 @@ def _checked(objective: Objective, plane: Plane, index: Index) -> Objective:
 
 def check_pixels(plane: Plane, index: Index, batch: Batch) -> None:
     """Raise UserError unless the batch's pixels have the digests that the teacher pass stored."""
-    found = np.array(
-        [[zlib.crc32(view) for view in pair] for pair in batch.images.cpu().numpy().swapaxes(0, 1)], np.uint32
-    )
-    if len(differ := np.flatnonzero((found != plane.digest[batch.rows]).any(axis=1))):
-        row = batch.rows[differ[0]]
+    labelled = np.flatnonzero(~np.isnan(plane.weight[batch.rows]))
+    pairs = batch.images[:, labelled].cpu().numpy().swapaxes(0, 1)
+    found = np.array([[zlib.crc32(view) for view in pair] for pair in pairs], np.uint32).reshape(-1, 2)
+    rows = batch.rows[labelled]
+    if len(differ := np.flatnonzero((found != plane.digest[rows]).any(axis=-1))):
+        row = int(rows[differ[0]])
         raise UserError(
             "the student would not see the pixels that the teacher saw",
             found=f"{len(differ)} of {len(found)} pairs of view {plane.view} differ, the first of key {index.key(row)}",
@@ -144,7 +153,7 @@ def fit(
     )
     rows = index.good
     steps = order.steps_per_epoch(len(rows), config.batch_size)
-    val = Index.open(config.val, split="val") if config.val else None
+    val = devices.open_data(config, config.val, "val") if config.val else None
     if val and val.classes != index.classes:
         raise UserError("--val has other classes", found=val.classes, expected=index.classes, fix="check --val")
 
@@ -169,23 +178,23 @@ def fit(
             },
         )
 
-    def plan(epoch: int, step: int) -> Iterator[Request]:
-        while epoch < config.epochs:
-            shuffled = order.permutation(config.seed, epoch, rows)
-            view = epoch % views_in_store if views_in_store else epoch
-            for at in range(step, steps):
-                part = order.rows_of_step(shuffled, at, config.batch_size)
-                yield part, views.of(index.records[part], seed_of_views, view, policy)
-            epoch, step = epoch + 1, 0
+    def plan() -> Iterator[Request]:
+        shards, window = index.records["shard"][rows], config.shuffle_window
+        for at, part in order.steps(
+            config.seed, rows, config.batch_size, config.epochs, (epoch, step), shards=shards, window=window
+        ):
+            view = at % views_in_store if views_in_store else at
+            yield part, views.of(index.records[part], seed_of_views, view, policy)
 
+    skipped = Skipped(index, config.max_bad)
     batches = load(
         index,
-        plan(epoch, step),
+        plan(),
         policy,
-        batch_size=config.batch_size,
         threads=devices.threads(config),
         device=decoder or device.type,
         pairs=pairs,
+        skipped=skipped,
     )
     started = time.perf_counter()
     with progress("train", config.epochs * steps, "steps", epoch * steps + step) as advance:
@@ -195,8 +204,12 @@ def fit(
                 waited = -time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter()
+                step += 1
+                advance(1)
+                if not len(batch.rows):  # all of it was skipped
+                    continue
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, now + step / steps)
+                    group["lr"] = learning_rate(config, now + (step - 1) / steps)
                 with devices.autocast(device, config.precision):
                     logits = module(normalise(batch.images.flatten(0, 1)))
                 logits = logits.float().unflatten(0, batch.images.shape[:2])
@@ -207,8 +220,6 @@ def fit(
                     torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip)
                 optimizer.step()
                 means.add(len(batch.rows), {"loss": loss.detach(), "wait_s": waited / len(batch.rows)})
-                step += 1
-                advance(1)
                 if step % config.checkpoint_steps == 0 and step < steps:
                     save(now, step)
             record = {"epoch": now, "lr": optimizer.param_groups[0]["lr"], **means.result()}
@@ -223,7 +234,13 @@ def fit(
     accuracy = shown(last["val"]) if "val" in last else {}
     summary(
         "training",
-        {"run": config.out, "loss": f"{last['loss']:.4f}", **accuracy, "weights": "model.safetensors"},
+        {
+            "run": config.out,
+            "loss": f"{last['loss']:.4f}",
+            **accuracy,
+            "skipped samples": len(skipped.causes),
+            "weights": "model.safetensors",
+        },
     )
     return last
 

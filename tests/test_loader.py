@@ -38,7 +38,7 @@ def plan(index: Index, policy: Policy, rows: np.ndarray, batch: int, view: int =
 def digests(index: Index, policy: Policy, rows: np.ndarray, batch: int, threads: int) -> np.ndarray:
     """(N, 2) digests by row."""
     out = np.zeros((len(index), 2), np.uint32)
-    for item in load(index, plan(index, policy, rows, batch), policy, batch_size=batch, threads=threads, digests=True):
+    for item in load(index, plan(index, policy, rows, batch), policy, threads=threads, digests=True):
         out[item.rows] = item.digests
     return out
 
@@ -48,7 +48,7 @@ def test_whole_pairs_equal_pillow(mixed, name):
     """160 pairs per policy: Pillow decodes, augments, crops, resizes and mirrors; 0 bytes differ, and the digest is
     the CRC-32 of those bytes."""
     policy = roomy(name)
-    batches = load(mixed, plan(mixed, policy, mixed.good, 17), policy, batch_size=17, threads=2, digests=True)
+    batches = load(mixed, plan(mixed, policy, mixed.good, 17), policy, threads=2, digests=True)
     drawn = views.of(mixed.records, SEED, VIEW, policy)
     pairs = 0
     for batch in batches:
@@ -98,7 +98,7 @@ def test_digests_are_the_same_in_another_process(mixed, tmp_path):
 def test_rows_and_labels_follow_the_plan(mixed):
     policy = roomy("cifar10")
     rows = np.random.default_rng(1).permutation(mixed.good)
-    batches: list[Batch] = list(load(mixed, plan(mixed, policy, rows, 9), policy, batch_size=9, threads=2))
+    batches: list[Batch] = list(load(mixed, plan(mixed, policy, rows, 9), policy, threads=2))
     np.testing.assert_array_equal(np.concatenate([batch.rows for batch in batches]), rows)
     labels = np.concatenate([batch.labels.numpy() for batch in batches])
     np.testing.assert_array_equal(labels, mixed.records["label"][rows])
@@ -109,7 +109,7 @@ def test_rows_and_labels_follow_the_plan(mixed):
 def test_batches_keep_their_pixels(mixed):
     """A batch that is held while others are made is not overwritten."""
     policy = roomy("cifar10")
-    held = list(load(mixed, plan(mixed, policy, mixed.good, 8), policy, batch_size=8, threads=2, digests=True))
+    held = list(load(mixed, plan(mixed, policy, mixed.good, 8), policy, threads=2, digests=True))
     for batch in held:
         for i in range(len(batch.rows)):
             for s in range(2):
@@ -120,7 +120,7 @@ def test_evaluation_makes_the_central_view_alone(mixed):
     policy = POLICIES["imagenet"]
     rows = mixed.good[:12]
     request = rows, views.centre(mixed.records["height"][rows], mixed.records["width"][rows], policy)
-    (batch,) = load(mixed, [request], policy, batch_size=12, threads=1, pairs=False)
+    (batch,) = load(mixed, [request], policy, threads=1, pairs=False)
     assert batch.images.shape == (1, 12, 224, 224, 3)
     for i, row in enumerate(rows):
         image = Image.open(io.BytesIO(mixed.read(row))).convert("RGB")
@@ -132,7 +132,7 @@ def test_evaluation_makes_the_central_view_alone(mixed):
 
 def test_leaving_early_stops_the_threads(mixed):
     policy = roomy("cifar10")
-    batches = load(mixed, plan(mixed, policy, mixed.good, 4), policy, batch_size=4, threads=2)
+    batches = load(mixed, plan(mixed, policy, mixed.good, 4), policy, threads=2)
     next(batches)
     ours = {thread for thread in threading.enumerate() if thread.name.startswith(("loader", "pair"))}
     assert ours
@@ -150,8 +150,8 @@ def test_a_shard_damaged_after_indexing_is_one_line(tmp_path):
         file.seek(int(index.records["offset"][2]))
         file.write(bytes(200))
     policy = roomy("cifar10")
-    with pytest.raises(UserError, match=r"cannot decode a batch; found .*; fix: prepare the data set again"):
-        list(load(index, plan(index, policy, index.good, 2), policy, batch_size=2, threads=1))
+    with pytest.raises(UserError, match=r"too many samples cannot be read; found 1, .* changed since it was indexed"):
+        list(load(index, plan(index, policy, index.good, 2), policy, threads=1))
     tar.unlink()
     with pytest.raises(UserError, match=r"shard .* is missing|cannot read shard"):
-        list(load(Index.open(tmp_path / "data"), [], policy, batch_size=2, threads=1))
+        list(load(Index.open(tmp_path / "data"), [], policy, threads=1))

@@ -109,7 +109,7 @@ def test_the_student_replays_the_teachers_pixels(whole):
             (rows, views.of(index.records[rows], whole.seed, view, policy))
             for rows in np.array_split(rng.permutation(index.good), -(-len(index.good) // batch))
         ]
-        for item in load(index, requests, policy, batch_size=batch, threads=threads, digests=True):
+        for item in load(index, requests, policy, threads=threads, digests=True):
             np.testing.assert_array_equal(item.digests, digest[item.rows])
             seen += len(item.rows)
         assert seen == len(index.good)

@@ -143,9 +143,7 @@ def test_other_pixels_than_the_teachers_are_refused(whole, tmp_path):
         rows = slice(*opened.block_range(block))
         plane = cache.open(whole.store).load_plane(view)
         opened.write_block(view, block, plane.encoded[rows], plane.weight[rows], plane.digest[rows] ^ np.uint32(1))
-    with pytest.raises(
-        UserError, match=r"not see the pixels .* 16 of 16 pairs of view 0 .* key train"
-    ):
+    with pytest.raises(UserError, match=r"not see the pixels .* 16 of 16 pairs of view 0 .* key train"):
         train.run(dataclasses.replace(whole, store=store, out=tmp_path / "run"))
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache import UserError
-from pipeline import order, views
+from pipeline import views
 from pipeline.philox import below, philox
 from pipeline.policy import POLICIES, from_config
 
@@ -159,30 +159,3 @@ def test_the_central_view_is_resize_256_crop_224():
     assert box.tolist() == [23, 86, 328, 328]
     box = views.centre(np.array([32]), np.array([32]), POLICIES["cifar10"])["box"][0, 0]
     assert box.tolist() == [4, 4, 32, 32]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 2**64 - 1),
-    st.integers(0, 1000),
-    st.integers(1, 400),
-    st.integers(1, 50),
-    st.integers(1, 16),
-)
-def test_every_row_once_per_epoch_at_any_world_size(seed, epoch, samples, batch, world):
-    rows = np.arange(samples) * 3
-    shuffled = order.permutation(seed, epoch, rows)
-    steps = order.steps_per_epoch(samples, batch)
-    parts = [[order.rows_of_step(shuffled, s, batch, r, world) for r in range(world)] for s in range(steps)]
-    seen = np.concatenate([np.concatenate(step) for step in parts])
-    np.testing.assert_array_equal(seen, shuffled)
-    np.testing.assert_array_equal(np.sort(seen), rows)
-    assert all(max(map(len, step)) - min(map(len, step)) <= 1 for step in parts)
-
-
-def test_orders_differ_between_epochs_and_seeds():
-    rows = np.arange(1000)
-    orders = [order.permutation(seed, epoch, rows) for seed in (0, 1) for epoch in (0, 1)]
-    for i, one in enumerate(orders):
-        assert (one == rows).mean() < 0.02
-        assert all((one == other).mean() < 0.02 for other in orders[:i])

@@ -1,0 +1,90 @@
+"""Every sample once per epoch, whatever the machine; the order is a function of (seed, epoch) alone."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import order
+
+SEEDS, EPOCHS = st.integers(0, 2**64 - 1), st.integers(0, 1000)
+
+
+@st.composite
+def data_sets(draw) -> tuple[np.ndarray, np.ndarray]:
+    """Good rows of an index, with gaps where samples are quarantined, and the shard of each."""
+    count = draw(st.integers(1, 400))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    rows = np.flatnonzero(rng.random(2 * count) < 0.7)
+    shards = np.sort(rng.integers(0, draw(st.integers(1, 40)), len(rows)))
+    return rows, shards
+
+
+@settings(max_examples=200, deadline=None)
+@given(SEEDS, data_sets(), st.integers(1, 50), st.integers(1, 16), st.integers(0, 20), st.data())
+def test_every_sample_once_per_epoch_in_one_order_for_all_worlds(seed, data_set, batch, world, window, data):
+    """Ranks take equal steps; their shares side by side are the order of one rank; a resumed run takes the rest."""
+    rows, shards = data_set
+    options = {"shards": shards, "window": window}
+    alone = list(order.steps(seed, rows, batch, 3, **options))
+    per_epoch = order.steps_per_epoch(len(rows), batch)
+    assert [epoch for epoch, _ in alone] == [epoch for epoch in range(3) for _ in range(per_epoch)]
+    for epoch in range(3):
+        seen = [part for at, part in alone if at == epoch]
+        if seen:
+            np.testing.assert_array_equal(np.sort(np.concatenate(seen)), rows)
+
+    ranks = [list(order.steps(seed, rows, batch, 3, **options, rank=rank, world=world)) for rank in range(world)]
+    assert {len(steps) for steps in ranks} == {len(alone)}
+    for (epoch, whole), *shares in zip(alone, *ranks, strict=True):
+        assert {at for at, _ in shares} == {epoch}
+        np.testing.assert_array_equal(np.concatenate([part for _, part in shares]), whole)
+        sizes = [len(part) for _, part in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+    done = data.draw(st.integers(0, len(alone)))
+    start = divmod(done, per_epoch) if per_epoch else (0, 0)
+    rest = list(order.steps(seed, rows, batch, 3, start, **options))
+    assert len(rest) == len(alone) - done
+    for (epoch, part), (expected_epoch, expected) in zip(rest, alone[done:], strict=True):
+        assert epoch == expected_epoch
+        np.testing.assert_array_equal(part, expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(SEEDS, EPOCHS, data_sets(), st.integers(1, 20))
+def test_a_window_reads_few_shards_at_a_time(seed, epoch, data_set, window):
+    """Shards come in groups of `window`, each wholly before the next."""
+    rows, shards = data_set
+    where = dict(zip(rows.tolist(), shards.tolist(), strict=True))
+    taken = [where[row] for row in order.permutation(seed, epoch, rows, shards, window).tolist()]
+    last = {shard: at for at, shard in enumerate(taken)}
+    first = {shard: at for at, shard in reversed(list(enumerate(taken)))}
+    for at in range(len(taken)):
+        assert sum(first[shard] <= at <= last[shard] for shard in first) <= window
+
+
+def test_orders_differ_between_epochs_seeds_and_windows():
+    rows = np.arange(1000)
+    shards = rows // 50
+    orders = [
+        order.permutation(seed, epoch, rows, shards, window)
+        for seed in (0, 1)
+        for epoch in (0, 1)
+        for window in (0, 3, 7)
+    ]
+    for i, one in enumerate(orders):
+        assert (one == rows).mean() < 0.02
+        assert all((one == other).mean() < 0.03 for other in orders[:i])
+
+
+def test_a_window_of_all_shards_shuffles_everything():
+    rows = np.arange(1000)
+    np.testing.assert_array_equal(order.permutation(5, 1, rows, rows // 50, 20), order.permutation(5, 1, rows))
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_orders_are_the_same_for_ever(window):
+    rows = np.arange(8)
+    expected = {0: [4, 3, 2, 7, 5, 1, 0, 6], 2: [4, 3, 2, 5, 7, 1, 0, 6]}[window]
+    assert order.permutation(7, 3, rows, rows // 2, window).tolist() == expected
