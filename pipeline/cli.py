@@ -22,6 +22,7 @@ COMMANDS = {
     "train-student": (config.TrainStudent, "pipeline.train"),
     "evaluate": (config.Evaluate, "pipeline.evaluate"),
     "demo": (config.Demo, "pipeline.demo"),
+    "bench": (config.Bench, "bench"),
 }
 
 
