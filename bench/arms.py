@@ -77,7 +77,7 @@ def jda_distill(job: Job) -> Generator[torch.Tensor]:
     from pipeline.loader import load
 
     plan = map(partial(request, job), count())
-    for batch in load(opened(job.data), plan, POLICY, threads=job.threads, device="cpu"):
+    for batch in load(opened(job.data), plan, POLICY, threads=job.threads):
         yield batch.images
 
 

@@ -124,8 +124,9 @@ class PrecomputeTeacher(Machine):
     """Rows per block: the unit of commit and resume."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the teacher."""
-    decoder: Literal["auto", "cpu", "gpu"] = "auto"
-    """Who decodes JPEG; part of the store's identity, because decoders differ in bytes. auto follows the device."""
+    decoder: Literal["auto", "cpu", "gpu", "gpu-hw"] = "auto"
+    """Who decodes JPEG; part of the store's identity, because decoders differ in bytes. auto follows the device;
+    gpu-hw takes nvJPEG's hardware engine."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,15 @@ def open_data(machine: Machine, path: str | Path, split: str) -> Index:
     return Index.open(path, split, cache=machine.shard_cache, cache_bytes=int(machine.shard_cache_gb * 2**30))
 
 
+def decoder(choice: str, device: torch.device) -> str:
+    """Which of `pipeline.decode`'s decoders: `choice`, or for "auto" that of the device."""
+    if choice == "auto":
+        return "cpu" if device.type == "cpu" else "gpu"
+    if choice != "cpu" and device.type == "cpu":
+        raise UserError("no GPU to decode on", found=f"--decoder {choice}", fix="use --decoder cpu")
+    return choice
+
+
 def threads(machine: Machine) -> int:
     """Worker threads: as asked, or one per core this process may use."""
     return machine.threads or len(os.sched_getaffinity(0))

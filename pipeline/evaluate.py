@@ -61,7 +61,7 @@ def evaluate(
         _plan(index, policy, batch_size),
         policy,
         threads=devices.threads(machine),
-        device=device.type,
+        decoder=devices.decoder("auto", device),
         pairs=False,
         skipped=Skipped(index, machine.max_bad),
     )

@@ -29,7 +29,7 @@ from pipeline.skipped import Skipped
 Request = tuple[np.ndarray, np.ndarray]
 """One batch of a plan: index rows i64 (B,) and their views (B,), a record array of `pipeline.views.VIEW`."""
 
-_AHEAD = 3  # batches under way beside the one that is finished next
+AHEAD = 3  # batches under way beside the one that is finished next
 _READERS, _REMOTE_READERS = 4, 64  # a remote read waits some 50 ms, and costs no core while it waits
 
 
@@ -59,16 +59,17 @@ def load(
     policy: Policy,
     *,
     threads: int,
-    device: str = "cpu",
+    decoder: str = "cpu",
     pairs: bool = True,
     digests: bool = False,
     skipped: Skipped | None = None,
 ) -> Iterator[Batch]:
     """Yield one `Batch` per request of `plan`, in its order, working ahead in the background.
 
-    `threads` decode and make views. `device` is where DALI decodes: "cpu", or "cuda" for `mixed`. `pairs=False` makes
-    only the first view. A sample that cannot be read or decoded is entered in `skipped` and left out of its batch,
-    which may become empty. Raises UserError if that happens to more samples than `skipped` allows.
+    `threads` decode and make views. `decoder` is one of `pipeline.decode.identity`; with a GPU's the views are made
+    there too, and `images` stay on it. `pairs=False` makes only the first view. A sample that cannot be read or decoded
+    is entered in `skipped` and left out of its batch, which may become empty. Raises UserError if that happens to more
+    samples than `skipped` allows.
     """
     ready: queue.Queue = queue.Queue(maxsize=2)
     stopped = threading.Event()
@@ -84,7 +85,13 @@ def load(
 
     def produce() -> None:
         try:
-            run = _run(index, plan, policy, threads, pairs, digests, skipped or Skipped(index))
+            arguments = index, plan, policy, threads, pairs, digests, skipped or Skipped(index)
+            if decoder == "cpu":
+                run = _on_cpu(*arguments)
+            else:
+                from pipeline.loader_gpu import on_gpu  # it needs this module, and Triton
+
+                run = on_gpu(decoder, *arguments)
             with closing(run) as batches:
                 for batch in batches:
                     if not put(batch):
@@ -105,27 +112,44 @@ def load(
         thread.join()
 
 
-def _run(index, plan, policy, threads, pairs, digests, skipped) -> Generator[Batch, None, None]:
-    readers = ThreadPoolExecutor(_REMOTE_READERS if index.remote else _READERS, thread_name_prefix="read")
+def _on_cpu(index, plan, policy, threads, pairs, digests, skipped) -> Generator[Batch, None, None]:
     workers = ThreadPoolExecutor(threads, thread_name_prefix="work")
-    under_way: deque[tuple[Request, torch.Tensor, np.ndarray, list[Future]]] = deque()
+    under_way: deque[tuple[np.ndarray, torch.Tensor, np.ndarray, list[Future]]] = deque()
+    requests = read_ahead(index, plan, skipped, 0)
     try:
-        for rows, views in plan:
+        for (rows, views), reads in requests:
             shape = (1 + pairs, len(rows), policy.base.size, policy.base.size, 3)
             images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
             checks = np.zeros((len(rows), 1 + pairs), np.uint32)
-            reads = [readers.submit(_read, index, int(row), skipped) for row in rows]
             draw = partial(_draw, index, rows, views, reads, policy, images.numpy(), checks, digests, skipped)
             # The positions are shared: whoever is free takes the next sample.
             samples = iter(range(len(rows)))
-            under_way.append(((rows, views), images, checks, [workers.submit(draw, samples) for _ in range(threads)]))
-            if len(under_way) > _AHEAD:
+            under_way.append((rows, images, checks, [workers.submit(draw, samples) for _ in range(threads)]))
+            if len(under_way) > AHEAD:
                 yield _finish(index, *under_way.popleft(), skipped, digests)
         while under_way:
             yield _finish(index, *under_way.popleft(), skipped, digests)
     finally:
-        readers.shutdown(cancel_futures=True)
         workers.shutdown(cancel_futures=True)
+        requests.close()
+
+
+def read_ahead(
+    index: Index, plan: Iterable[Request], skipped: Skipped, ahead: int
+) -> Generator[tuple[Request, list[Future]], None, None]:
+    """Requests with the futures of their bytes, None for a skipped sample; `ahead` more requests are being read."""
+    readers = ThreadPoolExecutor(_REMOTE_READERS if index.remote else _READERS, thread_name_prefix="read")
+    waiting: deque[tuple[Request, list[Future]]] = deque()
+    try:
+        for request in plan:
+            waiting.append((request, [readers.submit(_read, index, int(row), skipped) for row in request[0]]))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        yield from waiting
+        readers.shutdown(wait=False)  # what was yielded is still wanted
+    except BaseException:
+        readers.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def _read(index: Index, row: int, skipped: Skipped) -> bytes | None:
@@ -156,10 +180,9 @@ def _draw(index, rows, views, reads, policy, pixels, checks, digests, skipped, s
             checks[i] = [zlib.crc32(view) for view in pixels[:, i]]
 
 
-def _finish(index: Index, request: Request, images, checks, drawing: list[Future], skipped: Skipped, digests) -> Batch:
+def _finish(index: Index, rows, images, checks, drawing: list[Future], skipped: Skipped, digests) -> Batch:
     for future in drawing:
         future.result()
-    rows, _ = request
     if skipped.causes and len(kept := [i for i, row in enumerate(rows) if row not in skipped]) < len(rows):
         rows, images, checks = rows[kept], images[:, kept], checks[kept]
     labels = torch.from_numpy(index.records["label"][rows].astype(np.int64))

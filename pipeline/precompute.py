@@ -18,11 +18,10 @@ import cache
 from cache import Manifest, Store, UserError
 from cache import codec as codecs
 from kernels.reference import cosine_weight
+from pipeline import decode, models, views
 from pipeline import device as devices
-from pipeline import models, views
 from pipeline import policy as policies
 from pipeline.config import PrecomputeTeacher
-from pipeline.decode import decoder_identity
 from pipeline.index import Index
 from pipeline.loader import Batch, Request, load
 from pipeline.policy import Policy
@@ -53,7 +52,7 @@ def run(config: PrecomputeTeacher) -> None:
         plan(index, policy, config, plans),
         policy,
         threads=devices.threads(config),
-        device=_decoder_device(config, device),
+        decoder=devices.decoder(config.decoder, device),
         digests=True,
         skipped=skipped,
     )
@@ -139,17 +138,13 @@ def _manifest(config, index: Index, policy: Policy, teacher: models.Network, dev
         seed=config.seed,
         views=config.views,
         size=policy.base.size,
-        decoder=decoder_identity(_decoder_device(config, device)),
+        decoder=decode.identity(devices.decoder(config.decoder, device)),
         codec=codecs.make(config.codec, classes=index.classes).config,
         block_rows=config.block_rows,
         versions={name: version(name) for name in ("torch", "numpy", "zarr", "numba")}
         | {"dali": dali_version, "python": platform.python_version()}
         | {"device": str(device), "precision": config.precision},
     )
-
-
-def _decoder_device(config, device: torch.device) -> str:
-    return {"auto": device.type, "cpu": "cpu", "gpu": "cuda"}[config.decoder]
 
 
 def _open_or_create(config, manifest: Manifest, index: Index) -> Store:

@@ -13,11 +13,10 @@ import torch
 import cache
 from cache import Plane, Store, UserError
 from kernels import ccd_loss
-from pipeline import checkpoint, models, order, views
+from pipeline import checkpoint, decode, models, order, views
 from pipeline import device as devices
 from pipeline import policy as policies
 from pipeline.config import Training, TrainStudent
-from pipeline.decode import decoder_identity
 from pipeline.device import Normalise
 from pipeline.evaluate import evaluate, shown
 from pipeline.index import Index
@@ -192,7 +191,7 @@ def fit(
         plan(),
         policy,
         threads=devices.threads(config),
-        device=decoder or device.type,
+        decoder=decoder or devices.decoder("auto", device),
         pairs=pairs,
         skipped=skipped,
     )
@@ -266,12 +265,11 @@ def _check(config: TrainStudent, index: Index, store: Store) -> tuple[Policy, st
         if "@" in config.teacher:
             expected["teacher_weights"] = teacher.fingerprint
     cache.check(manifest, **expected)
-    decoder = "cuda" if manifest.decoder["backend"] == "nvjpeg" else "cpu"
-    if decoder == "cuda" and not torch.cuda.is_available():
+    decoder = decode.of_identity(manifest.decoder)
+    if decoder != "cpu" and not torch.cuda.is_available():
         raise UserError(
             "the store's pixels were decoded on a GPU", found="no CUDA device", fix="train on a GPU machine"
         )
-    cache.check(manifest, decoder=decoder_identity(decoder))
     if config.loss != "ce" and (missing := store.missing_blocks()):
         raise UserError(
             f"store {config.store} has missing blocks",

@@ -134,7 +134,7 @@ def test_leaving_early_stops_the_threads(mixed):
     policy = roomy("cifar10")
     batches = load(mixed, plan(mixed, policy, mixed.good, 4), policy, threads=2)
     next(batches)
-    ours = {thread for thread in threading.enumerate() if thread.name.startswith(("loader", "pair"))}
+    ours = {thread for thread in threading.enumerate() if thread.name.startswith(("loader", "read", "work"))}
     assert ours
     batches.close()
     assert not ours & set(threading.enumerate())

@@ -197,6 +197,25 @@ def test_a_batch_of_which_nothing_is_left_is_empty(bad, harmed):
     assert [len(batch.rows) for batch in batches] == [0, 0, 1]
 
 
+@pytest.mark.slow
+def test_memory_does_not_grow(clean):
+    """10,000 batches: at most 1 MB more per 1,000, by least squares after the first 1,000."""
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def plan():
+        for number in range(10_000):
+            rows = np.random.default_rng(number).choice(clean.good, 16)
+            yield rows, views.of(clean.records[rows], 3, number, CIFAR)
+
+    held = [resident() for _ in load(clean, plan(), CIFAR, threads=2, digests=True)][1000:]
+    assert len(held) == 9000
+    slope, _ = np.polyfit(np.arange(len(held)) / 1000, held, 1)
+    print(f"{slope:.3f} MB per 1,000 batches, {held[0]:.0f} to {held[-1]:.0f} MB")
+    assert slope <= 1.0
+
+
 def test_teacher_and_student_go_on_without_what_they_cannot_read(digits, teacher, tmp_path, monkeypatch):
     """A sample that the teacher skipped has no labels and teaches nothing; the rest of the store is as ever."""
     index = Index.open(digits)
