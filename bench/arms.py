@@ -132,7 +132,20 @@ def torchvision_v2(job: Job) -> Generator[list[torch.Tensor]]:
 
 
 def _workers(dataset: Dataset, job: Job, **how: Any) -> DataLoader:
-    return DataLoader(dataset, num_workers=job.threads, persistent_workers=True, multiprocessing_context="fork", **how)
+    return DataLoader(
+        dataset,
+        num_workers=job.threads,
+        persistent_workers=True,
+        multiprocessing_context="fork",
+        worker_init_fn=_pin,
+        **how,
+    )
+
+
+def _pin(worker: int) -> None:
+    """A core of its own for each worker, as all arms have: a scheduler may leave two of them on one for seconds."""
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {allowed[worker % len(allowed)]})
 
 
 def _torchvision_op(op: Op) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -170,7 +183,7 @@ def dali_conditionals(job: Job) -> Generator[tuple]:
 
     reader: Any = fn.readers.webdataset  # its stub knows no outputs
 
-    @pipeline_def(batch_size=job.batch_size, num_threads=job.threads, enable_conditionals=True)
+    @pipeline_def(batch_size=job.batch_size, num_threads=job.threads, enable_conditionals=True, set_affinity=True)
     def graph():
         encoded, label = reader(
             paths=[str(shard) for shard in opened(job.data).shards], ext=[_EXTENSIONS, "cls"], random_shuffle=True
@@ -238,7 +251,9 @@ def _decoded(job: Job, outputs: Callable) -> Any:
         rows, _ = rows_of(job, next(steps))
         return [np.frombuffer(index.read(row), np.uint8) for row in rows]
 
-    graph = Pipeline(job.batch_size, job.threads, device_id=None, exec_dynamic=True, prefetch_queue_depth=2)
+    graph = Pipeline(
+        job.batch_size, job.threads, device_id=None, exec_dynamic=True, prefetch_queue_depth=2, set_affinity=True
+    )
     with graph:
         encoded = fn.external_source(source=read, batch=True, dtype=types.DALIDataType.UINT8)
         image = fn.decoders.image(

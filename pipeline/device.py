@@ -33,8 +33,9 @@ def decoder(choice: str, device: torch.device) -> str:
 
 
 def threads(machine: Machine) -> int:
-    """Worker threads: as asked, or one per core this process may use."""
-    return machine.threads or len(os.sched_getaffinity(0))
+    """Worker threads: as asked, or one per core that this process may use, shared with the ranks beside it."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return machine.threads or max(len(os.sched_getaffinity(0)) // ranks, 1)
 
 
 def place(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:

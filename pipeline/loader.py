@@ -7,6 +7,7 @@ the pair kernel reads it. Several batches are under way at once. What identifies
 never the order in which threads happen to work; batches leave in the order in which they were asked for.
 """
 
+import os
 import queue
 import threading
 import zlib
@@ -113,7 +114,7 @@ def load(
 
 
 def _on_cpu(index, plan, policy, threads, pairs, digests, skipped) -> Generator[Batch, None, None]:
-    workers = ThreadPoolExecutor(threads, thread_name_prefix="work")
+    workers = ThreadPoolExecutor(threads, thread_name_prefix="work", initializer=partial(_settle, cores(threads)))
     under_way: deque[tuple[np.ndarray, torch.Tensor, np.ndarray, list[Future]]] = deque()
     requests = read_ahead(index, plan, skipped, 0)
     try:
@@ -161,6 +162,26 @@ def _read(index: Index, row: int, skipped: Skipped) -> bytes | None:
         skipped.add(row, str(error))
         return None
     return as_rgb(data) if index.records["cmyk"][row] else data
+
+
+def cores(threads: int) -> Iterator[int]:
+    """A core of its own for each of `threads` threads, as far as this process has so many; no core otherwise.
+
+    Ranks of one machine (LOCAL_RANK of LOCAL_WORLD_SIZE) take disjoint ones.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    mine = sorted(os.sched_getaffinity(0))[rank * threads : (rank + 1) * threads]
+    return iter(mine if len(mine) == threads else ())
+
+
+def _settle(free: Iterator[int]) -> None:
+    """Keep this thread, and DALI's that it starts, on one core: they take turns, and share its cache.
+
+    Left alone, a scheduler that likes to wake a thread where its waker runs can gather all of them on one core: on two
+    idle cores 490 pairs/s instead of 940.
+    """
+    if (core := next(free, None)) is not None:
+        os.sched_setaffinity(0, {core})
 
 
 def _draw(index, rows, views, reads, policy, pixels, checks, digests, skipped, samples: Iterator[int]) -> None:
