@@ -147,6 +147,7 @@ def sharpness(source, lut, factor, region, out):
     low, high = max(left - 1, 0), min(right + 1, width)
     lines = np.empty((3, lanes), np.uint8)  # the rows above, at and below y after the table, at their number mod 3
     sums = np.empty(lanes, np.int32)  # of the three; a pixel's neighbours in its row are three bytes off
+    left_sums, centre_sums, right_sums = sums, sums[3:], sums[6:]
     first, stop = 3 * max(left, 1), 3 * min(right, width - 1)
     done = max(top - 1, 0)
     for y in range(top, bottom):
@@ -157,14 +158,14 @@ def sharpness(source, lut, factor, region, out):
         if y == 0 or y == height - 1 or first >= stop:
             result[3 * left : 3 * right] = row[3 * left : 3 * right]
             continue
-        above, below = lines[(y - 1) % 3], lines[(y + 1) % 3]
-        for i in range(first - 3, stop + 3):
-            sums[i] = np.int32(above[i]) + np.int32(row[i]) + np.int32(below[i])
-        left_sums, right_sums = sums[first - 3 :], sums[first + 3 :]
-        inner, inner_sums, smoothed = row[first:stop], sums[first:stop], result[first:stop]
+        # Slices, so that indices begin at 0 and numba need not ask whether they are negative.
+        above, at, below = lines[(y - 1) % 3, first - 3 :], row[first - 3 :], lines[(y + 1) % 3, first - 3 :]
+        for i in range(stop - first + 6):
+            sums[i] = np.int32(above[i]) + np.int32(at[i]) + np.int32(below[i])
+        centre, smoothed = row[first:], result[first:]
         for i in range(stop - first):
-            v = np.int32(inner[i])
-            total = np.int32(left_sums[i] + inner_sums[i] + right_sums[i] + 4 * v)
+            v = np.int32(centre[i])
+            total = np.int32(left_sums[i] + centre_sums[i] + right_sums[i] + 4 * v)
             # (2·total + 13) // 26, exact for all totals up to 13·255
             smooth = np.int32((2 * total + 13) * 10083) >> 18
             smoothed[i] = blend(smooth, v, factor)
