@@ -6,7 +6,7 @@
 
 import numpy as np
 
-from kernels.pixels import ONE, TWO, jit, through_row, word_tables
+from kernels.pixels import ONE, TWO, jit, through_row
 
 GRAY = np.uint8(128)  # what geometric operations uncover
 
@@ -119,13 +119,12 @@ def shear_x(source, lut, m, region, out):
     width = source.shape[1]
     top, left, bottom, right = region
     lanes = 3 * width
-    tables = word_tables(lut)
     line = np.empty(lanes + 12, np.uint8)  # a row after the table, its ends repeated twice on either side
     for y in range(top, bottom):
         shift = m * (y + 0.5)
         low = min(max(int(np.floor(left + shift)) - 3, 0), width)
         high = min(max(int(np.ceil(right + shift)) + 3, 0), width)
-        through_row(source[y].reshape(lanes), tables, low, high, line[6:])
+        through_row(source[y].reshape(lanes), lut, low, high, line[6:])
         for c in range(6):
             line[c], line[lanes + 6 + c] = line[6 + c % 3], line[lanes + 3 + c % 3]
         result = out[y].reshape(lanes)

@@ -13,9 +13,8 @@ import numpy as np
 from numba import njit
 from numba.core import config
 
-from kernels.words import load_word, store_word
+from kernels.words import LOOKED_UP, look_up
 
-BYTE = np.uint32(255)
 ONE, TWO = np.uint64(1), np.uint64(2)  # unsigned indices: numba lets a signed one count from the end
 
 
@@ -44,21 +43,20 @@ def through(source, lut, region, out):
     """Copy `region` (top, left, bottom, right) through the table."""
     top, left, bottom, right = region
     lanes = 3 * source.shape[1]
-    tables = word_tables(lut)
     for y in range(top, bottom):
-        through_row(source[y].reshape(lanes), tables, left, right, out[y].reshape(lanes))
+        through_row(source[y].reshape(lanes), lut, left, right, out[y].reshape(lanes))
 
 
 @jit
-def through_row(row, tables, left, right, out):
-    """Copy the pixels [left, right) of a row, u8 (3·W,), through `word_tables`, to the same place."""
-    if left >= right:
-        return
-    for x in range(left, right - 1):
-        i = np.uint64(3 * x)
-        store_word(out, i, look_up(tables, load_word(row, i)))
-    for i in range(3 * right - 3, 3 * right):
-        out[i] = tables[i % 3][row[i]] >> np.uint32(8 * (i % 3))
+def through_row(row, lut, left, right, out):
+    """Copy the pixels [left, right) of a row, u8 (3·W,), through the table, to the same place."""
+    at = 3 * left
+    while 3 * right - at >= LOOKED_UP:
+        look_up(row, at, lut, out)
+        at += LOOKED_UP
+    for x in range(at // 3, right):
+        for c in range(3):
+            out[3 * x + c] = lut[c, row[3 * x + c]]
 
 
 @jit
@@ -75,23 +73,6 @@ def is_identity(lut):
     for v in range(256):
         different |= (lut[0, v] ^ v) | (lut[1, v] ^ v) | (lut[2, v] ^ v)
     return different == 0
-
-
-@jit
-def word_tables(lut):
-    """u32 (3, 256): entries that, or-ed for the channels of a pixel, give its bytes after `lut` in one word."""
-    tables = np.empty((3, 256), np.uint32)
-    for c in range(3):
-        for v in range(256):
-            tables[c, v] = np.uint32(lut[c, v]) << np.uint32(8 * c)
-    return tables[0], tables[1], tables[2]
-
-
-@jit
-def look_up(tables, word):
-    """The pixel in the lower three bytes of a u32, after `word_tables`; the upper byte is 0."""
-    red, green, blue = tables
-    return red[word & BYTE] | green[(word >> np.uint32(8)) & BYTE] | blue[(word >> np.uint32(16)) & BYTE]
 
 
 @jit
@@ -117,12 +98,12 @@ def color(source, lut, factor, region, out):
     """PIL.ImageEnhance.Color: blend with L."""
     top, left, bottom, right = region
     lanes = 3 * source.shape[1]
-    plain, tables = is_identity(lut), word_tables(lut)
+    plain = is_identity(lut)
     line = np.empty(lanes, np.uint8)
     for y in range(top, bottom):
         row = source[y].reshape(lanes)
         if not plain:
-            through_row(row, tables, left, right, line)
+            through_row(row, lut, left, right, line)
             row = line
         pixels, result = row[3 * left : 3 * right], out[y].reshape(lanes)[3 * left : 3 * right]
         for x in range(right - left):  # nothing but arithmetic, so that it vectorises
@@ -143,7 +124,6 @@ def sharpness(source, lut, factor, region, out):
     height, width, _ = source.shape
     top, left, bottom, right = region
     lanes = 3 * width
-    tables = word_tables(lut)
     low, high = max(left - 1, 0), min(right + 1, width)
     lines = np.empty((3, lanes), np.uint8)  # the rows above, at and below y after the table, at their number mod 3
     sums = np.empty(lanes, np.int32)  # of the three; a pixel's neighbours in its row are three bytes off
@@ -152,7 +132,7 @@ def sharpness(source, lut, factor, region, out):
     done = max(top - 1, 0)
     for y in range(top, bottom):
         while done < min(y + 2, height):
-            through_row(source[done].reshape(lanes), tables, low, high, lines[done % 3])
+            through_row(source[done].reshape(lanes), lut, low, high, lines[done % 3])
             done += 1
         row, result = lines[y % 3], out[y].reshape(lanes)
         if y == 0 or y == height - 1 or first >= stop:

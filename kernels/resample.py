@@ -7,13 +7,12 @@ its order is the one followed: vertical first iff h > S and h − S > 2 (w − S
 
 import numpy as np
 
-from kernels.pixels import identity, is_identity, jit, look_up, through_row, word_tables
-from kernels.words import load_word, store_word
+from kernels.pixels import identity, is_identity, jit, through_row
+from kernels.words import weigh_rows
 
 SLACK = 3  # rows of scratch behind an image: taps are read in groups of up to four, the surplus ones being zero
 _BITS = 22  # fractional bits of a coefficient, libImaging/Resample.c PRECISION_BITS
 _HALF = np.int32(1 << (_BITS - 1))
-_STRIP = 16  # rows that the horizontal pass handles at a time
 
 
 @jit
@@ -31,10 +30,9 @@ def crop(source, lut, box, flip, pad, scratch, out):
     if height > size and height - size > 2 * (width - size) and width != size:
         pixels = (height + SLACK) * width * 3
         region = scratch[:pixels].reshape(height + SLACK, width, 3)
-        tables = word_tables(lut)
         for y in range(height):
             row = source[top + y].reshape(3 * source.shape[1])[3 * left : 3 * (left + width)]
-            through_row(row, tables, 0, width, region[y].reshape(3 * width))
+            through_row(row, lut, 0, width, region[y].reshape(3 * width))
         between = scratch[pixels : pixels + size * width * 3].reshape(size, width, 3)
         _vertical(region, height, between)
         _horizontal(between, identity(), 0, 0, width, flip, out)
@@ -95,41 +93,50 @@ def _coefficients(length, size):
 def _horizontal(source, lut, top, left, length, flip, out):
     """Resize rows of `source` from `top` on, columns [left, left + length), to the width of `out`; then flip.
 
-    Rows are worked on in strips, transposed so that the rows of one column are neighbours, a word of four bytes per
-    pixel: a tap then is one vector operation on all of them.
+    Four rows at a time, read where they are or, if there is a table to read them through, from a copy.
     """
     height, size, _ = out.shape
-    if length == size:
-        for y in range(height):
-            for x in range(size):
-                i = left + (size - 1 - x if flip else x)
-                for c in range(3):
-                    out[y, x, c] = lut[c, source[top + y, i, c]]
-        return
-    start, count, taps = _coefficients(length, size)
-    strip = np.zeros((length + SLACK, _STRIP), np.uint32)
-    result = np.empty((size, _STRIP), np.uint32)
-    total = np.empty(4 * _STRIP, np.int32)
-    tables, plain = word_tables(lut), is_identity(lut)
-    for first in range(0, height, _STRIP):
-        rows = min(_STRIP, height - first)
-        for r in range(rows):
-            row = source[top + first + r].reshape(3 * source.shape[1])[3 * left : 3 * (left + length)]
-            if plain:
-                for x in range(length - 1):
-                    strip[x, r] = load_word(row, np.uint64(3 * x))
-            else:
-                for x in range(length - 1):
-                    strip[x, r] = look_up(tables, load_word(row, np.uint64(3 * x)))
-            # The last pixel of an image has no byte behind it.
-            strip[length - 1, r] = tables[0][row[-3]] | tables[1][row[-2]] | tables[2][row[-1]]
-        _weigh(strip.view(np.uint8), start, count, taps, total, result.view(np.uint8))
-        for r in range(rows):
-            row = out[first + r].reshape(3 * size)
-            for x in range(size - 1):
-                store_word(row, np.uint64(3 * x), result[size - 1 - x if flip else x, r])
-            word = result[0 if flip else size - 1, r]
-            row[-3], row[-2], row[-1] = word, word >> np.uint32(8), word >> np.uint32(16)
+    width = source.shape[1]
+    lines = np.empty((4, 3 * length + 1), np.uint8)  # one more: of the last pixel, the byte behind it is read too
+    start, count, taps = _even(length, size)
+    plain = is_identity(lut)
+    result = out.reshape(out.size)
+    for first in range(0, height, 4):
+        rows = min(4, height - first)
+        to = _offsets(rows, 3 * size)
+        # Nothing lies behind the last row of an image.
+        if plain and top + first + rows < len(source):
+            pixels, origin, of_rows = source.reshape(source.size), 3 * ((top + first) * width + left), 3 * width
+        else:
+            for r in range(rows):
+                through_row(source[top + first + r].reshape(3 * width)[3 * left :], lut, 0, length, lines[r])
+            pixels, origin, of_rows = lines.reshape(lines.size), 0, 3 * length + 1
+        at = _offsets(rows, of_rows)
+        for x in range(size):
+            place = 3 * (first * size + (size - 1 - x if flip else x))
+            weigh_rows(pixels, origin + 3 * start[x], at, taps, count * x, count, result, place, to)
+
+
+@jit
+def _offsets(rows, stride):
+    """Of four rows; where there are fewer the last one is done again."""
+    return 0, min(1, rows - 1) * stride, min(2, rows - 1) * stride, min(3, rows - 1) * stride
+
+
+@jit
+def _even(length, size):
+    """`_coefficients` with the same count for all pixels: start i64 (size,), count, taps i32 (size · count,).
+
+    A pixel with fewer taps gets zeros, in front where it would otherwise read behind the end.
+    """
+    start, counts, taps = _coefficients(length, size)
+    count = counts.max()
+    even = np.zeros((size, count), np.int32)
+    for x in range(size):
+        early = max(start[x] + count - length, 0)
+        start[x] -= early
+        even[x, early : early + counts[x]] = taps[x, : counts[x]]
+    return start.astype(np.int64), np.int64(count), even.reshape(size * count)
 
 
 @jit
