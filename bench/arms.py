@@ -74,10 +74,13 @@ def request(job: Job, step: int) -> "Request":
 
 def jda_distill(job: Job) -> Generator[torch.Tensor]:
     """u8 (2, B, S, S, 3)."""
-    from pipeline.loader import load
+    from kernels import jda
+    from pipeline import loader
 
+    harness.time_calls(loader, "decode")
+    harness.time_calls(jda, "pair")
     plan = map(partial(request, job), count())
-    for batch in load(opened(job.data), plan, POLICY, threads=job.threads):
+    for batch in loader.load(opened(job.data), plan, POLICY, threads=job.threads):
         yield batch.images
 
 
@@ -183,7 +186,7 @@ def dali_conditionals(job: Job) -> Generator[tuple]:
 
     reader: Any = fn.readers.webdataset  # its stub knows no outputs
 
-    @pipeline_def(batch_size=job.batch_size, num_threads=job.threads, enable_conditionals=True, set_affinity=True)
+    @pipeline_def(batch_size=job.batch_size, num_threads=job.threads, enable_conditionals=True)
     def graph():
         encoded, label = reader(
             paths=[str(shard) for shard in opened(job.data).shards], ext=[_EXTENSIONS, "cls"], random_shuffle=True
@@ -215,6 +218,14 @@ def _dali_op(op: Op) -> Callable:
     kinds = types.DALIInterpType
     kind = kinds.INTERP_NN if op.name == "rotate" else kinds.INTERP_LINEAR  # there is no bicubic shear
     return partial(augmentation, fill_value=_GRAY[0], interp_type=kind)
+
+
+def _pin_dali() -> None:
+    """The same for DALI's pool; its own `set_affinity` wants NVML's advice, and a GPU for it."""
+    pool = [task for task in Path("/proc/self/task").iterdir() if "[DALI][TP" in (task / "comm").read_text()]
+    for number, task in enumerate(sorted(pool)):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(int(task.name), {allowed[number % len(allowed)]})
 
 
 @contextmanager
@@ -251,9 +262,7 @@ def _decoded(job: Job, outputs: Callable) -> Any:
         rows, _ = rows_of(job, next(steps))
         return [np.frombuffer(index.read(row), np.uint8) for row in rows]
 
-    graph = Pipeline(
-        job.batch_size, job.threads, device_id=None, exec_dynamic=True, prefetch_queue_depth=2, set_affinity=True
-    )
+    graph = Pipeline(job.batch_size, job.threads, device_id=None, exec_dynamic=True, prefetch_queue_depth=2)
     with graph:
         encoded = fn.external_source(source=read, batch=True, dtype=types.DALIDataType.UINT8)
         image = fn.decoders.image(
@@ -275,6 +284,7 @@ def _crop(image: Any) -> Any:
 
 
 def _runs(graph: Any) -> Iterator[tuple]:
+    _pin_dali()
     while True:
         yield graph.run()
 

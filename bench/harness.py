@@ -22,8 +22,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import wraps
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from rich.table import Table
@@ -115,7 +117,8 @@ def median_ms(function: Callable[[], object], seconds: float = 0.2) -> float:
 
 
 def cpu_seconds() -> tuple[float, dict[str, float]]:
-    """CPU time so far: of this process with all its descendants, and of its own living threads by name."""
+    """CPU time so far: of this process with all its descendants; of its own living threads by name, and of the calls
+    that `time_calls` counts, which are parts of them."""
     total = sum(_cpu(Path(f"/proc/{pid}/stat"))[1] for pid in _tree(os.getpid()))
     # The system does not know the names of Python's threads; theirs are those of whoever started them.
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
@@ -124,7 +127,29 @@ def cpu_seconds() -> tuple[float, dict[str, float]]:
         name, seconds = _cpu(task / "stat")
         name = re.sub(r"\d+", "", names.get(int(task.name), name)).rstrip(" _-")
         threads[name] = threads.get(name, 0.0) + seconds
-    return total, threads
+    return total, threads | _calls
+
+
+_calls: dict[str, float] = {}
+_calls_lock = threading.Lock()
+
+
+def time_calls(module: ModuleType, name: str) -> None:
+    """From now on count the CPU time that threads spend in a function, as `cpu_seconds`' entry "name()"."""
+    function = getattr(module, name)
+    if hasattr(function, "__wrapped__"):
+        return  # it is counted already
+
+    @wraps(function)
+    def timed(*arguments, **options):
+        start = time.thread_time()
+        try:
+            return function(*arguments, **options)
+        finally:
+            with _calls_lock:
+                _calls[f"{name}()"] = _calls.get(f"{name}()", 0.0) + time.thread_time() - start
+
+    setattr(module, name, timed)
 
 
 def memory_bytes() -> tuple[int, int]:

@@ -27,7 +27,7 @@ OURS = "jda-distill"
 _SYNTHETIC = "synthetic:512"
 _SIZE = (500, 375)  # width, height: ImageNet's most usual size
 # Names of the threads of `pipeline.loader` and of DALI's pool, which in its graph only decodes.
-_STAGES = {"decode": "[DALI]", "pair kernel": "work", "reading": "read"}  # by how their threads' names begin
+_STAGES = {"decode": "decode()", "pair kernel": "pair()", "reading": "read"}  # the calls and threads that they are
 
 
 def run(config: Bench) -> dict:
@@ -64,7 +64,7 @@ def run(config: Bench) -> dict:
     )
     harness.show(found)
     if OURS in slots:
-        harness.show_table(f"CPU time of {OURS}, by thread", found["tables"]["profile"])
+        harness.show_table(f"CPU time of {OURS}, by stage", found["tables"]["profile"])
     harness.show_table(f"single calls on {_SIZE[0]}x{_SIZE[1]}, one thread, median", found["tables"]["stages"])
     if config.json:
         harness.write(config.json, found)
@@ -80,15 +80,10 @@ def _hosted(host: ProcessPoolExecutor, job: Job, name: str, warm: int, timed: in
 
 
 def profile(slots: list[Slot]) -> list[dict]:
-    """Rows of where the CPU time of a pair goes, by the thread that spent it, over all slots together."""
+    """Rows of where the CPU time of a pair goes, by the call or thread that spent it, over all slots together."""
     items = sum(slot.items for slot in slots)
     total = sum(slot.cpu_seconds for slot in slots)
-    spent = {
-        stage: sum(
-            seconds for slot in slots for name, seconds in slot.thread_cpu_seconds.items() if name.startswith(thread)
-        )
-        for stage, thread in _STAGES.items()
-    }
+    spent = {stage: sum(slot.thread_cpu_seconds.get(name, 0.0) for slot in slots) for stage, name in _STAGES.items()}
     spent["rest"] = total - sum(spent.values())
     return [
         {"stage": stage, "CPU ms/pair": 1e3 * seconds / items, "share %": 100 * seconds / (total or 1.0)}

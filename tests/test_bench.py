@@ -154,7 +154,7 @@ def test_threads_are_known_by_their_python_names():
 
 def test_the_profile_adds_up():
     """Threads nobody knows are the rest."""
-    threads = {"[DALI][TP]Exec": 0.4, "[DALI][WT]CPU executor": 0.6, "work": 2.0, "read": 0.5, "else": 0.1}
+    threads = {"work": 3.2, "decode()": 1.0, "pair()": 2.0, "read": 0.5, "else": 0.1}
     rows = loader.profile([Slot(500, 3.0, 5.0, threads, 0, 0)] * 2)
     assert [(row["stage"], row["share %"]) for row in rows] == [
         ("decode", 20.0),
@@ -242,8 +242,7 @@ def test_the_loader_benchmark_runs_every_arm(small, tmp_path, capsys):
         (slot,) = arm["slots"]
         assert slot["items"] == 16 and min(slot["seconds"], slot["own_bytes"], slot["peak_rss_bytes"]) > 0
     threads = found["arms"]["jda-distill"]["slots"][0]["thread_cpu_seconds"]
-    for stage in loader._STAGES.values():
-        assert any(name.startswith(stage) for name in threads), stage
+    assert threads.keys() >= set(loader._STAGES.values())
     assert {row["stage"] for row in found["tables"]["profile"]} >= {"decode", "pair kernel", "rest", "total"}
     calls = {row["call"]: row["ms"] for row in found["tables"]["stages"]}
     assert calls.keys() >= {"Pillow decode", "posterize 4", "rotate 26.67", "equalize", "crop and resize, mean box"}

@@ -137,6 +137,8 @@ def test_leaving_early_stops_the_threads(mixed):
     ours = {thread for thread in threading.enumerate() if thread.name.startswith(("loader", "read", "work"))}
     assert ours
     batches.close()
+    for thread in ours:
+        thread.join(10)
     assert not ours & set(threading.enumerate())
 
 
