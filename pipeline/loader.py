@@ -31,6 +31,7 @@ Request = tuple[np.ndarray, np.ndarray]
 """One batch of a plan: index rows i64 (B,) and their views (B,), a record array of `pipeline.views.VIEW`."""
 
 AHEAD = 3  # batches under way beside the one that is finished next
+_TOGETHER = 8  # samples
 _READERS, _REMOTE_READERS = 4, 64  # a remote read waits some 50 ms, and costs no core while it waits
 
 
@@ -138,12 +139,19 @@ def _on_cpu(index, plan, policy, threads, pairs, digests, skipped) -> Generator[
 def read_ahead(
     index: Index, plan: Iterable[Request], skipped: Skipped, ahead: int
 ) -> Generator[tuple[Request, list[Future]], None, None]:
-    """Requests with the futures of their bytes, None for a skipped sample; `ahead` more requests are being read."""
-    readers = ThreadPoolExecutor(_REMOTE_READERS if index.remote else _READERS, thread_name_prefix="read")
+    """Requests with the futures of their bytes, None for a skipped sample; `ahead` more requests are being read.
+
+    Every future but the last is of as many samples. Local ones are read several at a time, as a future costs as much
+    as a read.
+    """
+    threads, together = (_REMOTE_READERS, 1) if index.remote else (_READERS, _TOGETHER)
+    readers = ThreadPoolExecutor(threads, thread_name_prefix="read")
     waiting: deque[tuple[Request, list[Future]]] = deque()
     try:
         for request in plan:
-            waiting.append((request, [readers.submit(_read, index, int(row), skipped) for row in request[0]]))
+            rows = request[0].tolist()
+            parts = [rows[at : at + together] for at in range(0, len(rows), together)]
+            waiting.append((request, [readers.submit(_read, index, part, skipped) for part in parts]))
             if len(waiting) > ahead:
                 yield waiting.popleft()
         yield from waiting
@@ -153,15 +161,17 @@ def read_ahead(
         raise
 
 
-def _read(index: Index, row: int, skipped: Skipped) -> bytes | None:
-    if row in skipped:
-        return None
-    try:
-        data = index.read(row)
-    except BadSample as error:
-        skipped.add(row, str(error))
-        return None
-    return as_rgb(data) if index.records["cmyk"][row] else data
+def _read(index: Index, rows: list[int], skipped: Skipped) -> list[bytes | None]:
+    found: list[bytes | None] = []
+    for row in rows:
+        data = None
+        if row not in skipped:
+            try:
+                data = index.read(row)
+            except BadSample as error:
+                skipped.add(row, str(error))
+        found.append(as_rgb(data) if data and index.records["cmyk"][row] else data)
+    return found
 
 
 def cores(threads: int) -> Iterator[int]:
@@ -187,10 +197,12 @@ def _settle(free: Iterator[int]) -> None:
 def _draw(index, rows, views, reads, policy, pixels, checks, digests, skipped, samples: Iterator[int]) -> None:
     """Make the crops of the samples that `samples` hands out."""
     program = jda.program_of(policy.table)
+    together = len(reads[0].result()) if reads else 1
     for i in samples:
-        if (data := reads[i].result()) is None:
+        part, at = divmod(i, together)
+        data, reads[part].result()[at] = reads[part].result()[at], None  # the bytes are not needed any more
+        if data is None:
             continue
-        reads[i] = None  # the bytes are not needed any more
         try:
             image = decode(data)
         except Undecodable as error:

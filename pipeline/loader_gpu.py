@@ -30,7 +30,7 @@ def on_gpu(decoder, index, plan, policy, threads, pairs, digests, skipped) -> Ge
             return _with_digests(batch, workers) if digests else batch
 
         for (rows, views), reads in read_ahead(index, plan, skipped, AHEAD):
-            encoded = [read.result() for read in reads]
+            encoded = [data for read in reads for data in read.result()]
             kept = [i for i, data in enumerate(encoded) if data is not None]
             rows, views = rows[kept], views[kept]
             labels = torch.from_numpy(index.records["label"][rows].astype(np.int64))
@@ -38,7 +38,7 @@ def on_gpu(decoder, index, plan, policy, threads, pairs, digests, skipped) -> Ge
             decoded, addresses = None, np.zeros(0, np.int64)
             if kept:
                 if len(kept) > room:
-                    room = len(reads)
+                    room = len(encoded)
                     pipeline = gpu_pipeline(room, threads, device, decoder == "gpu-hw")
                 pipeline.feed_input("encoded", [np.frombuffer(encoded[i], np.uint8) for i in kept])
                 decoded = _decode(pipeline, stream)
