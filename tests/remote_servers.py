@@ -9,7 +9,7 @@ import struct
 import threading
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -152,6 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else each answer waits 40 ms between its headers and its body
     server: _Server
+    answer: Callable[..., None]
 
     def log_message(self, *_):
         pass
@@ -161,9 +162,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.answer()
-
-    def answer(self):
-        raise NotImplementedError
 
     def send(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response_only(status)

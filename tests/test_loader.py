@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from PIL import Image
 from cache import UserError
 from pipeline import prepare, views
 from pipeline.index import Index
-from pipeline.loader import Batch, load
+from pipeline.loader import Batch, cores, load
 from pipeline.policy import POLICIES, Policy
 
 SEED, VIEW = 2**60 + 3, 5
@@ -128,6 +129,18 @@ def test_evaluation_makes_the_central_view_alone(mixed):
         left, top = (image.width - side) // 2, (image.height - side) // 2
         expected = image.crop((left, top, left + side, top + side)).resize((224, 224), Image.Resampling.BILINEAR)
         np.testing.assert_array_equal(batch.original[i].numpy(), np.asarray(expected))
+
+
+@pytest.mark.parametrize("allowed", [{0, 1, 2, 3}, {5, 9}])
+def test_ranks_of_one_machine_take_disjoint_cores_or_none(monkeypatch, allowed):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
+    taken = []
+    for rank in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        taken.append(list(cores(2)))
+    assert taken[0] == sorted(allowed)[:2]
+    assert taken[1] == sorted(allowed)[2:]
+    assert list(cores(5)) == []
 
 
 def test_leaving_early_stops_the_threads(mixed):
