@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import jpeg
+from numba import njit
 from PIL import Image
 from pillow import base, jda, operation
 
 import kernels.jda
-from kernels import resample
+from kernels import resample, words
 from kernels.ops import TABLES, Op, compile_table
 from pipeline.views import VIEW
 
@@ -93,6 +94,20 @@ def test_crop_and_resize_equal_pillow(width, height, size, flip, seed):
     lut = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
     resample.crop(image, lut, box, flip, -1, np.empty(resample.scratch_bytes(height, width, size), np.uint8), out)
     np.testing.assert_array_equal(out, np.asarray(base(Image.fromarray(image), box, flip, size, -1)))
+
+
+@pytest.mark.parametrize("look_up", [words.look_up, words._look_up_scalar], ids=["this processor's", "scalar"])
+def test_looking_up_is_indexing(look_up):
+    """64 pixels, at any place of a row; nothing else is touched."""
+    rng = np.random.default_rng(0)
+    lut = rng.integers(0, 256, (3, 256), dtype=np.uint8)
+    row = rng.integers(0, 256, 3 * 200, dtype=np.uint8)
+    for first in (0, 1, 77, 136):
+        out, expected = np.zeros_like(row), np.zeros_like(row)
+        njit(lambda row, at, lut, out: look_up(row, at, lut, out))(row, 3 * first, lut, out)
+        pixels = slice(3 * first, 3 * first + words.LOOKED_UP)
+        expected[pixels] = lut[np.arange(3), row[pixels].reshape(-1, 3)].ravel()
+        np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("policy", [*TABLES, "every"])
