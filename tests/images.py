@@ -1,6 +1,8 @@
 """What tests read: encoded images (smooth random colour fields, which a lossy codec keeps), tars, CIFAR archives."""
 
+import ctypes
 import io
+import mmap
 import pickle
 import tarfile
 import zlib
@@ -79,3 +81,17 @@ def cifar(folder: Path, classes: int) -> tuple[Path, dict[str, list[tuple[int, n
     content = {names.encode(): [b"class %d" % i for i in range(classes)]}
     (folder / name / meta).write_bytes(pickle.dumps(content, protocol=2))
     return folder / name, truth
+
+
+def guarded(image: np.ndarray, at_end: bool) -> np.ndarray:
+    """A copy between pages that may not be touched, directly at one of them: a kernel that strays is killed."""
+    page = mmap.PAGESIZE
+    room = -(-image.nbytes // page) * page
+    memory = mmap.mmap(-1, room + 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guard in (start, start + page + room):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), page, 0) == 0
+    first = page + at_end * (room - image.nbytes)
+    copy = np.frombuffer(memory, np.uint8, image.nbytes, first).reshape(image.shape)
+    copy[:] = image
+    return copy

@@ -4,8 +4,6 @@ The interpreter is chosen when a kernel is decorated, so it runs in processes of
 compiled here without one, and looked at.
 """
 
-import ctypes
-import mmap
 import multiprocessing
 import os
 import re
@@ -20,7 +18,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from images import pixels
+from images import guarded, pixels
 from PIL import Image
 from pillow import base, jda
 
@@ -32,24 +30,10 @@ VIEW = np.dtype([("box", "<i4", (2, 4)), ("flip", "u1", 2), ("mask", "<u4"), ("s
 SIZES = [(1, 1), (1, 7), (5, 1), (2, 2), (3, 3), (2, 9), (17, 33)]
 
 
-def guarded(image: np.ndarray, at_end: bool) -> torch.Tensor:
-    """A copy between pages that may not be touched, directly at one of them: a kernel that strays is killed."""
-    page = mmap.PAGESIZE
-    room = -(-image.nbytes // page) * page
-    memory = mmap.mmap(-1, room + 2 * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for guard in (start, start + page + room):
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), page, 0) == 0
-    first = page + at_end * (room - image.nbytes)
-    copy = np.frombuffer(memory, np.uint8, image.nbytes, first).reshape(image.shape)
-    copy[:] = image
-    return torch.from_numpy(copy)
-
-
 def pairs(device: str, images: list, table, views, pad: int, size: int, both=True, **settings) -> np.ndarray:
     """`kernels.jda_gpu.pairs` of numpy images, which it must leave alone; `settings` are constants of its module."""
     tensors = [
-        guarded(image, bool(i % 2)) if device == "cpu" else torch.from_numpy(image).to(device)
+        torch.from_numpy(guarded(image, bool(i % 2))) if device == "cpu" else torch.from_numpy(image).to(device)
         for i, image in enumerate(images)
     ]
     addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
