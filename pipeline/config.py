@@ -19,7 +19,8 @@ class Prepare:
     """Turn a source of images into WebDataset shards and an index; every image is decoded once."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """imagefolder:PATH, cifar10:PATH, cifar100:PATH, webdataset:GLOB, digits or synthetic:N."""
+    """imagefolder:PATH, cifar10:PATH, cifar100:PATH, webdataset:PATTERN, digits or synthetic:N. A pattern is a path, an
+    s3:// or an https:// URL with {braces} and, but for https, wildcards."""
     out: Path
     """Folder to create. digits and cifar fill OUT/train and OUT/val."""
     classes: int | None = None
