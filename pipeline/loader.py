@@ -198,6 +198,8 @@ def _draw(index, rows, views, reads, policy, pixels, checks, digests, skipped, s
     """Make the crops of the samples that `samples` hands out."""
     program = jda.program_of(policy.table)
     together = len(reads[0].result()) if reads else 1
+    records = index.records[rows]
+    sizes = list(zip(records["height"].tolist(), records["width"].tolist(), strict=True))
     for i in samples:
         part, at = divmod(i, together)
         data, reads[part].result()[at] = reads[part].result()[at], None  # the bytes are not needed any more
@@ -207,6 +209,9 @@ def _draw(index, rows, views, reads, policy, pixels, checks, digests, skipped, s
             image = decode(data)
         except Undecodable as error:
             skipped.add(int(rows[i]), str(index.bad(rows[i], f"cannot be decoded: {error}")))
+            continue
+        if image.shape[:2] != sizes[i]:  # the boxes were drawn for that size, and the kernel does not look
+            skipped.add(int(rows[i]), str(index.bad(rows[i], f"not of the indexed size: {image.shape[:2]}")))
             continue
         jda.pair(image, program, views[i], policy.base.pad, pixels, i)
         if digests:

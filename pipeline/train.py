@@ -68,13 +68,14 @@ def distillation(
     """CCD against the stored labels of the batch; KD is the same with w ≡ 1. Samples without labels do not count."""
     device = logits.device
     rows, weight = plane.gather(batch.rows)
+    labels, key_hash = batch.labels, index.records["key_hash"][batch.rows]
     if np.isnan(weight).any():
         labelled = np.flatnonzero(~np.isnan(weight))
-        kept = Batch(batch.rows[labelled], batch.labels[labelled], batch.images[:, labelled], None)
         if not len(labelled):
             return logits.sum() * 0.0
-        return distillation(config, store, plane, index, logits[:, labelled], kept)
-    stream = views.stream(store.manifest.seed, index.records["key_hash"][batch.rows], plane.view)
+        rows, weight, key_hash = rows[labelled], weight[labelled], key_hash[labelled]
+        logits, labels = logits[:, labelled], labels[labelled]
+    stream = views.stream(store.manifest.seed, key_hash, plane.view)
     teacher = torch.from_numpy(store.codec.decode(rows, stream)).to(device, non_blocking=True)
     w = torch.from_numpy(weight if config.loss == "ccd" else np.ones_like(weight)).to(device)
     return ccd_loss(
@@ -82,7 +83,7 @@ def distillation(
         logits[1],
         teacher[:, 0],
         teacher[:, 1],
-        batch.labels.to(device),
+        labels.to(device),
         temperature=config.temperature,
         alpha=config.alpha,
         kd_weight=config.kd_weight,

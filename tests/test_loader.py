@@ -21,6 +21,7 @@ from pipeline import prepare, views
 from pipeline.index import Index
 from pipeline.loader import Batch, cores, load
 from pipeline.policy import POLICIES, Policy
+from pipeline.skipped import Skipped
 
 SEED, VIEW = 2**60 + 3, 5
 
@@ -141,6 +142,18 @@ def test_ranks_of_one_machine_take_disjoint_cores_or_none(monkeypatch, allowed):
     assert taken[0] == sorted(allowed)[:2]
     assert taken[1] == sorted(allowed)[2:]
     assert list(cores(5)) == []
+
+
+def test_an_image_of_another_size_than_indexed_never_reaches_the_kernel(mixed):
+    """Boxes drawn for a larger image would be read from beyond this one."""
+    records = np.array(mixed.records)
+    row = int(mixed.good[4])
+    records["height"][row] += 4000
+    lying, policy = dataclasses.replace(mixed, records=records), POLICIES["imagenet"]
+    skipped = Skipped(lying, max_bad=1.0)
+    (batch,) = load(lying, plan(lying, policy, mixed.good[:8], 8), policy, threads=2, skipped=skipped)
+    assert batch.rows.tolist() == [r for r in mixed.good[:8].tolist() if r != row]
+    assert "not of the indexed size" in skipped.causes[row]
 
 
 def test_leaving_early_stops_the_threads(mixed):
