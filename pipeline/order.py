@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.philox import philox
+from cache.philox import philox
 
 _SAMPLES, _SHARDS = 0x0DE5, 0x0DE6  # counter words that keep orders apart from views
 

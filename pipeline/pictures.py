@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cache import Store
+from cache import Store, philox
 from pipeline import policy as policies
 from pipeline import views
 from pipeline.checkpoint import write_atomically
@@ -25,7 +25,7 @@ def pairs_page(path: Path, index: Index, store: Store, samples: int = 12) -> Non
         plane = store.load_plane(view)
         encoded, weight = plane.gather(rows)
         records = index.records[rows]
-        stream = views.stream(store.manifest.seed, records["key_hash"], view)
+        stream = philox.stream(store.manifest.seed, records["key_hash"], view)
         logits = store.codec.decode(encoded, stream)
         request = rows, views.of(records, store.manifest.seed, view, policy)
         for batch in load(index, [request], policy, threads=1):

@@ -15,7 +15,7 @@ import torch
 from nvidia.dali import __version__ as dali_version
 
 import cache
-from cache import Manifest, Store, UserError
+from cache import Manifest, Store, UserError, philox
 from cache import codec as codecs
 from kernels.reference import cosine_weight
 from pipeline import decode, models, views
@@ -103,7 +103,7 @@ def _labels(module, normalise, batch: Batch, precision, store, view, index) -> t
     with devices.autocast(device, precision):
         logits = torch.stack([module(normalise(images)) for images in batch.images], dim=1).float()
     weight = cosine_weight(logits[:, 0].double(), logits[:, 1].double()).float()
-    stream = views.stream(store.manifest.seed, index.records["key_hash"][batch.rows], view)
+    stream = philox.stream(store.manifest.seed, index.records["key_hash"][batch.rows], view)
     return store.codec.encode(logits.cpu().numpy(), stream), weight.cpu().numpy()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import cache
-from cache import Plane, Store, UserError
+from cache import Plane, Store, UserError, philox
 from kernels import ccd_loss
 from pipeline import checkpoint, decode, models, order, views
 from pipeline import device as devices
@@ -75,7 +75,7 @@ def distillation(
             return logits.sum() * 0.0
         rows, weight, key_hash = rows[labelled], weight[labelled], key_hash[labelled]
         logits, labels = logits[:, labelled], labels[labelled]
-    stream = views.stream(store.manifest.seed, key_hash, plane.view)
+    stream = philox.stream(store.manifest.seed, key_hash, plane.view)
     teacher = torch.from_numpy(store.codec.decode(rows, stream)).to(device, non_blocking=True)
     w = torch.from_numpy(weight if config.loss == "ccd" else np.ones_like(weight)).to(device)
     return ccd_loss(

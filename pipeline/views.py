@@ -11,7 +11,7 @@ from math import isqrt
 import numpy as np
 
 from cache import UserError
-from pipeline.philox import below, philox
+from cache.philox import below, philox
 from pipeline.policy import Base, Policy
 
 VIEW = np.dtype([("box", "<i4", (2, 4)), ("flip", "u1", 2), ("mask", "<u4"), ("signs", "<u4")])
@@ -64,13 +64,6 @@ def draw(
 def of(records: np.ndarray, seed: int, view: int, policy: Policy) -> np.ndarray:
     """`draw` for records of an index."""
     return draw(seed, records["key_hash"], view, records["height"], records["width"], policy)
-
-
-def stream(seed: int, key_hash: np.ndarray, view: int) -> np.ndarray:
-    """The dither key of a stored row: u64 (B,), a function of (seed, key hash, view)."""
-    key_hash = np.asarray(key_hash, np.uint64)
-    words = philox((key_hash & np.uint64(0xFFFFFFFF), key_hash >> np.uint64(32), view, 0), seed)
-    return words[:, :2].copy().view("<u8")[:, 0]
 
 
 def centre(height: np.ndarray, width: np.ndarray, policy: Policy, size: int | None = None) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import cache
-from cache import UserError
+from cache import UserError, philox
 from pipeline import models, precompute, views
 from pipeline import policy as policies
 from pipeline.config import PrecomputeTeacher
@@ -82,7 +82,7 @@ def test_labels_are_what_the_teacher_says_of_pillows_pixels(whole):
     rows = index.good[::3]
     drawn = views.of(index.records, whole.seed, view, policy)
     encoded, weight = store.load_plane(view).gather(rows)
-    decoded = store.codec.decode(encoded, views.stream(whole.seed, index.records["key_hash"][rows], view))
+    decoded = store.codec.decode(encoded, philox.stream(whole.seed, index.records["key_hash"][rows], view))
     for i, row in enumerate(rows):
         image = Image.open(io.BytesIO(index.read(row))).convert("RGB")
         augmented = pillow.jda(image, policy.table, int(drawn["mask"][row]), int(drawn["signs"][row]))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_precompute import finished, killed
 
 import cache
-from cache import UserError
+from cache import UserError, philox
 from pipeline import train
 from pipeline.config import TrainStudent
 from pipeline.demo import POLICY
@@ -95,7 +95,6 @@ def test_the_loss_is_that_of_the_stored_labels(whole):
     """One batch by hand: float64 autograd-free formula from PyTorch's own functionals on the decoded labels."""
     from torch.nn import functional as F
 
-    from pipeline import views
     from pipeline.index import Index
     from pipeline.loader import Batch
 
@@ -107,7 +106,7 @@ def test_the_loss_is_that_of_the_stored_labels(whole):
     labels = torch.from_numpy(index.records["label"][rows].astype("int64"))
     batch = Batch(rows, labels, torch.empty(0), None)
     encoded, weight = plane.gather(rows)
-    teacher = store.codec.decode(encoded, views.stream(store.manifest.seed, index.records["key_hash"][rows], 1))
+    teacher = store.codec.decode(encoded, philox.stream(store.manifest.seed, index.records["key_hash"][rows], 1))
     t, z, T = torch.from_numpy(teacher).double(), logits.double(), 4.0
     for loss, w in (("ccd", torch.from_numpy(weight).double()), ("kd", torch.ones(9, dtype=torch.float64))):
         kl = [F.kl_div((z[v] / T).log_softmax(1), (t[:, v] / T).softmax(1), reduction="none").sum(1) for v in range(2)]

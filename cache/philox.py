@@ -1,4 +1,4 @@
-"""Philox4x32-10, vectorised: the one source of randomness for views and orders.
+"""Philox4x32-10, vectorised: the one source of randomness: views, orders and dither.
 
 Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3* (SC 2011); checked against the known-answer vectors of
 Random123. A counter-based generator needs no state: every word is a function of what it is for.
@@ -33,3 +33,10 @@ def philox(counter: tuple[np.ndarray | int, ...], key: int) -> np.ndarray:
 def below(words: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
     """Map random words u32 to integers in [0, bound), bound < 2³¹, by the high half of the product: i64."""
     return ((words.astype(np.uint64) * np.asarray(bound, np.uint64)) >> _SHIFT).astype(np.int64)
+
+
+def stream(seed: int, key_hash: np.ndarray, view: int) -> np.ndarray:
+    """The dither key of a stored row: u64 (B,), a function of (seed, key hash, view)."""
+    key_hash = np.asarray(key_hash, np.uint64)
+    words = philox((key_hash & np.uint64(0xFFFFFFFF), key_hash >> np.uint64(32), view, 0), seed)
+    return words[:, :2].copy().view("<u8")[:, 0]
