@@ -1,0 +1,45 @@
+"""What every codec demands of logits and rows."""
+
+from typing import Protocol
+
+import numpy as np
+
+from cache.errors import UserError
+
+MAX_CLASSES = 1 << 20
+MAX_LOGIT = 65504.0  # the largest finite float16; every codec refuses more, so that changing codecs is always safe
+
+
+class _Rows(Protocol):
+    @property
+    def row_bytes(self) -> int: ...
+
+
+def require_encodable(logits: np.ndarray, classes: int) -> None:
+    """Raise UserError unless logits f32 (B, 2, C) are finite and within ±65504."""
+    if logits.dtype != np.float32 or logits.ndim != 3 or logits.shape[1:] != (2, classes):
+        raise ValueError(f"expected logits f32 (B, 2, {classes}), got {logits.dtype} {logits.shape}")
+    if np.abs(logits).max(initial=0) <= MAX_LOGIT:  # NaN compares false
+        return
+    bad = ~(np.abs(logits) <= MAX_LOGIT)
+    value = logits[bad][0]
+    raise UserError(
+        f"a teacher's logit is {f'beyond ±{MAX_LOGIT:.0f}' if np.isfinite(value) else 'not finite'}",
+        found=f"{value} ({bad.any(axis=(1, 2)).sum()} of {len(logits)} samples of the batch)",
+        expected=f"numbers in ±{MAX_LOGIT:.0f}",
+        fix="check the teacher's weights and its input normalisation",
+    )
+
+
+def checked_rows(rows: np.ndarray, codec: _Rows) -> np.ndarray:
+    """Rows u8 (B, row_bytes), contiguous; ValueError for anything else."""
+    if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != codec.row_bytes:
+        raise ValueError(f"expected rows u8 (B, {codec.row_bytes}), got {rows.dtype} {rows.shape}")
+    return np.ascontiguousarray(rows)
+
+
+def keys(stream: np.ndarray, rows: int) -> np.ndarray:
+    """Dither keys u64 (B,), one per row; ValueError for anything else."""
+    if stream.dtype != np.uint64 or stream.shape != (rows,):
+        raise ValueError(f"expected dither keys u64 ({rows},), got {stream.dtype} {stream.shape}")
+    return np.ascontiguousarray(stream)

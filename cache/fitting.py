@@ -1,0 +1,176 @@
+"""Fitting the `subspace` code to a teacher: directions, steps and entropy models for a budget of KL."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from cache import entropy
+from cache.checks import require_encodable
+from cache.errors import UserError
+from cache.fidelity import measure
+from cache.subspace import MAX_DIMS, Subspace
+
+TEMPERATURE = 4.0
+"""Of the KL divergence that budgets are given in: the method's."""
+MIN_PAIRS = 64
+
+_NEGLIGIBLE = 1e-6  # of the mean variance of a logit: directions below it are rounding noise of the teacher
+_MARGIN = 0.98  # of the budget: the mean over held-out pairs is known to about a per cent
+_TOLERANCE = 0.002
+_ROUNDS = 5
+_NIBBLE = 7.0  # largest integer of a coefficient that does not take a whole byte
+_HEADROOM = 1.15  # on the largest coefficient seen
+_WIDE_MULTIPLE = 16
+
+
+def held_out(pairs: int) -> int:
+    """Of `pairs` pairs the first so many are fitted to; the others measure."""
+    return pairs - pairs // 4
+
+
+def fit(logits: np.ndarray, kl: float) -> Subspace:
+    """The code whose KL(T = 4) is `kl` nats on held-out pairs, of logits f32 (n, 2, C) in random order.
+
+    Raises UserError for a budget that is not positive, or fewer than `MIN_PAIRS` pairs.
+    """
+    if not 0 < kl < math.inf:
+        raise UserError("the KL budget", found=kl, expected="a positive number of nats", fix="try 0.05")
+    if len(logits) < MIN_PAIRS:
+        raise UserError(
+            "too few pairs to fit a subspace code",
+            found=len(logits),
+            expected=f"at least {MIN_PAIRS}",
+            fix="use --codec int8",
+        )
+    require_encodable(logits, logits.shape[2])
+    cut = held_out(len(logits))
+    stream = np.arange(len(logits) - cut, dtype=np.uint64)
+    part = _directions(logits[:cut])
+    nominal = kl
+    for _ in range(_ROUNDS):
+        found = measure(_code(part, nominal), logits[cut:], stream).kl[TEMPERATURE]
+        if abs(found / (_MARGIN * kl) - 1) < _TOLERANCE:
+            break
+        nominal *= _MARGIN * kl / found
+    # The more pairs, the better the directions: 4,096 vectors for 512 of them cost a byte less than 3,072.
+    return _code(_directions(logits), nominal)
+
+
+@dataclass(frozen=True)
+class _Directions:
+    mean: np.ndarray
+    """f64 (C,) of the centred logits."""
+    basis: np.ndarray
+    """f64 (d, C), orthonormal, by falling variance."""
+    coefficients: np.ndarray
+    """f64 (n, 2, d) of the logits they were found in."""
+    felt: np.ndarray
+    """f64 (d,), see `_sensitivity`."""
+
+
+def _directions(logits: np.ndarray) -> _Directions:
+    pairs, _, classes = logits.shape
+    centred = logits.astype(np.float64)
+    centred -= centred.mean(axis=2, keepdims=True)
+    mean = centred.mean(axis=(0, 1))
+    flat = (centred - mean).reshape(-1, classes)
+    if len(flat) < classes:  # the same directions from the smaller matrix of products
+        variance, vectors = np.linalg.eigh(flat @ flat.T / len(flat))
+        basis = vectors.T @ flat
+        basis /= np.maximum(np.linalg.norm(basis, axis=1, keepdims=True), 1e-300)
+    else:
+        variance, vectors = np.linalg.eigh(flat.T @ flat / len(flat))
+        basis = vectors.T
+    kept = np.flatnonzero(variance > _NEGLIGIBLE * max(variance.sum() / classes, 1e-12))[::-1][:MAX_DIMS]
+    basis = basis[kept] if len(kept) else np.eye(1, classes)
+    return _Directions(mean, basis, (flat @ basis.T).reshape(pairs, 2, -1), _sensitivity(logits, basis))
+
+
+def _sensitivity(logits: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """g f64 (d,): noise of variance v along direction i adds g_i v to KL(T = 4), to second order in the noise.
+
+    KL ≈ Var_p(e) / 2T² with e the error and p the teacher's probabilities at T.
+    """
+    flat = logits.reshape(-1, logits.shape[2]).astype(np.float64) / TEMPERATURE
+    p = np.exp(flat - flat.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    variance = p.mean(axis=0) @ (basis**2).T - ((p @ basis.T) ** 2).mean(axis=0)
+    return np.maximum(variance, 1e-12) / (2 * TEMPERATURE**2)
+
+
+@cache
+def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For a normal coefficient of r steps' spread: r, rate I(x; x + u) in bits, beta, noise in steps squared.
+
+    beta minimises the variance of q - beta u - x; with f the fractional part of x it is 6 E[f (1 - f)].
+    """
+    ratios = np.exp(np.linspace(math.log(0.004), math.log(64.0), 240))
+    z = np.linspace(-8, 8, 2001)
+    density = np.exp(-z * z / 2)
+    density /= density.sum()
+    normal = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in np.linspace(-9, 9, 9001)])
+    rates, betas = [], []
+    for r in ratios:
+        # The density of x + u is flat but for 8 spreads on either side of its edges.
+        edge = np.linspace(-8 * r, 8 * r, 1601)
+        y = np.unique(np.concatenate([edge - 0.5, edge + 0.5]))
+        f = np.interp((y + 0.5) / r, np.linspace(-9, 9, 9001), normal)
+        f -= np.interp((y - 0.5) / r, np.linspace(-9, 9, 9001), normal)
+        f = np.clip(f, 1e-300, 1)
+        rates.append(np.trapezoid(-f * np.log2(f), y))
+        part = np.abs(z * r) % 1
+        betas.append(min(6 * (density * part * (1 - part)).sum(), 1.0))
+    beta = np.array(betas)
+    return ratios, np.array(rates), beta, (1 - (1 - beta) ** 2) / 12
+
+
+def _allocate(spread: np.ndarray, felt: np.ndarray, kl: float) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and beta f64 (d,) of least total rate whose noise adds up to `kl` nats."""
+    ratios, rate, beta, noise = _tables()
+    low, high = 1e-12, 1e15  # bits per nat, by bisection
+    best = np.zeros(len(spread), np.int64)
+    for _ in range(100):
+        price = math.sqrt(low * high)
+        cost = felt[:, None] * noise * (spread[:, None] / ratios) ** 2
+        best = (rate + price * cost).argmin(axis=1)
+        total = cost[np.arange(len(spread)), best].sum()
+        low, high = (price, high) if total > kl else (low, price)
+    # The choice is one of a grid's ratios; what is left of the budget scales all steps alike.
+    step = spread / ratios[best] * math.sqrt(kl / total)
+    return step, np.interp(spread / step, ratios, beta)
+
+
+def _code(found: _Directions, kl: float) -> Subspace:
+    """The code of those directions whose noise is `kl` nats to second order."""
+    spread = np.sqrt(np.maximum((found.coefficients**2).mean(axis=(0, 1)), 1e-24))
+    step, beta = _allocate(spread, found.felt, kl)
+    reach = np.abs(found.coefficients).max(axis=(0, 1)) / step
+    order = np.argsort(-reach, kind="stable")
+    basis, coefficients = found.basis[order], found.coefficients[..., order]
+    step, beta, reach = step[order], beta[order], reach[order]
+    wide = int((reach * _HEADROOM + 0.5 > _NIBBLE).sum())
+    wide = min(-(-wide // _WIDE_MULTIPLE) * _WIDE_MULTIPLE, len(step))
+
+    beta_units = np.rint(beta * entropy.BETA_UNIT)
+    steps = coefficients / step
+    rng = np.random.default_rng(0)  # stands for the dither; the statistics hold for any
+    u = rng.random(steps[:, 0].shape) - 0.5
+    original = np.floor(steps[:, 0] + u + 0.5) - beta_units / entropy.BETA_UNIT * u
+    gain = (original * steps[:, 1]).mean(0) / np.maximum((original**2).mean(0), 1e-12)
+    gain = np.clip(np.rint(gain * entropy.GAIN_UNIT), -32768, 32767)
+    rest = steps[:, 1] - gain / entropy.GAIN_UNIT * original
+    spreads = np.sqrt(np.stack([(steps[:, 0] ** 2).mean(0), (rest**2).mean(0)]))
+    peak = np.abs(basis).max(axis=1)
+    return Subspace(
+        classes=basis.shape[1],
+        dims=len(step),
+        wide=wide,
+        mean=found.mean.astype("<f4").tobytes(),
+        basis=np.rint(basis / peak[:, None] * 127).astype("i1").tobytes(),
+        scale=(step * peak / 127).astype("<f4").tobytes(),
+        beta=beta_units.astype("<u2").tobytes(),
+        spread=np.clip(np.rint(spreads * entropy.UNIT), 1, 1 << 20).astype("<i4").tobytes(),
+        gain=gain.astype("<i2").tobytes(),
+    )

@@ -1,0 +1,201 @@
+"""`subspace`: logits as dithered integers along the principal directions of the teacher's logits.
+
+A vector of logits, centred (softmax does not see its mean), less the mean over the data, is projected on directions
+b_i, and its coefficient along b_i is rounded with a dither u that the reader subtracts again (Gray & Stockham,
+*Dithered quantizers*, 1993): decoded = mean + sum_i (q_i - beta_i u_i) step_i b_i. The expectation over the dither is
+the truth, whatever the logits; the errors are independent between rows and views. Students average such errors away,
+whereas they learn a bias, be it a smaller one.
+
+Steps and beta are chosen per direction. A direction of spread s costs the rate I(s / step) (the mutual information of
+x and x + u) and adds the noise step^2 D(s / step), which KL(T = 4) feels with the weight g_i; `fit` minimises the sum
+of rates for a sum of g_i step_i^2 D. beta < 1 trades the independence of the noise's variance for less of it where
+s is small against the step: with beta = 1 even a direction that never moves would be noisy. Errors stay unbiased,
+because E[u] = 0.
+"""
+
+import base64
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from cache import entropy
+from cache.checks import MAX_CLASSES, checked_rows, keys, require_encodable
+from cache.errors import UserError
+
+MAX_DIMS = 4096
+
+_ALIGN = 16  # bytes: a view's segment can be read in vectors
+_MAX_BYTES = 1 << 32
+_HEADER = 5  # rows, and whether the code knows the dither
+_RANGES = (  # of the arrays' values
+    ("mean", -1e6, 1e6),
+    ("scale", 1e-12, 1e6),
+    ("beta", 0, entropy.BETA_UNIT),
+    ("spread", 1, 1 << 20),
+    ("gain", -(1 << 15), (1 << 15) - 1),
+)
+_FIELDS = {  # array -> dtype, shape in terms of classes and dims
+    "mean": ("<f4", "c"),
+    "basis": ("i1", "dc"),
+    "scale": ("<f4", "d"),
+    "beta": ("<u2", "d"),
+    "spread": ("<i4", "2d"),
+    "gain": ("<i2", "d"),
+}
+CONFIG_KEYS = ("classes", "dims", "wide", *_FIELDS)
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """One fitted code. Arrays are little-endian bytes, so that equality and JSON come for free.
+
+    A row is two segments, original before augmented: `wide` signed bytes, then the other coefficients as nibbles
+    (the first half of them low, the second high), padded to a multiple of 16 bytes.
+    """
+
+    classes: int
+    dims: int
+    """d, directions."""
+    wide: int
+    """Coefficients that take a whole byte; the others keep within [-8, 7]."""
+    mean: bytes
+    """f32 (C,) of the centred logits."""
+    basis: bytes
+    """i8 (d, C); times `scale` a direction of the length of its step."""
+    scale: bytes
+    """f32 (d,)."""
+    beta: bytes
+    """u16 (d,), share of the dither that decoding subtracts, in 1/256."""
+    spread: bytes
+    """i32 (2, d), standard deviations of the entropy models in 1/512 step, of the augmented view given the original."""
+    gain: bytes
+    """i16 (d,), prediction of the augmented coefficient from the original, in 1/4096."""
+
+    packed = True
+
+    @property
+    def segment(self) -> int:
+        """Bytes of one view of a row."""
+        return -(-(self.wide + (self.dims - self.wide + 1) // 2) // _ALIGN) * _ALIGN
+
+    @property
+    def row_bytes(self) -> int:
+        return 2 * self.segment
+
+    @property
+    def config(self) -> dict:
+        """JSON-safe; `from_config` gives an equal codec."""
+        arrays = {name: base64.b64encode(getattr(self, name)).decode() for name in _FIELDS}
+        return {
+            "name": "subspace",
+            "format": 1,
+            "classes": self.classes,
+            "dims": self.dims,
+            "wide": self.wide,
+            **arrays,
+        }
+
+    def array(self, name: str) -> np.ndarray:
+        """A field as the array that it is."""
+        dtype, shape = _FIELDS[name]
+        lengths = {"c": self.classes, "d": self.dims, "2": 2}
+        return np.frombuffer(getattr(self, name), dtype).reshape([lengths[axis] for axis in shape])
+
+    @cached_property
+    def synthesis(self) -> np.ndarray:
+        """f32 (d, C), each direction times its step."""
+        return self.array("basis") * self.array("scale")[:, None]
+
+    @cached_property
+    def _analysis(self) -> np.ndarray:
+        # The rounded directions are not quite orthonormal; least squares does not mind.
+        synthesis = self.synthesis.astype(np.float64)
+        return np.linalg.solve(synthesis @ synthesis.T, synthesis).T.astype(np.float32)
+
+    @cached_property
+    def _models(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        spread, gain, beta = (self.array(name).astype(np.int64) for name in ("spread", "gain", "beta"))
+        return spread, gain, beta
+
+    def project(self, logits: np.ndarray) -> np.ndarray:
+        """f32 (B, 2, C) -> coefficients in steps, f32 (B, 2, d)."""
+        centred = logits - logits.mean(axis=2, keepdims=True) - self.array("mean")
+        return (centred.reshape(-1, self.classes) @ self._analysis).reshape(len(logits), 2, self.dims)
+
+    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
+        """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes). Raises UserError for logits that no codec keeps."""
+        require_encodable(logits, self.classes)
+        rows = np.empty((len(logits), 2, self.segment), np.uint8)
+        entropy.quantise(self.project(logits), keys(stream, len(rows)), self.wide, rows)
+        return rows.reshape(len(rows), -1)
+
+    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
+        """u8 (B, row_bytes), u64 (B,) -> f32 (B, 2, C); centred, each vector's mean is zero but for rounding."""
+        rows = checked_rows(rows, self)
+        steps = np.empty((len(rows), 2, self.dims), np.float32)
+        segments = rows.reshape(len(rows), 2, -1)
+        entropy.dequantise(segments, keys(stream, len(rows)), self.wide, self.array("beta").astype(np.int32), steps)
+        decoded = steps.reshape(-1, self.dims) @ self.synthesis + self.array("mean")
+        return decoded.reshape(len(rows), 2, self.classes)
+
+    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes:
+        """Entropy code of rows u8 (B, row_bytes). Without the dither keys it is valid, but up to a third larger."""
+        rows = checked_rows(rows, self)
+        known = stream is not None
+        key = keys(stream, len(rows)) if known else np.zeros(0, np.uint64)
+        words = np.empty(2 * self.dims * len(rows) + 2, "<u4")
+        used = entropy.encode(rows.reshape(len(rows), 2, -1), key, known, self.wide, *self._models, words)
+        return len(rows).to_bytes(4, "little") + bytes([known]) + words[len(words) - used :].tobytes()
+
+    def unpack(self, data: bytes, stream: np.ndarray | None = None) -> np.ndarray:
+        """What `pack` was given: u8 (B, row_bytes). Raises ValueError for bytes that are no code of such rows."""
+        known = len(data) > 4 and data[4] == 1
+        if len(data) < _HEADER or data[4] > 1 or (len(data) - _HEADER) % 4:
+            raise ValueError("no packed rows")
+        if known and stream is None:
+            raise ValueError("rows packed with their dither keys cannot be unpacked without")
+        count = int.from_bytes(data[:4], "little")
+        if stream is not None and count != len(stream):
+            raise ValueError(f"{count} packed rows, expected {len(stream)}")
+        if count * self.row_bytes > _MAX_BYTES:
+            raise ValueError(f"{count} packed rows would take more than {_MAX_BYTES} bytes")
+        key = keys(stream, count) if stream is not None and known else np.zeros(0, np.uint64)
+        rows = np.zeros((count, 2, self.segment), np.uint8)
+        words = np.frombuffer(data, "<u4", offset=_HEADER)
+        if not entropy.decode(words, key, known, self.wide, *self._models, rows):
+            raise ValueError("packed rows that do not end where they should")
+        return rows.reshape(count, -1)
+
+
+def from_config(config: dict, where: str) -> Subspace:
+    """The codec of a config from outside, every value checked. Raises UserError naming the key."""
+
+    def wrong(key: str, found: object, expected: object) -> UserError:
+        return UserError(f"{where}: {key}", found=found, expected=expected, fix="restore the store from a copy")
+
+    fields: dict = {}
+    for name, low, high in (("classes", 2, MAX_CLASSES), ("dims", 1, MAX_DIMS), ("wide", 0, MAX_DIMS)):
+        value = config[name]
+        high = high if name == "classes" else min(high, fields["classes" if name == "dims" else "dims"])
+        if type(value) is not int or not low <= value <= high:
+            raise wrong(name, f"{value!r:.80}", f"a whole number in [{low}, {high}]")
+        fields[name] = value
+    lengths = {"c": fields["classes"], "d": fields["dims"], "2": 2}
+    for name, (dtype, shape) in _FIELDS.items():
+        text, size = config[name], math.prod(lengths[axis] for axis in shape) * np.dtype(dtype).itemsize
+        if type(text) is not str or len(text) != 4 * -(-size // 3):
+            raise wrong(name, f"{len(text)} characters" if type(text) is str else type(text).__name__, f"{size} bytes")
+        try:
+            fields[name] = base64.b64decode(text, validate=True)
+        except ValueError as error:
+            raise wrong(name, error, f"{size} bytes in base64") from None
+        if len(fields[name]) != size:
+            raise wrong(name, f"{len(fields[name])} bytes", f"{size} bytes")
+    codec = Subspace(**fields)
+    for name, low, high in _RANGES:
+        values = codec.array(name).astype(np.float64)
+        if not ((values >= low) & (values <= high)).all():  # NaN compares false
+            raise wrong(name, f"a value outside [{low:g}, {high:g}]", "what fit writes")
+    return codec
