@@ -1,8 +1,9 @@
-"""The store of a teacher's soft labels: codecs, manifest, blocks and planes. Imports numpy and zarr only."""
+"""The store of a teacher's soft labels: codecs, manifest, blocks and planes. Imports numpy, obstore and zarr."""
 
 from cache.errors import UserError
+from cache.making import create, exists, extend
 from cache.manifest import Manifest, check
 from cache.plane import Plane, planes
-from cache.store import Store, create, open
+from cache.store import Block, Store, open
 
-__all__ = ["Manifest", "Plane", "Store", "UserError", "check", "create", "open", "planes"]
+__all__ = ["Block", "Manifest", "Plane", "Store", "UserError", "check", "create", "exists", "extend", "open", "planes"]

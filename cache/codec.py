@@ -13,13 +13,11 @@ import numpy as np
 from cache import fitting, subspace
 from cache.checks import MAX_CLASSES, checked_rows, require_encodable
 from cache.errors import UserError
-from cache.fidelity import measure
+from cache.fidelity import drift
 from cache.subspace import Subspace
 
 DEFAULT_BUDGET = 0.05
 """Nats of KL(T = 4) per vector."""
-MAX_BIAS = 0.02
-"""How far the slope of decoded on true logits may be from 1."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +146,10 @@ def auto(logits: np.ndarray, kl_budget: float = DEFAULT_BUDGET) -> Codec:
         if name == "subspace" and len(logits) < fitting.MIN_PAIRS:
             continue
         codec = fit(name, logits, **({"kl": kl_budget} if name == "subspace" else {}))
-        found = measure(codec, held, stream)
-        good = found.kl[fitting.TEMPERATURE] <= kl_budget and abs(found.slope - 1) <= MAX_BIAS
-        if found.bytes_per_vector < fewest and (good or name == "fp16"):
-            best, fewest = codec, found.bytes_per_vector
+        rows = codec.encode(held, stream)
+        size = len(codec.pack(rows, stream))
+        if size < fewest and (name == "fp16" or not drift(codec, held, rows, stream).beyond(kl_budget)):
+            best, fewest = codec, size
     assert best is not None
     return best
 

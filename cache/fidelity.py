@@ -1,5 +1,6 @@
 """How well decoded labels say what the teacher said."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
     from cache.codec import Codec
 
 TEMPERATURES = (1.0, 2.0, 4.0)
+MAX_BIAS = 0.02
+"""How far the slope of decoded on true logits may be from 1."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,57 @@ def measure(codec: "Codec", logits: np.ndarray, stream: np.ndarray, rows: np.nda
     true, decoded = _centred(logits), _centred(codec.decode(rows, stream))
     return Fidelity(
         kl={temperature: divergence(true, decoded, temperature) for temperature in TEMPERATURES},
-        slope=float((true * decoded).sum() / max((true * true).sum(), np.finfo(np.float64).tiny)),
+        slope=_slope(true, decoded),
         agreement=float((true.argmax(-1) == decoded.argmax(-1)).mean()),
         bytes_per_vector=len(codec.pack(rows, stream)) / (2 * len(rows)),
         pairs=len(rows),
     )
 
 
+@dataclass(frozen=True)
+class Drift:
+    """Of one block's labels, on a sample of them. NaN: nothing was measured."""
+
+    kl: float = math.nan
+    """Mean KL(T = 4), nats."""
+    slope: float = math.nan
+    kl_error: float = math.nan
+    """Standard error of `kl`."""
+    slope_error: float = math.nan
+
+    def beyond(self, budget: float | None) -> str | None:
+        """What is wrong, if the slope is off 1 by more than `MAX_BIAS` or the KL above the budget, beyond chance."""
+        if abs(self.slope - 1) - 3 * self.slope_error > MAX_BIAS:
+            return f"slope {self.slope:.3f}, expected 1 ± {MAX_BIAS}"
+        if budget is not None and self.kl - 3 * self.kl_error > budget:
+            return f"KL(T = 4) {self.kl:.4g} nats, expected at most {budget:g}"
+        return None
+
+
+def drift(codec: "Codec", logits: np.ndarray, rows: np.ndarray, stream: np.ndarray) -> Drift:
+    """How far labels u8 (n, row_bytes) are from the logits f32 (n, 2, C) that they code."""
+    true, decoded = _centred(logits), _centred(codec.decode(rows, stream))
+    kl = divergences(true, decoded, TEMPERATURES[-1]).ravel()
+    slope = _slope(true, decoded)
+    off = (true * (decoded - slope * true)).sum(-1)
+    slope_error = float(np.linalg.norm(off) / max((true * true).sum(), np.finfo(np.float64).tiny))
+    return Drift(float(kl.mean()), slope, float(kl.std() / math.sqrt(kl.size)), slope_error)
+
+
 def divergence(true: np.ndarray, decoded: np.ndarray, temperature: float) -> float:
-    """Mean KL(softmax(true / T) || softmax(decoded / T)) of logits (..., C), nats, in float64."""
+    """Mean of `divergences`."""
+    return float(divergences(true, decoded, temperature).mean())
+
+
+def divergences(true: np.ndarray, decoded: np.ndarray, temperature: float) -> np.ndarray:
+    """KL(softmax(true / T) || softmax(decoded / T)) of logits (..., C): f64 (...), nats."""
     log_p, log_q = (_log_softmax(np.asarray(x, np.float64) / temperature) for x in (true, decoded))
-    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def _slope(true: np.ndarray, decoded: np.ndarray) -> float:
+    energy = (true * true).sum()
+    return float((true * decoded).sum() / energy) if energy else 1.0
 
 
 def _centred(logits: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ _NEGLIGIBLE = 1e-6  # of the mean variance of a logit: directions below it are r
 _MARGIN = 0.98  # of the budget: the mean over held-out pairs is known to about a per cent
 _TOLERANCE = 0.002
 _ROUNDS = 5
-_NIBBLE = 7.0  # largest integer of a coefficient that does not take a whole byte
+_BYTE, _NIBBLE = 126.5, 7.0  # largest coefficients in steps, of a whole byte and of half a one
 _HEADROOM = 1.15  # on the largest coefficient seen
 _WIDE_MULTIPLE = 16
 
@@ -48,14 +48,20 @@ def fit(logits: np.ndarray, kl: float) -> Subspace:
     cut = held_out(len(logits))
     stream = np.arange(len(logits) - cut, dtype=np.uint64)
     part = _directions(logits[:cut])
+    moments = _moments(_coefficients(logits[cut:], part))
     nominal = kl
     for _ in range(_ROUNDS):
-        found = measure(_code(part, nominal), logits[cut:], stream).kl[TEMPERATURE]
-        if abs(found / (_MARGIN * kl) - 1) < _TOLERANCE:
+        found = measure(_code(part, moments, nominal), logits[cut:], stream).kl[TEMPERATURE]
+        if found <= 0 or abs(found / (_MARGIN * kl) - 1) < _TOLERANCE:
             break
         nominal *= _MARGIN * kl / found
-    # The more pairs, the better the directions: 4,096 vectors for 512 of them cost a byte less than 3,072.
-    return _code(_directions(logits), nominal)
+    # The more pairs, the better the directions: 4,096 vectors for 512 of them cost a byte less than 3,072. The moments
+    # stay those of pairs that the directions were not fitted to, rank by rank: in the fitted pairs themselves the last
+    # of 1000 directions have half the variance that they have in others.
+    whole = _directions(logits)
+    own = _moments(_coefficients(logits, whole))
+    own[:, : moments.shape[1]] = moments[:, : own.shape[1]]
+    return _code(whole, own, nominal)
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,14 @@ class _Directions:
     """f64 (C,) of the centred logits."""
     basis: np.ndarray
     """f64 (d, C), orthonormal, by falling variance."""
-    coefficients: np.ndarray
-    """f64 (n, 2, d) of the logits they were found in."""
+    reach: np.ndarray
+    """f64 (d,), largest coefficient of the logits that they were found in."""
     felt: np.ndarray
     """f64 (d,), see `_sensitivity`."""
 
 
 def _directions(logits: np.ndarray) -> _Directions:
-    pairs, _, classes = logits.shape
+    classes = logits.shape[2]
     centred = logits.astype(np.float64)
     centred -= centred.mean(axis=2, keepdims=True)
     mean = centred.mean(axis=(0, 1))
@@ -85,7 +91,20 @@ def _directions(logits: np.ndarray) -> _Directions:
         basis = vectors.T
     kept = np.flatnonzero(variance > _NEGLIGIBLE * max(variance.sum() / classes, 1e-12))[::-1][:MAX_DIMS]
     basis = basis[kept] if len(kept) else np.eye(1, classes)
-    return _Directions(mean, basis, (flat @ basis.T).reshape(pairs, 2, -1), _sensitivity(logits, basis))
+    return _Directions(mean, basis, np.abs(flat @ basis.T).max(axis=0), _sensitivity(logits, basis))
+
+
+def _coefficients(logits: np.ndarray, found: _Directions) -> np.ndarray:
+    """f64 (n, 2, d) of logits f32 (n, 2, C)."""
+    centred = logits.astype(np.float64)
+    centred -= centred.mean(axis=2, keepdims=True)
+    return (centred - found.mean) @ found.basis.T
+
+
+def _moments(coefficients: np.ndarray) -> np.ndarray:
+    """f64 (3, d): mean squares of the original's and the augmented's coefficients, and of their product."""
+    original, augmented = coefficients.swapaxes(0, 1)
+    return np.stack([(original**2).mean(0), (augmented**2).mean(0), (original * augmented).mean(0)])
 
 
 def _sensitivity(logits: np.ndarray, basis: np.ndarray) -> np.ndarray:
@@ -142,26 +161,20 @@ def _allocate(spread: np.ndarray, felt: np.ndarray, kl: float) -> tuple[np.ndarr
     return step, np.interp(spread / step, ratios, beta)
 
 
-def _code(found: _Directions, kl: float) -> Subspace:
-    """The code of those directions whose noise is `kl` nats to second order."""
-    spread = np.sqrt(np.maximum((found.coefficients**2).mean(axis=(0, 1)), 1e-24))
-    step, beta = _allocate(spread, found.felt, kl)
-    reach = np.abs(found.coefficients).max(axis=(0, 1)) / step
+def _code(found: _Directions, moments: np.ndarray, kl: float) -> Subspace:
+    """The code of those directions whose noise is `kl` nats to second order; `moments` f64 (3, d)."""
+    step, beta = _allocate(np.sqrt(np.maximum(moments[:2].mean(axis=0), 1e-24)), found.felt, kl)
+    step = np.maximum(step, found.reach * _HEADROOM / _BYTE)  # clipping is a bias; a few coarse steps are some noise
+    reach = found.reach * _HEADROOM / step
     order = np.argsort(-reach, kind="stable")
-    basis, coefficients = found.basis[order], found.coefficients[..., order]
-    step, beta, reach = step[order], beta[order], reach[order]
-    wide = int((reach * _HEADROOM + 0.5 > _NIBBLE).sum())
+    basis, step, beta, reach = found.basis[order], step[order], beta[order], reach[order]
+    wide = int((reach + 0.5 > _NIBBLE).sum())
     wide = min(-(-wide // _WIDE_MULTIPLE) * _WIDE_MULTIPLE, len(step))
 
-    beta_units = np.rint(beta * entropy.BETA_UNIT)
-    steps = coefficients / step
-    rng = np.random.default_rng(0)  # stands for the dither; the statistics hold for any
-    u = rng.random(steps[:, 0].shape) - 0.5
-    original = np.floor(steps[:, 0] + u + 0.5) - beta_units / entropy.BETA_UNIT * u
-    gain = (original * steps[:, 1]).mean(0) / np.maximum((original**2).mean(0), 1e-12)
-    gain = np.clip(np.rint(gain * entropy.GAIN_UNIT), -32768, 32767)
-    rest = steps[:, 1] - gain / entropy.GAIN_UNIT * original
-    spreads = np.sqrt(np.stack([(steps[:, 0] ** 2).mean(0), (rest**2).mean(0)]))
+    original, augmented, both = moments[:, order] / step**2
+    noise = (1 - (1 - beta) ** 2) / 12
+    gain = np.clip(both / (original + noise), -7.9, 7.9)
+    rest = np.maximum(augmented - gain * (2 * both - gain * (original + noise)), 0)
     peak = np.abs(basis).max(axis=1)
     return Subspace(
         classes=basis.shape[1],
@@ -170,7 +183,7 @@ def _code(found: _Directions, kl: float) -> Subspace:
         mean=found.mean.astype("<f4").tobytes(),
         basis=np.rint(basis / peak[:, None] * 127).astype("i1").tobytes(),
         scale=(step * peak / 127).astype("<f4").tobytes(),
-        beta=beta_units.astype("<u2").tobytes(),
-        spread=np.clip(np.rint(spreads * entropy.UNIT), 1, 1 << 20).astype("<i4").tobytes(),
-        gain=gain.astype("<i2").tobytes(),
+        beta=np.rint(beta * entropy.BETA_UNIT).astype("<u2").tobytes(),
+        spread=np.clip(np.rint(entropy.UNIT * np.sqrt([original, rest])), 1, 1 << 20).astype("<i4").tobytes(),
+        gain=np.rint(gain * entropy.GAIN_UNIT).astype("<i2").tobytes(),
     )

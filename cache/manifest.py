@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from cache import codec as codecs
 from cache.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 _MAX_TEXT = 4096
+_MAX_MAPPING = 1 << 20  # characters of JSON; a codec may have far more, and bounds them itself
+_SHOWN = 80
 _MAX_CHUNK_BYTES = 1 << 31
-_MAX_BLOCKS = 1 << 24  # each is a handful of files
+_MAX_BLOCKS = 1 << 22  # each is a handful of files
 
 _WHOLE = {  # field -> smallest and largest value
     "samples": (1, 1 << 40),
@@ -21,10 +23,10 @@ _WHOLE = {  # field -> smallest and largest value
     "block_rows": (1, 1 << 20),
 }
 _TEXTS = ("dataset", "teacher", "teacher_weights")
-_MAPPINGS = ("policy", "base", "decoder", "codec", "versions")
+_MAPPINGS = ("policy", "base", "decoder", "codec", "versions", "fidelity")
 
 _ELSEWHERE = "or run precompute-teacher into another store"
-_FIXES = {  # the fields that are compared; `versions` is for information
+_FIXES = {  # the fields that are compared; `versions` and `fidelity` are for information
     "dataset": f"point --data at the data set the store was made for, {_ELSEWHERE}",
     "samples": f"point --data at the data set the store was made for, {_ELSEWHERE}",
     "classes": f"point --data at the data set the store was made for, {_ELSEWHERE}",
@@ -77,6 +79,8 @@ class Manifest:
     """Rows of a block, the unit of commit and resume."""
     versions: dict
     """Of libraries and machine; informative, never compared."""
+    fidelity: dict = dataclasses.field(default_factory=dict)
+    """What the codec was measured to lose; informative, never compared."""
     format: int = FORMAT
 
     @property
@@ -103,7 +107,7 @@ class Manifest:
         if type(attributes["format"]) is not int or attributes["format"] != FORMAT:
             raise UserError(
                 f"{where}: unknown format",
-                found=repr(attributes["format"]),
+                found=shown(attributes["format"]),
                 expected=FORMAT,
                 fix="read the store with the version that wrote it",
             )
@@ -126,7 +130,9 @@ def check(manifest: Manifest, **expected) -> None:
     for name in (name for name in _FIXES if name in expected):
         if difference := _difference(name, getattr(manifest, name), expected[name]):
             path, found, wanted = difference
-            raise UserError(f"the store has another {path}", found=found, expected=wanted, fix=_FIXES[name])
+            raise UserError(
+                f"the store has another {shown(path)}", found=shown(found), expected=shown(wanted), fix=_FIXES[name]
+            )
 
 
 def _difference(path: str, found: object, expected: object) -> tuple[str, object, object] | None:
@@ -144,9 +150,10 @@ def _difference(path: str, found: object, expected: object) -> tuple[str, object
 def _check_fields(attributes: dict, where: str) -> None:
     names = {field.name for field in dataclasses.fields(Manifest)} | {"crc32"}
     if attributes.keys() != names:
+        unknown = shown(sorted(map(str, attributes.keys() - names)))
         raise UserError(
             f"{where}: fields",
-            found=f"unknown {sorted(map(str, attributes.keys() - names))}, missing {sorted(names - attributes.keys())}",
+            found=f"unknown {unknown}, missing {sorted(names - attributes.keys())}",
             expected="exactly those of its format",
             fix="make the store again with precompute-teacher",
         )
@@ -161,6 +168,8 @@ def _check_fields(attributes: dict, where: str) -> None:
     for name in _MAPPINGS:
         if not isinstance(attributes[name], dict):
             raise _wrong(where, name, attributes[name], "a mapping")
+        if name != "codec" and (size := len(json.dumps(attributes[name]))) > _MAX_MAPPING:
+            raise _wrong(where, name, f"{size} characters", f"at most {_MAX_MAPPING}")
     for name, low in (("mean", -1e6), ("std", 1e-6)):
         value = attributes[name]
         good = isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) for v in value)
@@ -185,14 +194,18 @@ def _check_bounds(manifest: Manifest, where: str) -> None:
 
 
 def _wrong(where: str, name: str, found: object, expected: object) -> UserError:
-    shown = repr(found)
-    shown = shown if len(shown) <= 80 else f"{shown[:80]}…"
     return UserError(
         f"{where}: {name}",
-        found=shown,
+        found=shown(found if not isinstance(found, str) else repr(found)),
         expected=expected,
         fix="correct the option it comes from, or make a damaged store again with precompute-teacher",
     )
+
+
+def shown(value: object) -> str:
+    """A value of any origin on one line, of which a codec's basis would be millions of characters."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 20]}… ({len(text)} characters)"
 
 
 def _crc(attributes: dict) -> int:

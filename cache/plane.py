@@ -1,11 +1,16 @@
-"""One view's labels of all samples in memory: what the student gathers from, step by step."""
+"""One view's labels of all samples, in memory or mapped: what the student gathers from, step by step."""
 
-from collections.abc import Iterable, Iterator
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+from cache.errors import UserError
 
 if TYPE_CHECKING:
     from cache.store import Store
@@ -29,20 +34,51 @@ class Plane:
         return self.encoded[rows], self.weight[rows]
 
 
-def planes(store: "Store", views: Iterable[int]) -> Iterator[Plane]:
+def planes(
+    store: "Store",
+    views: Iterable[int],
+    *,
+    mode: Literal["memory", "mmap"] = "memory",
+    folder: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Plane]:
     """The planes of `views`, in order; while one is in use the next one loads in the background.
 
-    A view that follows itself is not read again. What `Store.load_plane` raises surfaces when its plane is due.
+    A view that follows itself is not read again. With mode "mmap" the encoded rows are in an unnamed file in `folder`
+    (default: where temporary files go), which the system pages, so that a plane may be larger than memory. `progress`
+    is called, by other threads, as by `Store.load_plane`, whose errors surface when their plane is due.
     """
+    if mode not in ("memory", "mmap"):
+        raise UserError("unknown mode of planes", found=repr(mode), expected="memory or mmap")
     remaining = iter(views)
     view = next(remaining, None)
     plane: Plane | None = None
     ahead: Future[Plane] | None = None
+
+    def load(view: int) -> Plane:
+        out = _mapped((store.manifest.samples, store.codec.row_bytes), folder) if mode == "mmap" else None
+        return store.load_plane(view, out, progress)
+
     with ThreadPoolExecutor(1, thread_name_prefix="plane") as pool:
         while view is not None:
             if plane is None or plane.view != view:
-                plane = (ahead or pool.submit(store.load_plane, view)).result()
+                plane = (ahead or pool.submit(load, view)).result()
             following = next(remaining, None)
-            ahead = None if following in (None, view) else pool.submit(store.load_plane, following)
+            ahead = None if following in (None, view) else pool.submit(load, following)
             yield plane
             view = following
+
+
+def _mapped(shape: tuple[int, int], folder: str | Path | None) -> np.ndarray:
+    """u8 of `shape` in a file without a name, which is gone with the array."""
+    size = shape[0] * shape[1]
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a hole that finds the disk full later would be a SIGBUS
+            return np.asarray(np.memmap(file, np.uint8, "r+", shape=shape))
+    except OSError as error:
+        raise UserError(
+            f"cannot map a plane in {folder or tempfile.gettempdir()}",
+            found=f"{error.strerror} ({size:,} bytes wanted)",
+            fix="choose a folder with room for two planes",
+        ) from error

@@ -1,245 +1,342 @@
 """The store of soft labels: a zarr v3 group, cut in blocks of consecutive samples, each written once by one process.
 
-========== ================= ========= ================================================================
-array      shape             chunk     content
-========== ================= ========= ================================================================
-``pairs``  (V, N, row_bytes) one block u8, encoded logits; zero where a sample is quarantined
-``weight`` (V, N)            one block f32, w = 1 + cos of the pair's raw logits; NaN: no labels, the teacher skipped it
-``digest`` (V, N, 2)         one block u32, CRC-32 of the pixels of both views
-``status`` (N,)              all of it u8, 0 good, else quarantined; written with the store
-``commit`` (V, blocks)       one entry u64, 2³² + CRC-32 of the block's pairs, weight and digest bytes
-========== ================= ========= ================================================================
+============ ================= ========= =======================================================
+array        shape             chunk     content
+============ ================= ========= =======================================================
+``pairs``    (V, N, row_bytes) one block u8, encoded logits; zero where a sample is quarantined
+``weight``   (V, N)            one block f32, w = 1 + cos of the pair's raw logits; NaN: the
+                                         teacher skipped the sample, it has no labels
+``digest``   (V, N, 2)         one block u32, CRC-32 of the pixels of both views
+``status``   (N,)              16 blocks u8, 0 good, else quarantined; written with the store
+``key_hash`` (N,)              16 blocks u64, hash of each sample's key; written with the store
+``fidelity`` (V, blocks, 2)    one entry f32, what the codec was seen to lose, see `Block`
+``commit``   (V, blocks)       one entry u64, 2³² + CRC-32C of a block, see `Store._commit_of`
+============ ================= ========= =======================================================
 
 A block exists once its commit entry does, and that is written last. Each chunk carries a CRC-32C of its own, which
-finds a damaged file; the commit finds one that is missing (zarr reads zeros), swapped, or left by another run.
-The group's attributes are the manifest.
+finds a damaged file; the commit finds one that is missing (zarr reads zeros), swapped, or of another block, store or
+run. The group's attributes are the manifest; the store exists once they do. Chunks are read and written here, past
+zarr, which would read at a third of a disk's rate; any zarr reader can read them, but for ``pairs`` of a codec that
+packs: those need their dither keys.
 """
 
-import contextlib
+import json
+import math
 import os
-import shutil
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
+from typing import NamedTuple
 
+import google_crc32c
 import numpy as np
-import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.storage import LocalStore
 
 from cache import codec as codecs
+from cache import layout, philox
 from cache.codec import Codec
 from cache.errors import UserError
+from cache.files import Damaged, Files, connect, each, place_of
 from cache.manifest import Manifest
 from cache.plane import Plane
 
 _COMMITTED = 1 << 32
-_CRC_BYTES = 4
+ROOT = "zarr.json"
+_MAX_ROOT_BYTES = 1 << 28  # a codec's basis can be tens of MB
+_MAX_JSON_BYTES = 1 << 14
 _RERUN = "run precompute-teacher again, it resumes"
+GROWING = ("dataset", "samples", "views", "block_rows")
+"""The fields of a manifest's identity that say how much is stored, not what."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of blocks done and of all."""
+
+
+class Block(NamedTuple):
+    rows: np.ndarray
+    """u8 (n, row_bytes)."""
+    weight: np.ndarray
+    """f32 (n,)."""
+    digest: np.ndarray
+    """u32 (n, 2)."""
+    fidelity: np.ndarray
+    """f32 (2,): mean KL(T = 4) of decoded labels in nats, and their slope, as measured by the writer; NaN: not."""
 
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    path: Path
+    path: Path | str
+    """Folder or URL."""
     manifest: Manifest
     codec: Codec
     status: np.ndarray
     """u8 (N,): 0 good, else quarantined."""
-    _arrays: dict[str, zarr.Array]
+    key_hash: np.ndarray
+    """u64 (N,): what the dither keys, and the data set's views, are functions of."""
+    _files: Files
+    _arrays: dict[str, layout.Array]
+    _origin: int
+    """CRC-32C of what made the labels: a block of another teacher, policy or codec is no block of this store."""
 
     def block_range(self, block: int) -> tuple[int, int]:
         """First row of a block and the row after its last."""
         start = block * self.manifest.block_rows
         return start, min(start + self.manifest.block_rows, self.manifest.samples)
 
+    def stream(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
+        """Dither keys u64 (B,) of index rows, for the codec."""
+        return philox.stream(self.manifest.seed, self.key_hash[rows], view)
+
     def missing_blocks(self, view: int | None = None) -> list[tuple[int, int]]:
         """(view, block) of every block without a commit, in order; of one view if given."""
-        missing = []
-        for v in range(self.manifest.views) if view is None else (view,):
-            folder = self._commit(v, 0).parent
-            committed = set(os.listdir(folder)) if folder.is_dir() else set()
-            missing += [(v, block) for block in range(self.manifest.blocks) if str(block) not in committed]
-        return missing
+        views = range(self.manifest.views) if view is None else (view,)
+        committed = set(self._files.sizes("commit/c" if view is None else f"commit/c/{view}"))
+        blocks = range(self.manifest.blocks)
+        return [(v, block) for v in views for block in blocks if key_of("commit", v, block) not in committed]
 
-    def write_block(self, view: int, block: int, rows: np.ndarray, weight: np.ndarray, digest: np.ndarray) -> None:
+    def write_block(
+        self,
+        view: int,
+        block: int,
+        rows: np.ndarray,
+        weight: np.ndarray,
+        digest: np.ndarray,
+        fidelity: tuple[float, float] = (math.nan, math.nan),
+    ) -> None:
         """Write and commit one block: `rows` u8 (n, row_bytes), `weight` f32 (n,), `digest` u32 (n, 2).
 
-        Killed or failing at any moment it leaves a block without a commit. Raises UserError if the disk is full.
+        `fidelity` is kept for information, see `Block`. Killed or failing at any moment it leaves a block without a
+        commit. Raises UserError if it cannot be written.
         """
         start, stop = self.block_range(block)
-        given = {"pairs": rows, "weight": weight, "digest": digest}
-        for name, array in given.items():
-            shape, dtype = (stop - start, *self._arrays[name].shape[2:]), self._arrays[name].dtype
-            if array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"{name}: expected {dtype} {shape}, got {array.dtype} {array.shape}")
-        with _writing(self.path):
-            self._commit(view, block).unlink(missing_ok=True)
-            for name, array in given.items():
-                self._arrays[name][view, start:stop] = array
-            self._arrays["commit"][view, block] = np.uint64(_commit_of(rows, weight, digest))
+        given = Block(rows, weight, digest, np.array(fidelity, np.float32))
+        for name, array, like in zip(layout.BLOCK, given, self._empty(stop - start), strict=True):
+            if array.shape != like.shape or array.dtype != like.dtype:
+                raise ValueError(f"{name}: expected {like.dtype} {like.shape}, got {array.dtype} {array.shape}")
+        rows = np.ascontiguousarray(rows)
+        self._files.delete(key_of("commit", view, block))
+        for name, array in zip(layout.BLOCK, given, strict=True):
+            data = self._packed(view, block, rows) if self._arrays[name].packed else padded(array, self._arrays[name])
+            self._files.put_chunk(key_of(name, view, block), data)
+        commit = self._commit_of(_crc(rows), view, block, given)
+        self._files.put_chunk(key_of("commit", view, block), commit.to_bytes(8, "little"))
 
-    def load_plane(self, view: int) -> Plane:
+    def read_block(self, view: int, block: int) -> Block:
+        """One block, checked against its commit. Raises UserError if it is missing or damaged."""
+        start, stop = self.block_range(block)
+        out = self._empty(stop - start)
+        if not self._files.has(key_of("commit", view, block)):
+            raise self._missing(view, [(view, block)])
+        self._read_into(view, block, out)
+        return out
+
+    def load_plane(self, view: int, out: np.ndarray | None = None, progress: Progress | None = None) -> Plane:
         """All samples' labels of one view, every block checked against its commit.
 
-        Raises UserError if a block is missing or damaged.
+        `out` u8 (N, row_bytes), if given, takes the encoded rows, and holds anything after an error. Raises UserError
+        if a block is missing or damaged, or for want of memory.
         """
+        samples, width, blocks = self.manifest.samples, self.codec.row_bytes, self.manifest.blocks
+        if out is not None and (out.shape != (samples, width) or out.dtype != np.uint8 or not out.flags.c_contiguous):
+            raise ValueError(f"expected out u8 ({samples}, {width}), contiguous, got {out.dtype} {out.shape}")
         if missing := self.missing_blocks(view):
-            raise UserError(
-                f"store {self.path} has missing blocks",
-                found=f"{len(missing)} of {self.manifest.blocks} missing for view {view} (first: {missing[0][1]})",
-                expected="all committed",
-                fix=_RERUN,
-            )
-        samples = self.manifest.samples
-        pairs = np.empty((samples, self.codec.row_bytes), np.uint8)
-        weight = np.empty(samples, np.float32)
-        digest = np.empty((samples, 2), np.uint32)
-        for block in range(self.manifest.blocks):
-            rows = slice(*self.block_range(block))
-            for name, out in (("pairs", pairs), ("weight", weight), ("digest", digest)):
-                out[rows] = self._read(name, view, block, rows)
-            commit = self._read("commit", view, block, block)
-            if commit != _commit_of(pairs[rows], weight[rows], digest[rows]):
-                raise self._damaged("pairs, weight or digest", view, block, "bytes that its commit does not vouch for")
-        return Plane(view, pairs, weight, digest, self.status == 0)
-
-    def _read(self, name: str, view: int, block: int, where: slice | int):
+            raise self._missing(view, missing)
         try:
-            return self._arrays[name][view, where]
-        except OSError as error:
-            raise UserError(f"cannot read {name} of store {self.path}", found=error.strerror or error) from error
-        except ValueError as error:
+            plane = self._empty(samples, out)
+        except MemoryError:
+            found = f"{samples * width:,} bytes wanted"
+            raise UserError(f"no memory for a plane of store {self.path}", found=found, fix="map planes") from None
+
+        def read(block: int) -> None:
+            rows = slice(*self.block_range(block))
+            fidelity = np.empty(2, np.float32)
+            self._read_into(view, block, Block(plane.rows[rows], plane.weight[rows], plane.digest[rows], fidelity))
+
+        with closing(each(read, range(blocks), self._files.workers)) as done:
+            for count, _ in enumerate(done, 1):
+                if progress:
+                    progress(count, blocks)
+        return Plane(view, plane.rows, plane.weight, plane.digest, self.status == 0)
+
+    def label_bytes(self) -> int:
+        """What the encoded rows of all blocks take on disk."""
+        return sum(self._files.sizes("pairs/c").values())
+
+    def _empty(self, count: int, rows: np.ndarray | None = None) -> Block:
+        rows = np.empty((count, self.codec.row_bytes), np.uint8) if rows is None else rows
+        return Block(rows, np.empty(count, np.float32), np.empty((count, 2), np.uint32), np.empty(2, np.float32))
+
+    def _read_into(self, view: int, block: int, out: Block) -> None:
+        """Fill the arrays of `out`, and check them against the commit."""
+        if self._arrays["pairs"].packed:
+            crc = self._unpack(view, block, out.rows)
+        else:
+            crc = self._read_chunk("pairs", view, block, out.rows)
+        for name, array in zip(layout.BLOCK[1:], out[1:], strict=True):
+            self._read_chunk(name, view, block, array)
+        commit = np.empty(1, np.uint64)
+        self._read_chunk("commit", view, block, commit)
+        if commit[0] != self._commit_of(crc, view, block, out):
+            names = f"{', '.join(layout.BLOCK)}, or the samples' status or key_hash"
+            raise self._damaged(names, view, block, "what its commit does not vouch for")
+
+    def _read_chunk(self, name: str, view: int, block: int, out: np.ndarray) -> int:
+        """Fill `out` with the beginning of a chunk, all but padding; returns the CRC-32C of it."""
+        size = self._arrays[name].chunk_bytes
+        try:
+            data, crc = self._files.get_chunk(key_of(name, view, block), size, size)
+        except Damaged as error:
             raise self._damaged(name, view, block, error) from error
+        out.reshape(-1).view(np.uint8)[:] = data[: out.nbytes]
+        return crc if out.nbytes == size else _crc(out)
+
+    def _unpack(self, view: int, block: int, out: np.ndarray) -> int:
+        """Fill `out` u8 (n, row_bytes) with a block's packed rows; returns their CRC-32C."""
+        rows = slice(*self.block_range(block))
+        try:
+            data, _ = self._files.get_chunk(key_of("pairs", view, block), 0, self._most_packed(len(out)))
+        except Damaged as error:
+            raise self._damaged("pairs", view, block, error) from error
+        try:
+            out[:] = self.codec.unpack(data.tobytes(), self.stream(view, rows))
+        except ValueError as error:
+            raise self._damaged("pairs", view, block, error) from error
+        return _crc(out)
+
+    def _packed(self, view: int, block: int, rows: np.ndarray) -> bytes:
+        data = self.codec.pack(rows, self.stream(view, slice(*self.block_range(block))))
+        assert len(data) <= self._most_packed(len(rows)), "a codec that inflates"
+        return data
+
+    def _most_packed(self, count: int) -> int:
+        """Bytes that no packed chunk of `count` rows exceeds."""
+        return 2 * count * self.codec.row_bytes + 4096
+
+    def _commit_of(self, rows_crc: int, view: int, block: int, content: Block) -> int:
+        """2³² + CRC-32C of a block's unpacked rows, its other arrays, its samples, and whose block it is.
+
+        The dither keys are functions of the samples' key hashes, the view, and the seed, which the origin holds.
+        """
+        rows = slice(*self.block_range(block))
+        whose = np.array([self._origin, view, block], "<u8")
+        crc = rows_crc
+        for array in (*content[1:], self.status[rows], self.key_hash[rows], whose):
+            crc = google_crc32c.extend(crc, np.ascontiguousarray(array, array.dtype.newbyteorder("<")))  # type: ignore
+        return _COMMITTED | crc
+
+    def _missing(self, view: int, missing: list[tuple[int, int]]) -> UserError:
+        return UserError(
+            f"store {self.path} has missing blocks",
+            found=f"{len(missing)} of {self.manifest.blocks} missing for view {view} (first: {missing[0][1]})",
+            expected="all committed",
+            fix=_RERUN,
+        )
 
     def _damaged(self, name: str, view: int, block: int, found: object) -> UserError:
         return UserError(
             f"store {self.path} is damaged: array {name}, view {view}, block {block}",
             found=found,
-            fix=f"delete {self._commit(view, block)} and {_RERUN}",
+            fix=f"delete {self._files.where(key_of('commit', view, block))} and {_RERUN}",
         )
-
-    def _commit(self, view: int, block: int) -> Path:
-        return self.path / "commit" / "c" / str(view) / str(block)
-
-
-def create(path: str | Path, manifest: Manifest, status: np.ndarray) -> Store:
-    """Make an empty store; `status` u8 (N,) is 0 for good samples.
-
-    The store appears whole or not at all. Raises UserError if the path exists or cannot be written, or if the
-    manifest is out of range.
-    """
-    path = Path(path)
-    if status.shape != (manifest.samples,) or status.dtype != np.uint8:
-        raise ValueError(f"expected status u8 ({manifest.samples},), got {status.dtype} {status.shape}")
-    attributes = manifest.to_attributes()
-    Manifest.from_attributes(attributes)
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists", fix="choose another --store, or delete it")
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with _writing(path):
-            group = zarr.create_group(LocalStore(temporary), zarr_format=3, attributes=attributes)
-            arrays = {
-                name: group.create_array(
-                    name,
-                    shape=shape,
-                    chunks=chunks,
-                    dtype=dtype,
-                    fill_value=0,
-                    filters=None,
-                    serializer=BytesCodec(),
-                    compressors=[Crc32cCodec()],
-                    config={"write_empty_chunks": True},  # a status without a quarantined sample is a file too
-                )
-                for name, (shape, chunks, dtype) in _layout(manifest).items()
-            }
-            arrays["status"][:] = status
-            os.rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return open(path)
 
 
 def open(path: str | Path) -> Store:
     """Open a store to read it or to write its missing blocks. Raises UserError if it is none, damaged or too new."""
-    path = Path(path)
-    if not os.path.exists(path):
-        raise UserError(f"no store at {path}", fix="check --store, or make it with precompute-teacher")
-    if not os.path.isfile(path / "zarr.json"):
-        raise UserError(f"{path} is not a store", found="no zarr.json", fix="check --store")
+    place = place_of(path)
+    if isinstance(place, Path) and not os.path.exists(place):
+        raise _no_store(place)
+    if isinstance(place, Path) and not os.path.isfile(place / ROOT):
+        raise _not_a_store(place)
+    files = connect(place)
+    if not isinstance(place, Path) and not files.has(ROOT):
+        raise _not_a_store(place) if files.names() else _no_store(place)
+    manifest = _read_manifest(files)
+    codec = codecs.from_config(manifest.codec)
+    arrays = layout.arrays(manifest, codec)
+    for name in arrays:
+        _check_metadata(files, name, manifest, codec)
+    status, key_hash = (_read_samples(files, name, arrays[name]) for name in layout.SAMPLES)
+    return Store(place, manifest, codec, status, key_hash, files, arrays, _origin_of(manifest))
+
+
+def _crc(array: np.ndarray) -> int:
+    return google_crc32c.value(array)  # type: ignore[arg-type]  # any contiguous buffer will do
+
+
+def key_of(name: str, view: int, block: int) -> str:
+    """The key of a block's chunk of an array."""
+    return f"{name}/c/{view}/{block}" + ("/0" if name in ("pairs", "digest", "fidelity") else "")
+
+
+def padded(values: np.ndarray, array: layout.Array) -> bytes:
+    """The bytes of a whole chunk that begins with `values`; zeros follow, as zarr has it."""
+    data = np.ascontiguousarray(values, array.dtype).tobytes()
+    return data + bytes(array.chunk_bytes - len(data))
+
+
+def _read_manifest(files: Files) -> Manifest:
     try:
-        group = zarr.open_group(LocalStore(path), mode="r+", zarr_format=3, use_consolidated=False)
-        attributes = dict(group.attrs)
-    except Exception as error:  # zarr's parser raises whatever it trips over
-        raise _unreadable(path, "zarr.json", error) from error
-    manifest = Manifest.from_attributes(attributes, f"store {path}: manifest")
-    arrays = {name: _open_array(path, name, *layout) for name, layout in _layout(manifest).items()}
-    return Store(path, manifest, codecs.from_config(manifest.codec), _read_status(path, manifest, arrays), arrays)
-
-
-def _layout(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], str]]:
-    """Shape, chunk and dtype of each array."""
-    views, samples, blocks = manifest.views, manifest.samples, manifest.blocks
-    rows = min(manifest.block_rows, samples)
-    width = codecs.from_config(manifest.codec).row_bytes
-    return {
-        "pairs": ((views, samples, width), (1, rows, width), "u1"),
-        "weight": ((views, samples), (1, rows), "f4"),
-        "digest": ((views, samples, 2), (1, rows, 2), "u4"),
-        "status": ((samples,), (samples,), "u1"),
-        "commit": ((views, blocks), (1, 1), "u8"),
-    }
-
-
-def _open_array(path: Path, name: str, shape, chunks, dtype) -> zarr.Array:
+        data = files.get(ROOT, 0, _MAX_ROOT_BYTES).tobytes()
+        document = layout.from_json(data)
+    except (Damaged, ValueError) as error:
+        raise _unreadable(files.place, ROOT, error) from error
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    # Before the exact comparison, which a store of another format would fail.
+    manifest = Manifest.from_attributes(attributes, f"store {files.place}: manifest")
     try:
-        array = zarr.open_array(LocalStore(path), path=name, mode="r+", zarr_format=3)
-        stages = (*array.filters, array.serializer, *array.compressors)
-        found = f"{array.dtype} {array.shape} in chunks {array.chunks}, {[type(stage).__name__ for stage in stages]}"
-    except Exception as error:  # zarr's parser raises whatever it trips over
-        raise _unreadable(path, f"{name}/zarr.json", error) from error
-    expected = f"{np.dtype(dtype)} {shape} in chunks {chunks}, ['BytesCodec', 'Crc32cCodec']"
-    if found != expected:
-        raise UserError(f"store {path} is damaged: array {name}", found=found, expected=expected, fix=_remake(path))
-    return array
+        if layout.group_json(attributes) != data:
+            raise ValueError("not as it was written")
+    except ValueError as error:
+        raise _unreadable(files.place, ROOT, error) from error
+    return manifest
 
 
-def _read_status(path: Path, manifest: Manifest, arrays: dict[str, zarr.Array]) -> np.ndarray:
-    file = path / "status" / "c" / "0"
+def _check_metadata(files: Files, name: str, manifest: Manifest, codec: Codec) -> None:
+    key = f"{name}/{ROOT}"
     try:
-        # zarr would read a missing chunk as zeros, which says that every sample is good.
-        if (size := os.path.getsize(file)) != manifest.samples + _CRC_BYTES:
-            raise ValueError(f"{size} bytes in {file}")
-        return np.asarray(arrays["status"][:])
-    except (OSError, ValueError) as error:
-        raise UserError(f"store {path} is damaged: array status", found=error, fix=_remake(path)) from error
-
-
-def _unreadable(path: Path, file: str, error: Exception) -> UserError:
-    found = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return UserError(f"store {path} is damaged: cannot read {file}", found=found, fix=_remake(path))
-
-
-def _remake(path: Path) -> str:
-    return f"restore it from a copy, or delete {path} and run precompute-teacher again"
-
-
-def _commit_of(pairs: np.ndarray, weight: np.ndarray, digest: np.ndarray) -> int:
-    crc = 0
-    for array, dtype in ((pairs, "u1"), (weight, "<f4"), (digest, "<u4")):
-        crc = zlib.crc32(np.ascontiguousarray(array, dtype).data, crc)
-    return _COMMITTED | crc
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
+        data = files.get(key, 0, _MAX_JSON_BYTES).tobytes()
+    except Damaged as error:
+        raise _unreadable(files.place, key, error) from error
+    if not layout.is_of(data, name, manifest, codec):
+        expected = layout.to_json(layout.array_json(layout.arrays(manifest, codec)[name]))
+        at = next((i for i, pair in enumerate(zip(data, expected, strict=False)) if pair[0] != pair[1]), 0)
         raise UserError(
-            f"cannot write store {path}",
-            found=error.strerror or error,
-            fix=f"free space or mend the path, then {_RERUN}",
-        ) from error
+            f"store {files.place} is damaged: array {name}, {key} is not that of its manifest",
+            found=ascii(data[max(0, at - 20) :][:40].decode("latin1")),
+            expected=ascii(expected[max(0, at - 20) :][:40].decode()),
+            fix=_remake(files.place),
+        )
+
+
+def _read_samples(files: Files, name: str, array: layout.Array) -> np.ndarray:
+    """All of `status` or `key_hash`; memory is taken for what is there, whatever the manifest says."""
+    size, (samples,), (rows,) = array.chunk_bytes, array.shape, array.chunk
+    keys = (f"{name}/c/{chunk}" for chunk in range(-(-samples // rows)))
+    try:
+        parts = list(each(lambda key: files.get_chunk(key, size, size)[0], keys, files.workers))
+    except Damaged as error:
+        fix = _remake(files.place)
+        raise UserError(f"store {files.place} is damaged: array {name}", found=error, fix=fix) from error
+    return np.concatenate(parts).view(array.dtype)[:samples]
+
+
+def _origin_of(manifest: Manifest) -> int:
+    made_of = {name: value for name, value in manifest.identity().items() if name not in GROWING}
+    return google_crc32c.value(json.dumps(made_of, sort_keys=True).encode())
+
+
+def _no_store(place: Path | str) -> UserError:
+    return UserError(f"no store at {place}", fix="check --store, or make it with precompute-teacher")
+
+
+def _not_a_store(place: Path | str) -> UserError:
+    return UserError(f"{place} is not a store", found="no zarr.json", fix="check --store")
+
+
+def _unreadable(place: Path | str, key: str, error: Exception) -> UserError:
+    found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return UserError(f"store {place} is damaged: cannot read {key}", found=found, fix=_remake(place))
+
+
+def _remake(place: Path | str) -> str:
+    return f"restore it from a copy, or delete {place} and run precompute-teacher again"

@@ -129,13 +129,13 @@ class Subspace:
         require_encodable(logits, self.classes)
         rows = np.empty((len(logits), 2, self.segment), np.uint8)
         entropy.quantise(self.project(logits), keys(stream, len(rows)), self.wide, rows)
-        return rows.reshape(len(rows), -1)
+        return rows.reshape(len(rows), self.row_bytes)
 
     def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
         """u8 (B, row_bytes), u64 (B,) -> f32 (B, 2, C); centred, each vector's mean is zero but for rounding."""
         rows = checked_rows(rows, self)
         steps = np.empty((len(rows), 2, self.dims), np.float32)
-        segments = rows.reshape(len(rows), 2, -1)
+        segments = rows.reshape(len(rows), 2, self.segment)
         entropy.dequantise(segments, keys(stream, len(rows)), self.wide, self.array("beta").astype(np.int32), steps)
         decoded = steps.reshape(-1, self.dims) @ self.synthesis + self.array("mean")
         return decoded.reshape(len(rows), 2, self.classes)
@@ -145,8 +145,9 @@ class Subspace:
         rows = checked_rows(rows, self)
         known = stream is not None
         key = keys(stream, len(rows)) if known else np.zeros(0, np.uint64)
+        views = rows.reshape(len(rows), 2, self.segment)
         words = np.empty(2 * self.dims * len(rows) + 2, "<u4")
-        used = entropy.encode(rows.reshape(len(rows), 2, -1), key, known, self.wide, *self._models, words)
+        used = entropy.encode(views, key, known, self.wide, *self._models, words)
         return len(rows).to_bytes(4, "little") + bytes([known]) + words[len(words) - used :].tobytes()
 
     def unpack(self, data: bytes, stream: np.ndarray | None = None) -> np.ndarray:
@@ -166,7 +167,7 @@ class Subspace:
         words = np.frombuffer(data, "<u4", offset=_HEADER)
         if not entropy.decode(words, key, known, self.wide, *self._models, rows):
             raise ValueError("packed rows that do not end where they should")
-        return rows.reshape(count, -1)
+        return rows.reshape(count, self.row_bytes)
 
 
 def from_config(config: dict, where: str) -> Subspace:

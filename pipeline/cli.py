@@ -21,6 +21,8 @@ COMMANDS = {
     "precompute-teacher": (config.PrecomputeTeacher, "pipeline.precompute"),
     "train-student": (config.TrainStudent, "pipeline.train"),
     "evaluate": (config.Evaluate, "pipeline.evaluate"),
+    "verify": (config.Verify, "pipeline.verify"),
+    "inspect": (config.Inspect, "pipeline.inspect"),
     "demo": (config.Demo, "pipeline.demo"),
     "bench": (config.Bench, "bench"),
 }

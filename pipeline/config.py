@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 import yaml
@@ -109,14 +109,18 @@ class PrecomputeTeacher(Machine):
     """Prepared data set."""
     teacher: str
     """Network as NAME@WEIGHTS; NAME@pretrained takes timm's own weights."""
-    store: Path
-    """Store to create, or to complete."""
+    store: str
+    """Store to create, to complete, or to extend to more views or shards: a folder or an s3:// URL."""
     views: int
     """Augmented views per sample; epoch e of a student uses view e mod VIEWS."""
     policy: str = "imagenet"
     """imagenet, cifar10, cifar100 or a YAML file."""
-    codec: Literal["fp16", "int8"] = "int8"
-    """How a pair of logit vectors is kept."""
+    codec: Literal["auto", "subspace", "int8", "fp16"] = "auto"
+    """How a pair of logit vectors is kept; auto takes the smallest that is unbiased and within the budget."""
+    kl_budget: float | None = None
+    """Mean KL(T = 4) in nats that the code may add to a label; by default 0.05, or that of an existing store."""
+    dry_run: bool = False
+    """Measure codec, size and time on some pairs, print them and write nothing."""
     seed: int = 0
     """Seed of the views."""
     batch_size: int = 128
@@ -134,8 +138,8 @@ class PrecomputeTeacher(Machine):
 class TrainStudent(Training):
     """Train a student on stored soft labels."""
 
-    store: Path
-    """Store of soft labels."""
+    store: str
+    """Store of soft labels: a folder or an s3:// URL."""
     student: str
     """Network NAME, or NAME@WEIGHTS to start from."""
     loss: Loss = "ccd"
@@ -145,6 +149,11 @@ class TrainStudent(Training):
     """Share of the hard loss."""
     kd_weight: float = 2.0
     """Factor on the whole loss."""
+    plane: Literal["auto", "gpu", "pinned", "mmap"] = "auto"
+    """Where an epoch's labels lie: GPU memory, page-locked memory, or a file in OUT that the system pages; auto takes
+    the first that they fit."""
+    check_share: float = 0.001
+    """Share of each epoch's samples whose pixels are compared with what the teacher saw."""
     policy: str | None = None
     """Refuse the store unless it was made with this policy."""
     teacher: str | None = None
@@ -166,6 +175,41 @@ class Evaluate(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verify(Machine):
+    """Make a random share of a store's rows again, name whatever differs and its cause; exits 1 if anything does."""
+
+    store: Annotated[str, tyro.conf.Positional]
+    """Store to verify."""
+    data: Path
+    """Prepared data set that it was made for."""
+    teacher: str | None = None
+    """Teacher as NAME@WEIGHTS; without it pixels and integrity are verified, but not what the teacher said."""
+    fraction: float = 0.001
+    """Share of the rows of every view; at least 64 rows in all."""
+    seed: int = 0
+    """Which rows."""
+    batch_size: int = 128
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the teacher; take that of the teacher pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Machine):
+    """One HTML page about a store: sizes, view pairs with their top classes, histograms, what the code loses."""
+
+    store: Annotated[str, tyro.conf.Positional]
+    """Store to look at."""
+    data: Path
+    """Prepared data set that it was made for."""
+    out: Path = Path("report.html")
+    """File to write."""
+    teacher: str | None = None
+    """Teacher as NAME@WEIGHTS: pictures then also show its top classes before coding."""
+    samples: int = 12
+    """View pairs to show."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo(Machine):
     """The whole job on scikit-learn's handwritten digits, ending in a table. Rerun to resume."""
 
@@ -179,8 +223,8 @@ class Demo(Machine):
 class Bench:
     """Time this package against its alternatives: interleaved, with medians and their spread."""
 
-    suite: Annotated[Literal["loader"], tyro.conf.Positional]
-    """What to time."""
+    suite: Annotated[Literal["loader", "store", "codec-transfer"], tyro.conf.Positional]
+    """What to time; codec-transfer trains small students on each label format."""
     data: Path | None = None
     """Prepared data set; without it synthetic:512, prepared once and kept in WORK."""
     work: Path | None = None
@@ -197,6 +241,16 @@ class Bench:
     """Threads that decode and as many that augment, or DataLoader workers; 0: one per core."""
     json: Path | None = None
     """File to write every figure to."""
+    out: Path | None = None
+    """Folder for plots."""
+    logits: tuple[Path, ...] = ()
+    """store: teacher logits as .npz to compare formats on; without them the simulated teacher's."""
+    samples: int = 0
+    """store: rows of the plane, by default as many as ImageNet-1k has; codec-transfer: pairs per view (40,000)."""
+    seeds: int = 3
+    """codec-transfer: students per format."""
+    steps: int = 1000
+    """codec-transfer: optimiser steps per student."""
 
 
 def recipe_flags(path: Path, command: str, schema: type, commands: tuple[str, ...]) -> list[str]:
@@ -213,7 +267,7 @@ def recipe_flags(path: Path, command: str, schema: type, commands: tuple[str, ..
         raise UserError(f"cannot parse recipe {path}", found=" ".join(str(error).split()), expected="YAML") from None
     options = {key: value for key, value in _mapping(recipe, path).items() if key not in commands}
     options |= _mapping(recipe.get(command, {}), path)
-    known = [field.name for field in dataclasses.fields(schema) if field.name not in ("source", "suite")]
+    known = [field.name for field in dataclasses.fields(schema) if tyro.conf.Positional not in get_args(field.type)]
     flags = []
     for key, value in options.items():
         name = str(key).replace("-", "_")

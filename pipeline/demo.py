@@ -8,10 +8,9 @@ from pathlib import Path
 from rich.table import Table
 
 import cache
-from pipeline import precompute, prepare, teacher, train
-from pipeline.config import Demo, PrecomputeTeacher, TrainStudent, TrainTeacher
+from pipeline import inspect, precompute, prepare, teacher, train
+from pipeline.config import Demo, Inspect, PrecomputeTeacher, TrainStudent, TrainTeacher
 from pipeline.index import Index
-from pipeline.pictures import pairs_page
 from pipeline.report import console_out
 
 POLICY = str(Path(__file__).parent / "recipes" / "digits_policy.yaml")
@@ -47,12 +46,12 @@ def run(config: Demo) -> None:
             eval_epochs=0,
         )
     )
-    store = out / "labels.zarr"
+    store, trained = str(out / "labels.zarr"), f"{TEACHER}@{out / 'teacher' / 'model.safetensors'}"
     precompute.run(
         PrecomputeTeacher(
             **machine,
             data=data,
-            teacher=f"{TEACHER}@{out / 'teacher' / 'model.safetensors'}",
+            teacher=trained,
             store=store,
             views=VIEWS,
             policy=POLICY,
@@ -82,7 +81,7 @@ def run(config: Demo) -> None:
         for loss in LOSSES
     }
     index, opened = Index.open(data, split="train"), cache.open(store)
-    pairs_page(out / "report.html", index, opened)
+    inspect.run(Inspect(**machine, store=store, data=data, out=out / "report.html", teacher=trained))
 
     table = Table(title=f"{TEACHER} → {STUDENT}, {len(index.good):,} digits, {VIEWS} epochs, {config.seeds} seeds")
     for column in ("loss", "top-1 % mean", "± std", "each seed", "seconds per run"):

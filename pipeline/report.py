@@ -27,8 +27,10 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(description: str, total: int, unit: str, completed: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, gone when done; nothing where stderr is no terminal. Yields `advance(count)`."""
+def progress(
+    description: str, total: int, unit: str, completed: int = 0, *, show: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, gone when done; none without `show` or a terminal. Yields `advance(count)`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,7 +39,9 @@ def progress(description: str, total: int, unit: str, completed: int = 0) -> Ite
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_console_err, transient=True, disable=not _console_err.is_terminal) as bar:
+    with Progress(
+        *columns, console=_console_err, transient=True, disable=not (show and _console_err.is_terminal)
+    ) as bar:
         task = bar.add_task(description, total=total, completed=completed, unit=unit)
         yield lambda count: bar.advance(task, count)
 
@@ -48,3 +52,12 @@ def summary(title: str, facts: dict) -> None:
     for name, value in facts.items():
         table.add_row(name, str(value))
     console_out.print(table)
+
+
+def decimal(count: float) -> str:
+    """A number of bytes for people: 1.3 GB is 1.3 · 10⁹."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

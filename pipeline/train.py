@@ -11,15 +11,16 @@ import numpy as np
 import torch
 
 import cache
-from cache import Plane, Store, UserError, philox
+from cache import Plane, Store, UserError
 from kernels import ccd_loss
-from pipeline import checkpoint, decode, models, order, views
+from pipeline import checkpoint, decode, labels, models, order, views
 from pipeline import device as devices
 from pipeline import policy as policies
 from pipeline.config import Training, TrainStudent
 from pipeline.device import Normalise
 from pipeline.evaluate import evaluate, shown
 from pipeline.index import Index
+from pipeline.labels import Labels
 from pipeline.loader import Batch, Request, load
 from pipeline.metrics import Log, Means
 from pipeline.policy import Policy
@@ -41,8 +42,9 @@ def run(config: TrainStudent) -> dict:
         if config.loss == "ce":
             yield from repeat(cross_entropy)
         numbers = (epoch % store.manifest.views for epoch in range(first_epoch, config.epochs))
-        for plane in cache.planes(store, numbers):
-            yield _checked(partial(distillation, config, store, plane, index), plane, index)
+        device = devices.pick(config)
+        for epoch, found in enumerate(labels.epochs(store, numbers, device, config.plane, config.out), first_epoch):
+            yield partial(_checked, PixelCheck(found.plane, index, epoch, config.check_share), config, found)
 
     return fit(
         config,
@@ -62,28 +64,29 @@ def cross_entropy(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)))
 
 
-def distillation(
-    config: TrainStudent, store: Store, plane: Plane, index: Index, logits: torch.Tensor, batch: Batch
-) -> torch.Tensor:
+def _checked(check: "PixelCheck", config: TrainStudent, stored: Labels, logits: torch.Tensor, batch: Batch):
+    check(batch)
+    return distillation(config, stored, logits, batch)
+
+
+def distillation(config: TrainStudent, stored: Labels, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """CCD against the stored labels of the batch; KD is the same with w ≡ 1. Samples without labels do not count."""
-    device = logits.device
-    rows, weight = plane.gather(batch.rows)
-    labels, key_hash = batch.labels, index.records["key_hash"][batch.rows]
+    device, rows, target = logits.device, batch.rows, batch.labels
+    weight = stored.plane.weight[rows]
     if np.isnan(weight).any():
         labelled = np.flatnonzero(~np.isnan(weight))
         if not len(labelled):
             return logits.sum() * 0.0
-        rows, weight, key_hash = rows[labelled], weight[labelled], key_hash[labelled]
-        logits, labels = logits[:, labelled], labels[labelled]
-    stream = philox.stream(store.manifest.seed, key_hash, plane.view)
-    teacher = torch.from_numpy(store.codec.decode(rows, stream)).to(device, non_blocking=True)
+        rows, weight = rows[labelled], weight[labelled]
+        logits, target = logits[:, labelled], target[labelled]
+    teacher = stored.logits(rows)
     w = torch.from_numpy(weight if config.loss == "ccd" else np.ones_like(weight)).to(device)
     return ccd_loss(
         logits[0],
         logits[1],
         teacher[:, 0],
         teacher[:, 1],
-        labels.to(device),
+        target.to(device),
         temperature=config.temperature,
         alpha=config.alpha,
         kd_weight=config.kd_weight,
@@ -91,35 +94,35 @@ def distillation(
     )
 
 
-def _checked(objective: Objective, plane: Plane, index: Index) -> Objective:
-    """`objective`, whose first batch must hold the very pixels that the teacher saw.
+class PixelCheck:
+    """Does the student see what the teacher saw? Called with each batch of an epoch, it compares pixel digests.
 
-    Once per epoch is enough: what could change them (decoder, its version, the view) changes all of them.
+    All of the first batch's (what changes every picture, such as another decoder, stops the run at once) and then
+    those of a random `share` of the rows, drawn anew for each `seed`.
     """
-    unchecked = [plane]
 
-    def check_and_go(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        if unchecked:
-            check_pixels(unchecked.pop(), index, batch)
-        return objective(logits, batch)
+    def __init__(self, plane: Plane, index: Index, seed: int, share: float):
+        self.plane, self.index = plane, index
+        self._chosen = np.random.default_rng(seed).random(len(plane.weight), np.float32) < share
+        self._first = True
 
-    return check_and_go
-
-
-def check_pixels(plane: Plane, index: Index, batch: Batch) -> None:
-    """Raise UserError unless the batch's pixels have the digests that the teacher pass stored."""
-    labelled = np.flatnonzero(~np.isnan(plane.weight[batch.rows]))
-    pairs = batch.images[:, labelled].cpu().numpy().swapaxes(0, 1)
-    found = np.array([[zlib.crc32(view) for view in pair] for pair in pairs], np.uint32).reshape(-1, 2)
-    rows = batch.rows[labelled]
-    if len(differ := np.flatnonzero((found != plane.digest[rows]).any(axis=-1))):
-        row = int(rows[differ[0]])
-        raise UserError(
-            "the student would not see the pixels that the teacher saw",
-            found=f"{len(differ)} of {len(found)} pairs of view {plane.view} differ, the first of key {index.key(row)}",
-            expected="the digests in the store",
-            fix="decode with the DALI version and on the kind of device of the teacher pass, or run it again",
-        )
+    def __call__(self, batch: Batch) -> None:
+        """Raise UserError unless the chosen pixels have the digests that the teacher pass stored."""
+        chosen = (self._chosen[batch.rows] | self._first) & ~np.isnan(self.plane.weight[batch.rows])
+        self._first = False
+        if not chosen.any():
+            return
+        rows, at = batch.rows[chosen], np.flatnonzero(chosen)
+        pairs = batch.images[:, at].cpu().numpy().swapaxes(0, 1)
+        found = np.array([[zlib.crc32(view) for view in pair] for pair in pairs], np.uint32).reshape(-1, 2)
+        if len(differ := np.flatnonzero((found != self.plane.digest[rows]).any(axis=-1))):
+            key = self.index.key(int(rows[differ[0]]))
+            raise UserError(
+                "the student would not see the pixels that the teacher saw",
+                found=f"{len(differ)} of {len(found)} pairs of view {self.plane.view} differ, the first of key {key}",
+                expected="the digests in the store",
+                fix="decode with the DALI version and on the kind of device of the teacher pass, or run it again",
+            )
 
 
 def fit(

@@ -87,7 +87,7 @@ def labels(digits, teacher, tmp_path_factory) -> Path:
     store = tmp_path_factory.mktemp("labels") / "labels.zarr"
     precompute.run(
         PrecomputeTeacher(
-            data=digits, teacher=teacher, store=store, views=2, policy=POLICY, block_rows=64, device="cpu"
+            data=digits, teacher=teacher, store=store, views=2, policy=POLICY, codec="int8", block_rows=64, device="cpu"
         )
     )
     return store

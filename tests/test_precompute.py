@@ -3,8 +3,12 @@
 import dataclasses
 import io
 import multiprocessing
+import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,11 +16,12 @@ import numpy as np
 import pillow
 import pytest
 import torch
+from conftest import tar_of
 from PIL import Image
 
 import cache
 from cache import UserError, philox
-from pipeline import models, precompute, views
+from pipeline import calibrate, models, precompute, prepare, views
 from pipeline import policy as policies
 from pipeline.config import PrecomputeTeacher
 from pipeline.demo import POLICY
@@ -35,6 +40,7 @@ def options(digits, teacher, tmp_path_factory) -> PrecomputeTeacher:
         store=tmp_path_factory.mktemp("store") / "labels.zarr",
         views=3,
         policy=POLICY,
+        codec="int8",
         seed=2**62 + 1,
         batch_size=16,
         block_rows=24,
@@ -184,15 +190,96 @@ def blocks_of(options: PrecomputeTeacher) -> int:
     ("change", "message"),
     [
         ({"seed": 1}, "seed"),
-        ({"views": 4}, "views"),
         ({"policy": "cifar10"}, "mean|policy|base|size"),
         ({"codec": "fp16"}, "codec"),
+        ({"kl_budget": 0.01}, "KL budget"),
         ({"block_rows": 25}, "block_rows"),
     ],
 )
 def test_a_store_of_other_options_is_refused(whole, change, message):
     with pytest.raises(UserError, match=f"another ({message})"):
         precompute.run(changed(whole, **change))
+
+
+@pytest.fixture(scope="module")
+def coded(options, tmp_path_factory) -> PrecomputeTeacher:
+    """A store of subspace codes."""
+    store = tmp_path_factory.mktemp("coded") / "labels.zarr"
+    coded = changed(options, codec="subspace", kl_budget=1e-5, store=store)
+    precompute.run(coded)
+    return coded
+
+
+def test_more_views_are_added_to_a_store_and_the_old_ones_kept(coded, tmp_path):
+    """A store of three views grown from one is the store of three."""
+    store = tmp_path / "grown"
+    precompute.run(changed(coded, views=1, store=store))
+    kept = {path: path.stat().st_mtime_ns for block in range(blocks_of(coded)) for path in files_of(store, 0, block)}
+    precompute.run(changed(coded, store=store))
+    assert len(kept) > blocks_of(coded)
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert_equal_stores(store, coded.store)
+
+
+def test_a_store_grows_with_its_data_set(digits, coded, tmp_path):
+    """Shards appended to the data: their rows are labelled, and a last block that was short anew."""
+    index = Index.open(digits)
+    for name, rows in (("a", range(100)), ("b", range(100, len(index)))):
+        members = {f"{index.key(row)}.jpg": index.read(row) for row in rows}
+        members |= {f"{index.key(row)}.cls": str(index.records["label"][row]).encode() for row in rows}
+        tar_of(tmp_path / f"{name}.tar", dict(sorted(members.items())))
+    prepare.build(f"webdataset:{tmp_path}/a.tar", tmp_path / "small", classes=10)
+    prepare.build(f"webdataset:{tmp_path}/{{a,b}}.tar", tmp_path / "large", classes=10)
+    grown = changed(coded, codec="int8", kl_budget=None, store=tmp_path / "grown")
+    precompute.run(changed(grown, data=tmp_path / "small"))
+    assert cache.open(grown.store).manifest.samples % grown.block_rows  # the last block is short
+    precompute.run(changed(grown, data=tmp_path / "large"))
+    precompute.run(changed(grown, data=tmp_path / "large", store=tmp_path / "whole"))
+    assert_equal_stores(grown.store, tmp_path / "whole")
+    with pytest.raises(UserError, match="another dataset"):
+        precompute.run(changed(grown, data=tmp_path / "small"))
+
+
+def test_a_dry_run_writes_nothing_and_says_what_the_pass_would_cost(coded, tmp_path, capsys):
+    precompute.run(changed(coded, store=tmp_path / "s", dry_run=True))
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert not any(tmp_path.iterdir())
+    assert f"pairs to compute {3 * len(Index.open(coded.data).good):,} " in said
+    assert "subspace" in said and "pairs/s" in said
+
+
+def test_the_manifest_keeps_what_the_code_loses(coded):
+    """Budget and KL of pairs that the code was not fitted to, and a slope that says unbiased."""
+    fidelity = cache.open(coded.store).manifest.fidelity
+    assert fidelity["budget"] == 1e-5
+    assert 3e-6 < fidelity["kl"]["4"] < 1.5e-5 and abs(fidelity["slope"] - 1) < 0.02
+
+
+def test_blocks_that_the_code_does_not_suit_are_reported(coded, tmp_path, capsys, monkeypatch):
+    """A code fitted to a tenth of the logits' size clips them: every block says so."""
+    real = calibrate.codecs.fit
+    monkeypatch.setattr(calibrate.codecs, "fit", lambda name, logits, **rest: real(name, 0.1 * logits, **rest))
+    precompute.run(changed(coded, store=tmp_path / "s"))
+    said = capsys.readouterr()
+    count = 3 * blocks_of(coded)
+    assert said.err.count("labels beyond the budget: view") == count
+    assert f"{count}, the first view 0, block 0: " in " ".join(said.out.replace("│", " ").split())
+    kl, slope = cache.open(tmp_path / "s").read_block(0, 0).fidelity
+    assert kl > 1e-5 or abs(slope - 1) > 0.02
+
+
+def test_two_processes_fill_one_store(coded, tmp_path):
+    """torchrun hands every block to one of them; the store is that of one process."""
+    options = ("data", "teacher", "store", "views", "policy", "codec", "kl_budget", "seed", "batch_size", "block_rows")
+    run = changed(coded, store=tmp_path / "s")
+    flags = [f"--{name.replace('_', '-')}={getattr(run, name)}" for name in options]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "pipeline", "precompute-teacher", *flags, "--device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, other = map(int, re.search(r"blocks by process\D+(\d+) \+ (\d+)", done.stdout).groups())
+    assert one + other == 3 * blocks_of(coded)
+    assert_equal_stores(run.store, coded.store)
 
 
 def test_a_store_of_another_teacher_is_refused(whole, tmp_path):
@@ -210,4 +297,4 @@ def test_non_finite_logits_are_refused(whole, tmp_path):
     run = changed(whole, teacher=f"cifar/resnet8@{tmp_path / 'nan.safetensors'}", store=tmp_path / "s")
     with pytest.raises(UserError, match="finite"):
         precompute.run(run)
-    assert len(cache.open(run.store).missing_blocks()) == whole.views * cache.open(run.store).manifest.blocks
+    assert not cache.exists(run.store)  # the calibration has met them

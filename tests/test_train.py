@@ -18,6 +18,10 @@ from cache import UserError, philox
 from pipeline import train
 from pipeline.config import TrainStudent
 from pipeline.demo import POLICY
+from pipeline.index import Index
+from pipeline.labels import Labels
+from pipeline.loader import Batch
+from pipeline.train import PixelCheck
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +99,9 @@ def test_the_loss_is_that_of_the_stored_labels(whole):
     """One batch by hand: float64 autograd-free formula from PyTorch's own functionals on the decoded labels."""
     from torch.nn import functional as F
 
-    from pipeline.index import Index
-    from pipeline.loader import Batch
-
     store, index = cache.open(whole.store), Index.open(whole.data)
     plane = store.load_plane(1)
+    stored = Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.encoded), None)
     rows = index.good[:9]
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 9, 10, generator=generator) * 3
@@ -113,7 +115,7 @@ def test_the_loss_is_that_of_the_stored_labels(whole):
         hard = F.cross_entropy(z.flatten(0, 1), labels.repeat(2))
         expected = hard + 16 * 0.5 * (kl[0].mean() + (w * kl[1]).mean())
         config = dataclasses.replace(whole, loss=loss)
-        got = train.distillation(config, store, plane, index, logits, batch)
+        got = train.distillation(config, stored, logits, batch)
         assert float(got) == pytest.approx(float(expected), rel=1e-6)
     assert float(train.cross_entropy(logits, batch)) == pytest.approx(float(hard), rel=1e-6)
 
@@ -128,7 +130,7 @@ def test_other_losses_train(whole, loss, tmp_path):
 def test_epoch_e_takes_view_e_mod_v(whole, monkeypatch, tmp_path):
     asked = []
     planes = cache.planes
-    monkeypatch.setattr(cache, "planes", lambda store, numbers: planes(store, (asked.append(v) or v for v in numbers)))
+    monkeypatch.setattr(cache, "planes", lambda store, of, **o: planes(store, (asked.append(v) or v for v in of), **o))
     train.run(dataclasses.replace(whole, out=tmp_path / "r"))
     assert asked == [0, 1, 0]
 
@@ -146,12 +148,40 @@ def test_other_pixels_than_the_teachers_are_refused(whole, tmp_path):
         train.run(dataclasses.replace(whole, store=store, out=tmp_path / "run"))
 
 
+def test_a_random_share_of_each_epochs_pixels_is_checked(whole):
+    """Every row is looked at in some epoch, and about `share` of them in each."""
+    index, plane = Index.open(whole.data), cache.open(whole.store).load_plane(0)
+    wrong = dataclasses.replace(plane, digest=plane.digest ^ np.uint32(1))
+    images = torch.zeros((2, 1, 4, 4, 3), dtype=torch.uint8)
+    nothing = Batch(index.good[:0], torch.empty(0), images[:, :0], None)
+    found = np.zeros((40, len(index.good)), bool)
+    for seed, row in np.ndindex(found.shape):
+        check = PixelCheck(wrong, index, seed, 0.25)
+        check(nothing)  # the first batch is checked whole
+        try:
+            check(Batch(index.good[row : row + 1], torch.empty(1), images, None))
+        except UserError:
+            found[seed, row] = True
+    assert found.any(axis=0).all() and abs(found.mean() - 0.25) < 0.03
+
+
+@pytest.mark.parametrize("plane", ["pinned", "mmap"])
+def test_it_does_not_matter_where_the_labels_lie(whole, plane, tmp_path):
+    train.run(run := dataclasses.replace(whole, out=tmp_path / "run", plane=plane))
+    one, other = ((config.out / "model.safetensors").read_bytes() for config in (run, whole))
+    assert one == other
+
+
+def test_labels_that_do_not_fit_are_refused(whole):
+    with pytest.raises(UserError, match=r"does not fit --plane gpu; found no CUDA device"):
+        train.run(dataclasses.replace(whole, plane="gpu", out=whole.out.parent / "gpu"))
+
+
 def test_evaluation_counts_what_pillow_and_numpy_count(whole):
     """Top-1, top-5 and cross-entropy of the trained student, from images that Pillow cropped."""
     from pipeline import models, policy
     from pipeline.device import Normalise
     from pipeline.evaluate import evaluate
-    from pipeline.index import Index
 
     index, base = Index.open(whole.data, split="val"), policy.load(POLICY)
     network = models.create(f"cifar/resnet8@{whole.out / 'model.safetensors'}", index.classes)

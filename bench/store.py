@@ -1,0 +1,217 @@
+"""`pipeline bench store`: what labels cost and lose in each format, and how fast a store of them is read.
+
+Formats: bytes per vector against KL at T = 1, 2, 4, the slope of decoded on true logits (1: unbiased) and the rates of
+coding, on teacher logits (`--logits FILE.npz`: arrays fit_original, fit_augmented, original, augmented f16 or f32
+(n, C); by default the simulated teacher's). A format is fitted to the first two and measured on the others. w = 1 + cos
+is a stored number here; the table says how far off it would be if it were computed from decoded labels.
+"""
+
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bench import harness, simulated, storage
+from bench.codec_transfer import ARMS, REFERENCE, Make
+from cache import UserError, philox
+from cache.fidelity import TEMPERATURES, measure
+from pipeline.config import Bench
+from pipeline.suggest import did_you_mean
+
+BUDGETS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
+_FIT, _MEASURED = 2048, 512  # simulated pairs
+_PAIRS = 1024  # at a time, when rates are taken
+_SEED = 0
+
+
+def run(config: Bench) -> dict:
+    """Run the store benchmark, print its tables, write `config.json` and plots into `config.out`."""
+    makes = _makes(config.arms)
+    machine = harness.machine()
+    sources = {path.stem: _read(path) for path in config.logits} if config.logits else {"simulated": _simulated()}
+    formats = [
+        {"teacher": source} | row for source, (fit, held) in sources.items() for row in compare(makes, fit, held)
+    ]
+    storages = storage.compare(config.work, config.rounds, config.samples or storage.SAMPLES)
+    found = harness.document(
+        "store",
+        machine=machine,
+        options=vars(config),
+        unit="bytes",
+        reference=storage.REFERENCE,
+        arms=storages["arms"],
+        tables={
+            "formats": formats,
+            "storage": storages["table"],
+            "access": storages["access"],
+            "networks": _against_networks(sources),
+        },
+    )
+    for source in sources:
+        rows = [{key: value for key, value in row.items() if key != "teacher"} for row in formats]
+        mine = [row for row, whole in zip(rows, formats, strict=True) if whole["teacher"] == source]
+        harness.show_table(f"formats on {source}; rates per second of one core's time", [_shown(row) for row in mine])
+    harness.show_table("coding against networks on this machine", found["tables"]["networks"])
+    harness.show_table("reading a view's labels, cold", storages["table"])
+    harness.show_table("other access", storages["access"])
+    if config.out:
+        plot(formats, config.out)
+    if config.json:
+        harness.write(config.json, found)
+    return found
+
+
+def compare(makes: dict[str, Make], fit: np.ndarray, held: np.ndarray) -> list[dict]:
+    """Rows of the formats, fitted to logits f32 (n, 2, C) and measured on `held` f32 (m, 2, C)."""
+    stream = philox.stream(_SEED, np.arange(len(held), dtype=np.uint64), 0)
+    true = _weights(held)
+    rows = []
+    for name, make in makes.items():
+        coder = make(fit)
+        if coder is None:
+            continue
+        encoded = coder.encode(held, stream)
+        found = measure(coder, held, stream, encoded)  # pyright: ignore[reportArgumentType]
+        off = np.abs(_weights(coder.decode(encoded, stream)) - true)
+        rows.append(
+            {
+                "format": name,
+                "disk_bytes": found.bytes_per_vector,
+                "memory_bytes": coder.row_bytes / 2,
+                **{f"KL T={temperature:g}": found.kl[temperature] for temperature in TEMPERATURES},
+                "slope": found.slope,
+                "w off by": float(off.max()),
+                "encode/s": _rate(lambda coder=coder: coder.encode(held[:_PAIRS], stream[:_PAIRS]), _pairs(held)),
+                "decode/s": _rate(lambda c=coder, e=encoded: c.decode(e[:_PAIRS], stream[:_PAIRS]), _pairs(held)),
+                "pack/s": _rate(lambda c=coder, e=encoded: c.pack(e[:_PAIRS], stream[:_PAIRS]), _pairs(held)),
+            }
+        )
+    return rows
+
+
+def _against_networks(sources: dict) -> list[dict]:
+    """What coding costs beside the networks that it serves: ResNet-34 forward, ResNet-18 forward and backward."""
+    import timm
+    import torch
+
+    fit, held = next(iter(sources.values()))
+    coder = ARMS["subspace-0.05"](fit)
+    assert coder is not None
+    stream = philox.stream(_SEED, np.arange(len(held), dtype=np.uint64), 0)
+    encoded = coder.encode(held, stream)
+    images = torch.randn(16, 3, 224, 224)
+    teacher, student = timm.create_model("resnet34").eval(), timm.create_model("resnet18")
+
+    def forward() -> None:
+        with torch.inference_mode():
+            teacher(images)
+
+    def step() -> None:
+        student(images).sum().backward()
+
+    encode = 1 / _rate(lambda: coder.encode(held, stream), 2 * len(held))
+    pack = 1 / _rate(lambda: coder.pack(encoded, stream), 2 * len(held))
+    decode = 1 / _rate(lambda: coder.decode(encoded, stream), 2 * len(held))
+    shown, learnt = 1 / _rate(forward, len(images)), 1 / _rate(step, len(images))
+    return [
+        {
+            "cost": "encode and pack a vector, against ResNet-34's forward of an image",
+            "CPU us": 1e6 * (encode + pack),
+            "network CPU us": 1e6 * shown,
+            "share %": 100 * (encode + pack) / shown,
+        },
+        {
+            "cost": "decode 1,024 rows, against a ResNet-18 step of 2,048 images (16 timed)",
+            "CPU us": 1e6 * decode * 2048,
+            "network CPU us": 1e6 * learnt * 2048,
+            "share %": 100 * decode / learnt,
+        },
+    ]
+
+
+def _pairs(held: np.ndarray) -> int:
+    return 2 * min(len(held), _PAIRS)
+
+
+def _rate(call, vectors: int) -> float:
+    """Vectors per second of CPU time, all threads together: median of five calls."""
+    call()
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return vectors / max(statistics.median(times), 1e-9)
+
+
+def _weights(logits: np.ndarray) -> np.ndarray:
+    o, a = logits.astype(np.float64).swapaxes(0, 1)
+    return 1 + (o * a).sum(-1) / np.sqrt((o * o).sum(-1) * (a * a).sum(-1))
+
+
+def _makes(chosen: str | None) -> dict[str, Make]:
+    from cache import codec
+
+    budgets = {f"subspace-{kl}": (lambda logits, kl=kl: codec.fit("subspace", logits, kl=kl)) for kl in BUDGETS}
+    every = {name: make for name, make in ARMS.items() if name != REFERENCE and name not in budgets} | budgets
+    if chosen is None:
+        return every
+    for name in chosen.split(","):
+        if name not in every:
+            raise UserError(f"unknown format {name}", fix=did_you_mean(name, every))
+    return {name: every[name] for name in chosen.split(",")}
+
+
+def _simulated() -> tuple[np.ndarray, np.ndarray]:
+    _, logits, _ = simulated.draw(simulated.teacher(), _FIT + _MEASURED)
+    found = logits[0].numpy()
+    return found[:_FIT], found[_FIT:]
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            parts = [
+                np.stack([arrays[f"{part}original"], arrays[f"{part}augmented"]], axis=1).astype(np.float32)
+                for part in ("fit_", "")
+            ]
+    except (OSError, ValueError, KeyError) as error:
+        expected = "an .npz of fit_original, fit_augmented, original, augmented (n, C)"
+        raise UserError(f"cannot read logits {path}", found=error, expected=expected, fix="check --logits") from None
+    return parts[0], parts[1]
+
+
+def _shown(row: dict) -> dict:
+    digits = {"slope": ".4f", "w off by": ".1e", "disk_bytes": ".1f", "memory_bytes": ".0f"}
+    return {
+        key: value if isinstance(value, str) else f"{value:{digits.get(key, ',.0f' if key.endswith('/s') else '.2g')}}"
+        for key, value in row.items()
+    }
+
+
+def plot(formats: list[dict], out: Path) -> None:
+    """KL(T = 4) against bytes on disk, one picture per teacher: OUT/formats-TEACHER.png and .svg."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out.mkdir(parents=True, exist_ok=True)
+    for teacher in dict.fromkeys(row["teacher"] for row in formats):
+        rows = [row for row in formats if row["teacher"] == teacher]
+        figure = Figure(figsize=(9, 5.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        ours = sorted((row["disk_bytes"], row["KL T=4"]) for row in rows if row["format"].startswith("subspace"))
+        if ours:
+            axes.plot(*zip(*ours, strict=True), color="tab:blue", linewidth=1)
+        for row in rows:
+            unbiased = abs(row["slope"] - 1) <= 0.02
+            point = row["disk_bytes"], max(row["KL T=4"], 1e-7)
+            color = "tab:blue" if row["format"].startswith("subspace") else "tab:gray"
+            axes.plot(*point, "o", color=color, fillstyle="full" if unbiased else "none", markersize=5)
+            axes.annotate(row["format"], point, textcoords="offset points", xytext=(4, 3), fontsize=7)
+        axes.set(xscale="log", yscale="log", xlabel="bytes per vector on disk", ylabel="KL(T = 4), nats")
+        axes.set_title(f"{teacher}; filled: unbiased (slope 1 ± 0.02)", fontsize=10)
+        axes.grid(alpha=0.3)
+        for kind in ("png", "svg"):
+            figure.savefig(out / f"formats-{teacher}.{kind}", dpi=150)

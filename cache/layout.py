@@ -1,0 +1,147 @@
+"""The arrays of a store, and their metadata as the zarr v3 specification has it, written by hand and compared whole.
+
+Metadata is a function of the manifest, so that a reader knows every bit of it beforehand. Only a killed
+`cache.extend` leaves more: arrays that are larger than the manifest says. To tell those from damage each metadata
+document has a CRC-32C of itself, the attribute ``crc32c``.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import google_crc32c
+import numpy as np
+from zarr.abc.codec import ArrayBytesCodec
+from zarr.registry import register_codec
+
+from cache.codec import Codec
+from cache.manifest import Manifest
+
+if TYPE_CHECKING:
+    from zarr.core.array_spec import ArraySpec
+    from zarr.core.buffer import Buffer, NDBuffer
+
+PACKED = "jda_distill.packed"
+BLOCK = ("pairs", "weight", "digest", "fidelity")
+"""What makes a block, besides its commit; in the order in which it is written."""
+SAMPLES = ("status", "key_hash")
+"""What is there from the beginning."""
+_SAMPLES_ROWS = 1 << 14  # of a chunk; less in a store of small blocks
+
+
+@dataclass(frozen=True)
+class Array:
+    dtype: str
+    """Little-endian, as the chunks have it."""
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    packed: bool = False
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of a whole chunk, unpacked and without its CRC."""
+        return int(np.prod(self.chunk, dtype=object)) * np.dtype(self.dtype).itemsize
+
+
+def arrays(manifest: Manifest, codec: Codec) -> dict[str, Array]:
+    """The arrays by name; a chunk that is there does not change as views and samples are added, but for the last."""
+    views, samples, width = manifest.views, manifest.samples, codec.row_bytes
+    rows, some = min(manifest.block_rows, samples), (min(16 * manifest.block_rows, _SAMPLES_ROWS),)
+    by_view = ("view", "sample")
+    return {
+        "pairs": Array("<u1", (*by_view, "byte"), (views, samples, width), (1, rows, width), codec.packed),
+        "weight": Array("<f4", by_view, (views, samples), (1, rows)),
+        "digest": Array("<u4", (*by_view, "image"), (views, samples, 2), (1, rows, 2)),
+        "fidelity": Array("<f4", ("view", "block", "measure"), (views, manifest.blocks, 2), (1, 1, 2)),
+        "status": Array("<u1", ("sample",), (samples,), some),
+        "key_hash": Array("<u8", ("sample",), (samples,), some),
+        "commit": Array("<u8", ("view", "block"), (views, manifest.blocks), (1, 1)),
+    }
+
+
+def group_json(attributes: object) -> bytes:
+    """The root's zarr.json."""
+    return to_json({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def array_json(array: Array) -> dict[str, Any]:
+    """An array's zarr.json."""
+    dtype = np.dtype(array.dtype)
+    little = {"name": "bytes"} if dtype.itemsize == 1 else {"name": "bytes", "configuration": {"endian": "little"}}
+    document: dict[str, Any] = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(array.shape),
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(array.chunk)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": dtype.type(0).item(),
+        "codecs": [{"name": PACKED, "configuration": {}} if array.packed else little, {"name": "crc32c"}],
+        "dimension_names": list(array.axes),
+    }
+    return {**document, "attributes": {"crc32c": google_crc32c.value(to_json(document))}}
+
+
+def is_of(data: bytes, name: str, manifest: Manifest, codec: Codec) -> bool:
+    """Is it the zarr.json of this array, or of one that a killed extension has grown in views or samples?"""
+    expected = arrays(manifest, codec)[name]
+    if data == to_json(array_json(expected)):
+        return True
+    try:
+        document = from_json(data)
+    except ValueError:
+        return False
+    shape = document.get("shape") if isinstance(document, dict) else None
+    if not isinstance(shape, list) or len(shape) != len(expected.axes):
+        return False
+    if not all(type(length) is int and length >= least for length, least in zip(shape, expected.shape, strict=True)):
+        return False
+    sizes = dict(zip(expected.axes, shape, strict=True))
+    samples = sizes.get("sample", sizes.get("block", 0) * manifest.block_rows)
+    larger = replace(manifest, views=sizes.get("view", manifest.views), samples=samples)
+    return data == to_json(array_json(arrays(larger, codec)[name]))
+
+
+def to_json(document: object) -> bytes:
+    """The one form of metadata. Raises ValueError for numbers that JSON has not."""
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+
+
+def from_json(data: bytes) -> Any:
+    """A document from outside, in memory of the order of its text. Raises ValueError."""
+    # A list costs twenty times its two brackets; no store's metadata has a hundredth part of this many values.
+    if sum(data.count(mark) for mark in (b"[", b"{", b",")) > 1 << 20:
+        raise ValueError("more values than any store has")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+class Packed(ArrayBytesCodec):
+    """The array -> bytes stage of packed pairs, by name alone, so that any zarr reader here can open the array."""
+
+    is_fixed_size = False
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Any configuration is taken; there is nothing to configure."""
+        return cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {"name": PACKED, "configuration": {}}
+
+    def compute_encoded_size(self, input_byte_length: int, chunk_spec: "ArraySpec") -> int:
+        """Not known beforehand."""
+        raise NotImplementedError
+
+    async def _decode_single(self, chunk_data: "Buffer", chunk_spec: "ArraySpec") -> "NDBuffer":
+        raise ValueError("packed rows need their dither keys: read them through cache.open(...).load_plane")
+
+    async def _encode_single(self, chunk_data: "NDBuffer", chunk_spec: "ArraySpec") -> "Buffer | None":
+        raise ValueError("packed rows need their dither keys: write them through cache.open(...).write_block")
+
+
+register_codec(PACKED, Packed)

@@ -1,0 +1,64 @@
+"""Decoding stored labels in plain PyTorch, on any device: the specification of the kernels that decode in registers.
+
+A `Decoder` is what a codec knows, as tensors; kernels know neither stores nor codecs. `cache.codec` and
+`cache.entropy` describe the rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+_LOW = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    kind: str
+    """fp16, int8 or subspace."""
+    classes: int
+    wide: int = 0
+    """subspace: coefficients of a whole byte."""
+    beta: torch.Tensor | None = None
+    """subspace: f32 (d,), share of the dither that is subtracted."""
+    basis: torch.Tensor | None = None
+    """subspace: f32 (d, C), directions times steps."""
+    mean: torch.Tensor | None = None
+    """subspace: f32 (C,)."""
+
+
+def decode(rows: torch.Tensor, stream: torch.Tensor, decoder: Decoder) -> torch.Tensor:
+    """Rows u8 (B, row_bytes) and their dither keys i64 (B,) (the bits of a u64) -> logits f32 (B, 2, C)."""
+    batch = len(rows)
+    if decoder.kind == "fp16":
+        return rows.contiguous().view(torch.float16).float().view(batch, 2, decoder.classes)
+    if decoder.kind == "int8":
+        scale, offset = rows[:, :16].contiguous().view(torch.float32).view(batch, 2, 2, 1).unbind(1)
+        return rows[:, 16:].contiguous().view(torch.int8).view(batch, 2, decoder.classes) * scale + offset
+    assert decoder.kind == "subspace" and decoder.beta is not None
+    assert decoder.basis is not None and decoder.mean is not None
+    dims, wide = len(decoder.beta), decoder.wide
+    half = (dims - wide + 1) // 2
+    segments = rows.view(batch, 2, -1)
+    nibbles = segments[..., wide : wide + half]
+    narrow = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)[..., : dims - wide].to(torch.int8)
+    q = torch.cat([segments[..., :wide].contiguous().view(torch.int8), (narrow ^ 8) - 8], dim=-1).float()
+    steps = q - decoder.beta * dither(stream, dims)
+    return steps @ decoder.basis + decoder.mean
+
+
+def dither(stream: torch.Tensor, dims: int) -> torch.Tensor:
+    """u in (-1/2, 1/2) of both views' coefficients: f32 (B, 2, d) for keys i64 (B,); see `cache.entropy.dither`."""
+    calls = -(-dims // 16)
+    counter = torch.arange(calls, device=stream.device)
+    view = torch.arange(2, device=stream.device)[:, None]
+    zero = torch.zeros((len(stream), 2, calls), dtype=torch.int64, device=stream.device)
+    c0, c1, c2, c3 = counter + zero, view + zero, zero, zero
+    k0, k1 = (stream & _LOW)[:, None, None], (stream >> 32 & _LOW)[:, None, None]
+    for _ in range(10):  # int64 products wrap, which leaves all 64 bits right; shifts are arithmetic, hence the masks
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
+    words = torch.stack([c0, c1, c2, c3], dim=2)  # (B, 2, 4, calls)
+    shifts = torch.arange(0, 32, 8, device=stream.device)[:, None]
+    bytes_ = (words[:, :, :, None] >> shifts & 255).flatten(2)[..., :dims]
+    return (2 * bytes_.float() - 255) / 512

@@ -1,0 +1,97 @@
+"""An epoch's stored labels where the student needs them: placed, gathered by row, decoded, and checked."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cache
+from cache import Plane, Store, UserError
+from cache.codec import Codec, Subspace
+from kernels.labels import Decoder, decode
+from pipeline.report import decimal
+
+_GPU_SHARE, _MEMORY_SHARE = 0.25, 0.5  # of what is free, that two planes may take: one in use, one on its way
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """One view's labels; the student's device decodes them."""
+
+    store: Store
+    plane: Plane
+    device: torch.device
+    encoded: torch.Tensor
+    """u8 (N, row_bytes), on the device or in memory."""
+    decoder: Decoder | None
+    """None: the codec decodes, on the CPU."""
+
+    def logits(self, rows: np.ndarray) -> torch.Tensor:
+        """The teacher's logits of index rows i64 (B,): f32 (B, 2, C) on the device."""
+        stream = self.store.stream(self.plane.view, rows)
+        if self.decoder is None:
+            return torch.from_numpy(self.store.codec.decode(self.plane.encoded[rows], stream))
+        keys = torch.from_numpy(stream.view(np.int64)).to(self.device, non_blocking=True)
+        at = torch.from_numpy(rows)
+        if self.encoded.is_cuda:
+            encoded = self.encoded[at.to(self.device, non_blocking=True)]
+        else:
+            # Page-locked, so that the copy runs beside the network.
+            staged = torch.empty((len(rows), self.encoded.shape[1]), dtype=torch.uint8, pin_memory=True)
+            encoded = torch.index_select(self.encoded, 0, at, out=staged).to(self.device, non_blocking=True)
+        return decode(encoded, keys, self.decoder)
+
+
+def epochs(
+    store: Store, views: Iterator[int], device: torch.device, placement: str, folder: Path, advance=None
+) -> Iterator[Labels]:
+    """The labels of `views`, in order; the next plane loads in the background while one is in use.
+
+    `placement`: gpu, pinned (memory), mmap (a file in `folder`, paged by the system), or auto for the first of these
+    that the plane fits. `advance` is called with blocks done and in all while a plane loads.
+    """
+    placement = place(store, device, placement)
+    decoder = decoder_of(store.codec, device) if device.type == "cuda" else None
+    mode = "mmap" if placement == "mmap" else "memory"
+    for plane in cache.planes(store, views, mode=mode, folder=folder, progress=advance):
+        encoded = torch.from_numpy(plane.encoded)
+        yield Labels(store, plane, device, encoded.to(device) if placement == "gpu" else encoded, decoder)
+
+
+def place(store: Store, device: torch.device, wanted: str) -> str:
+    """gpu, pinned or mmap. Raises UserError if the plane does not fit where it is wanted."""
+    need = store.manifest.samples * store.codec.row_bytes
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    memory = available_memory()
+    if wanted == "auto":
+        return "gpu" if need < _GPU_SHARE * free else "pinned" if 2 * need < _MEMORY_SHARE * memory else "mmap"
+    room = {"gpu": free, "pinned": memory // 2}.get(wanted, need)
+    if need > room:
+        what = "no CUDA device" if wanted == "gpu" and device.type != "cuda" else f"{decimal(room)} free"
+        raise UserError(
+            f"a plane of labels does not fit --plane {wanted}",
+            found=what,
+            expected=decimal(need),
+            fix="use --plane auto",
+        )
+    return wanted
+
+
+def available_memory() -> int:
+    """Bytes that the system could still hand out."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+def decoder_of(codec: Codec, device: torch.device) -> Decoder:
+    """What kernels must know of a codec, on the device."""
+    name = codec.config["name"]
+    if not isinstance(codec, Subspace):
+        return Decoder(name, codec.classes)
+    beta = codec.array("beta").astype(np.float32) / 256
+    tensors = (torch.from_numpy(array.copy()).to(device) for array in (beta, codec.synthesis, codec.array("mean")))
+    return Decoder(name, codec.classes, codec.wide, *tensors)

@@ -1,0 +1,64 @@
+"""The processes of a torchrun job: who this one is, and work handed out among them.
+
+What they share is the key-value store that torchrun keeps for every job; a counter in it hands out work, so that a
+fast process takes more than a slow one and no process waits for another's result.
+"""
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import cache
+
+import torch.distributed as dist
+
+_PATIENCE = timedelta(days=7)  # rank 0 may be calibrating; torchrun ends the others if it fails
+
+
+def rank() -> int:
+    """Number of this process in the job; 0 outside torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """Number of processes of the job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def hand_out(name: str, count: int) -> Iterator[int]:
+    """0 … count - 1 in order, each to one process of the job, when it asks."""
+    if world() == 1:
+        yield from range(count)
+        return
+    while (number := _store().add(name, 1) - 1) < count:
+        yield number
+
+
+def after_first(name: str) -> None:
+    """Rank 0: let the others pass the point `name`. Others: wait until rank 0 is there."""
+    if world() == 1:
+        return
+    if rank() == 0:
+        _store().set(name, b"1")
+    else:
+        _store().wait([name], _PATIENCE)
+
+
+def gather(name: str, value: str = "") -> list[str]:
+    """Wait until every process of the job has come to the point `name`: what each of them brought, by rank."""
+    if world() == 1:
+        return [value]
+    keys = [f"{name}.{number}" for number in range(world())]
+    _store().set(keys[rank()], value)
+    _store().wait(keys, _PATIENCE)
+    found = [_store().get(key).decode() for key in keys]
+    # Rank 0 may hold the store: it must not leave before the others have read.
+    if _store().add(f"{name}.read", 1) == world():
+        _store().set(f"{name}.done", "")
+    _store().wait([f"{name}.done"], _PATIENCE)
+    return found
+
+
+@cache
+def _store() -> dist.Store:
+    store, _, _ = next(iter(dist.rendezvous("env://")))
+    return dist.PrefixStore("jda-distill", store)

@@ -1,0 +1,375 @@
+"""The `subspace` code against float64 decoders and dither written here, from the documented format alone."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache import UserError, entropy, subspace
+from cache import codec as codecs
+from cache.philox import philox
+from cache.subspace import Subspace
+
+U = 2.0**-24  # half a unit in the last place of float32, relative
+TYPES = {"mean": "<f4", "basis": "i1", "scale": "<f4", "beta": "<u2", "spread": "<i4", "gain": "<i2"}
+
+
+def coded(classes: int = 40, dims: int = 24, wide: int = 8, seed: int = 0, **arrays) -> Subspace:
+    """A code of random directions; `arrays` replace those drawn here."""
+    rng = np.random.default_rng(seed)
+    frame = rng.normal(size=(dims, classes))
+    frame = np.linalg.qr((frame - frame.mean(axis=1, keepdims=True)).T)[0].T
+    peak = np.abs(frame).max(axis=1)
+    drawn = {
+        "mean": rng.normal(size=classes),
+        "basis": np.rint(frame / peak[:, None] * 127),
+        "scale": peak / 127 * np.exp(rng.normal(-1, 1, dims)),
+        "beta": rng.integers(0, 257, dims),
+        "spread": np.rint(np.exp(rng.uniform(0, 9, (2, dims)))),
+        "gain": rng.integers(-5000, 5001, dims),
+        **arrays,
+    }
+    text = {name: base64.b64encode(np.asarray(drawn[name], TYPES[name]).tobytes()).decode() for name in TYPES}
+    config = {"name": "subspace", "format": 1, "classes": classes, "dims": dims, "wide": wide, **text}
+    made = codecs.from_config(config)
+    assert isinstance(made, Subspace)
+    return made
+
+
+def fields(codec: Subspace) -> dict[str, np.ndarray]:
+    """The arrays of a config, float64."""
+    config = codec.config
+    arrays = {name: np.frombuffer(base64.b64decode(config[name]), kind).astype("f8") for name, kind in TYPES.items()}
+    arrays["basis"] = arrays["basis"].reshape(config["dims"], config["classes"])
+    arrays["spread"] = arrays["spread"].reshape(2, config["dims"])
+    arrays["beta"] /= 256
+    return arrays
+
+
+def dither_bytes(key: int, view: int, dims: int) -> np.ndarray:
+    calls = -(-dims // 16)
+    words = philox((np.arange(calls), view, 0, 0), int(key))
+    return words.astype("<u4").view(np.uint8).reshape(calls, 16).T.ravel()[:dims]
+
+
+def dither(stream: np.ndarray, dims: int) -> np.ndarray:
+    """u f64 (B, 2, d)."""
+    drawn = np.array([[dither_bytes(key, view, dims) for view in range(2)] for key in stream])
+    return (2 * drawn.reshape(len(stream), 2, dims).astype(np.float64) - 255) / 512
+
+
+def integers(rows: np.ndarray, dims: int, wide: int) -> np.ndarray:
+    """q i64 (B, 2, d) of rows: whole bytes, then low nibbles, then high ones, then zeros."""
+    views = rows.reshape(len(rows), 2, rows.shape[1] // 2)
+    half = -(-(dims - wide) // 2)
+    nibbles = np.concatenate([views[..., wide : wide + half] & 15, views[..., wide : wide + half] >> 4], axis=2)
+    assert not nibbles[..., dims - wide :].any()
+    assert not views[..., wide + half :].any()
+    assert views.shape[2] % 16 == 0
+    assert 0 <= views.shape[2] - wide - half < 16
+    whole = views[..., :wide].view(np.int8).astype(np.int64)
+    signed = nibbles[..., : dims - wide].astype(np.int64)
+    return np.concatenate([whole, np.where(signed > 7, signed - 16, signed)], axis=2)
+
+
+def directions(codec: Subspace) -> np.ndarray:
+    """f64 (d, C), of the length of a step."""
+    arrays = fields(codec)
+    return arrays["basis"] * arrays["scale"][:, None]
+
+
+def reference_decode(codec: Subspace, rows: np.ndarray, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Decoded f64 (B, 2, C), and how far off float32 arithmetic may be.
+
+    A product of d terms in any order of summation is off by (d - 1) U of the sum of the terms' sizes, each term by 3 U
+    (the step, the direction and their product), and adding the mean by U of the result: (d + 3) U of it all, to first
+    order, so (d + 4) U.
+    """
+    arrays, along = fields(codec), directions(codec)
+    steps = integers(rows, codec.dims, codec.wide) - arrays["beta"] * dither(stream, codec.dims)
+    size = np.abs(steps) @ np.abs(along) + np.abs(arrays["mean"])
+    return arrays["mean"] + steps @ along, (codec.dims + 4) * U * size
+
+
+def coefficients(codec: Subspace, logits: np.ndarray) -> np.ndarray:
+    """x f64 (B, 2, d) in steps, of the centred logits."""
+    return resolved(codec, logits - logits.mean(axis=2, keepdims=True, dtype=np.float64))
+
+
+def resolved(codec: Subspace, vectors: np.ndarray) -> np.ndarray:
+    """Coefficients f64 (B, 2, d) of vectors (B, 2, C), by least squares."""
+    return (vectors - fields(codec)["mean"]) @ np.linalg.pinv(directions(codec))
+
+
+def with_coefficients(codec: Subspace, steps: np.ndarray) -> np.ndarray:
+    """Logits f32 (B, 2, C) of coefficients (B, 2, d); rounded directions are not quite centred, hence the rounds."""
+    logits, rest = fields(codec)["mean"], steps
+    for _ in range(8):
+        logits = logits + rest @ directions(codec)
+        rest = steps - coefficients(codec, logits)
+    assert np.abs(rest).max(initial=0) < 1e-6 * (1 + np.abs(steps).max(initial=0))
+    return logits.astype(np.float32)
+
+
+def streams(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**64, count, np.uint64)
+
+
+@st.composite
+def codes(draw) -> Subspace:
+    dims = draw(st.integers(1, 40))
+    wide = draw(st.integers(0, dims))
+    return coded(dims + draw(st.integers(1, 9)), dims, wide, draw(st.integers(0, 2**32)))
+
+
+# Dither
+
+
+@pytest.mark.parametrize("key", [0, 1, 0x0123456789ABCDEF, 2**64 - 1])
+def test_the_dither_is_philox_in_strided_order(key):
+    for dims in range(1, 71):
+        for view in range(2):
+            found = np.full(dims, 99, np.uint8)
+            entropy.dither(np.uint64(key), view, found)
+            np.testing.assert_array_equal(found, dither_bytes(key, view, dims))
+
+
+def test_dither_bytes_lie_where_the_format_says():
+    """Of 40 coefficients three calls: byte j of call k belongs to coefficient 3 j + k. Words from Random123's vectors.
+
+    The known answer of counter 0 and key 0 is 6627e8d5 e169c58d bc57ac4c 9b00dbd8.
+    """
+    found = np.empty(40, np.uint8)
+    entropy.dither(np.uint64(0), 0, found)
+    assert found[::3].tobytes() == bytes.fromhex("d5e82766 8dc569e1 4cac57bc d8db009b")[:14]
+
+
+# Rows
+
+
+@settings(deadline=None, max_examples=60)
+@given(codes(), st.integers(0, 2**32), st.integers(0, 6))
+def test_decoding_is_that_of_the_format(codec, seed, count):
+    """Whatever integers the rows hold."""
+    rng = np.random.default_rng(seed)
+    used = codec.wide + (codec.dims - codec.wide) // 2  # an odd nibble's other half is padding
+    rows = np.zeros((count, 2, codec.segment), np.uint8)
+    rows[..., :used] = rng.integers(0, 256, (count, 2, used))
+    rows[..., used : used + (codec.dims - codec.wide) % 2] = rng.integers(0, 16)
+    rows, stream = rows.reshape(count, codec.row_bytes), streams(count, seed)
+    expected, bound = reference_decode(codec, rows, stream)
+    decoded = codec.decode(rows, stream)
+    assert decoded.dtype == np.float32
+    assert decoded.shape == (count, 2, codec.classes)
+    assert (np.abs(decoded - expected) <= bound).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(codes(), st.integers(0, 2**32), st.integers(0, 6))
+def test_encoding_rounds_the_coefficient_plus_its_dither(codec, seed, count):
+    """q = floor(x + u + 1/2), clipped; but for an x that float32 takes for its neighbour, within 1e-3 of a tie."""
+    rng = np.random.default_rng(seed)
+    spread = np.exp(rng.uniform(-3, 5, (count, 2, 1)))
+    logits = with_coefficients(codec, spread * rng.normal(size=(count, 2, codec.dims)))
+    stream = streams(count, seed)
+    rows = codec.encode(logits, stream)
+    assert rows.shape == (count, codec.row_bytes)
+    found = integers(rows, codec.dims, codec.wide)
+    wide = np.arange(codec.dims) < codec.wide
+    exact = coefficients(codec, logits) + dither(stream, codec.dims) + 0.5
+    low, high = (
+        np.floor(exact + slack).clip(np.where(wide, -128, -8), np.where(wide, 127, 7)) for slack in (-1e-3, 1e-3)
+    )
+    assert ((low <= found) & (found <= high)).all()
+
+
+@pytest.mark.parametrize("size", [7.4, 9, 126, 128, 200, 255, 257, 1000, 30000])
+def test_coefficients_out_of_range_are_clipped_not_wrapped(size):
+    codec = coded(30, 21, 10, scale=np.full(21, 2e-3))
+    signs = np.random.default_rng(0).choice([-1, 1], (8, 2, 21))
+    found = integers(codec.encode(with_coefficients(codec, signs * size), streams(8)), 21, 10)
+    limit = np.where(np.arange(21) < 10, 127, 7)
+    nearest = np.where(signs > 0, np.minimum(size, limit), -np.minimum(size, limit + 1))
+    assert (np.abs(found - nearest) <= 1).all()
+    if size > 128:
+        np.testing.assert_array_equal(found, nearest)
+
+
+def test_a_row_depends_on_its_own_pair_and_key_only():
+    """Batches of other sizes sum a product in another order, which may turn a tie. So here are none.
+
+    u + 1/2 is an odd multiple of 1/512, so an x that is an odd multiple of 1/1024 is 1/1024 away from any tie.
+    """
+    codec = coded(100, 60, 20, scale=np.full(60, 0.01))
+    x = (2 * np.rint(np.random.default_rng(0).normal(0, 1500, (37, 2, 60))) + 1) / 1024
+    logits, stream = with_coefficients(codec, x), streams(37)
+    rows = codec.encode(logits, stream)
+    for size in (1, 2, 3, 7, 36):
+        parts = [slice(start, start + size) for start in range(0, 37, size)]
+        np.testing.assert_array_equal(rows, np.concatenate([codec.encode(logits[p], stream[p]) for p in parts]))
+        decoded = np.concatenate([codec.decode(rows[p], stream[p]) for p in parts])
+        expected, bound = reference_decode(codec, rows, stream)
+        assert (np.abs(decoded - expected) <= bound).all()
+    turned = np.asfortranarray(rows)[::-2], stream[::-2]
+    np.testing.assert_array_equal(rows[::-2], codec.encode(logits[::-2], stream[::-2]))
+    assert (np.abs(codec.decode(*turned) - expected[::-2]) <= bound[::-2]).all()
+
+
+def test_another_key_or_view_gives_other_rows():
+    codec = coded(beta=np.full(24, 256))
+    logits = with_coefficients(codec, np.repeat(np.random.default_rng(0).normal(size=(1, 1, 24)), 2, axis=1))
+    rows = np.concatenate([codec.encode(logits, np.array([key], np.uint64)) for key in (0, 1, 2**32, 2**63)])
+    assert len({view.tobytes() for view in rows.reshape(8, -1)}) == 8
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("fp16", marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="reshape(0, -1)")),
+        pytest.param("int8", marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="reshape(0, -1)")),
+        "subspace",
+    ],
+)
+def test_no_pairs_are_no_rows(name):
+    codec = coded() if name == "subspace" else codecs.make(name, classes=40)
+    rows = codec.encode(np.zeros((0, 2, 40), np.float32), streams(0))
+    assert rows.shape == (0, codec.row_bytes)
+    assert codec.decode(rows, streams(0)).shape == (0, 2, 40)
+    assert codec.unpack(codec.pack(rows, streams(0)), streams(0)).shape == rows.shape
+
+
+@pytest.mark.parametrize(
+    "stream", [np.zeros(2, np.uint64), np.zeros(4, np.uint64), np.zeros(3, np.int64), np.zeros((3, 1), np.uint64)]
+)
+def test_keys_must_be_one_u64_a_row(stream):
+    codec = coded()
+    rows = codec.encode(np.zeros((3, 2, 40), np.float32), streams(3))
+    for call in (
+        lambda: codec.encode(np.zeros((3, 2, 40), np.float32), stream),
+        lambda: codec.decode(rows, stream),
+        lambda: codec.pack(rows, stream),
+        lambda: codec.decode(rows[:, 1:], streams(3)),
+        lambda: codec.pack(rows.astype(np.int8), streams(3)),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            call()
+
+
+def test_logits_that_no_codec_could_keep_are_refused():
+    for value in (np.nan, np.inf, -65520):
+        with pytest.raises(UserError, match=r"logit.*1 of 3 samples"):
+            coded().encode(
+                np.insert(np.zeros((3, 2, 39), np.float32), 5, [[value, 0]] + [[0, 0]] * 2, axis=2), streams(3)
+            )
+
+
+# Noise
+
+
+SAMPLES = 20000
+
+
+@pytest.fixture(scope="module")
+def repeated() -> dict:
+    """One pair of logits under many keys; coefficients of all fractions, half of them much below a step."""
+    codec = coded(wide=12, beta=[256] * 8 + [0, 1, 40, 200] * 4)
+    x = np.random.default_rng(1).normal(size=(2, 24)) * np.where(np.arange(24) % 2, 0.1, 2.0)
+    logits = np.repeat(with_coefficients(codec, x[None]), SAMPLES, axis=0)
+    stream = np.arange(SAMPLES, dtype=np.uint64)
+    rows = codec.encode(logits, stream)
+    truth = coefficients(codec, logits[:1])[0]
+    decoded = np.stack([resolved(codec, codec.decode(rows, key)) for key in (stream, stream + np.uint64(1))])
+    right, wrong = decoded - truth
+    fraction, beta = truth % 1, fields(codec)["beta"]
+    # Of e = q - beta u - x, with f the fraction of x: Var q = f (1 - f), Cov(q, u) = f (1 - f) / 2, Var u = 1 / 12.
+    variance = fraction * (1 - fraction) * (1 - beta) + beta**2 / 12
+    return {"right": right, "wrong": wrong, "variance": variance, "beta": beta}
+
+
+def test_the_mean_over_keys_is_the_truth(repeated):
+    """Within five standard errors and the 1/512 step that 256 levels of dither leave."""
+    bound = 5 * np.sqrt(repeated["variance"] / SAMPLES) + 1 / 512
+    assert (np.abs(repeated["right"].mean(axis=0)) <= bound).all()
+
+
+def test_the_noise_is_that_of_the_documented_dither(repeated):
+    """e is at most 1 in size, so a mean of e² has a variance of at most Var e / n; and again 256 levels."""
+    found = (repeated["right"] ** 2).mean(axis=0)
+    assert (np.abs(found - repeated["variance"]) <= 5 * np.sqrt(repeated["variance"] / SAMPLES) + 1 / 256).all()
+    whole = repeated["beta"] == 1  # Schuchman's condition: uniform, whatever the logits
+    assert np.abs(found[:, whole] * 12 - 1).max() < 0.03
+
+
+def test_errors_of_rows_views_and_coefficients_are_uncorrelated(repeated):
+    errors = repeated["right"] / repeated["right"].std(axis=0)
+    together = errors.reshape(SAMPLES, 48)
+    following = np.roll(together, 1, axis=0)
+    for product in (together.T @ together / SAMPLES - np.eye(48), together.T @ following / SAMPLES):
+        assert np.abs(product).max() <= 5 / np.sqrt(SAMPLES)
+
+
+def test_another_rows_dither_makes_far_more_noise(repeated):
+    """f (1 - f) + beta² / 12 instead: it must be the right key."""
+    whole = repeated["beta"] == 1
+    right, wrong = ((repeated[name][..., whole] ** 2).mean() for name in ("right", "wrong"))
+    assert wrong > 2 * right
+
+
+# Config
+
+
+def test_a_config_survives_json_and_decides_equality():
+    codec = coded(seed=1)
+    again = codecs.from_config(json.loads(json.dumps(codec.config)))
+    assert again == codec
+    assert hash(again) == hash(codec)
+    assert set(codec.config) == {"name", "format", "classes", "dims", "wide", *TYPES}
+    for name in TYPES:
+        assert coded(seed=1, **{name: np.ones_like(fields(codec)[name])}) != codec
+    assert coded(seed=1, wide=9) != codec
+
+
+def text(dtype: str, *values, count: int = 24) -> str:
+    return base64.b64encode(np.resize(np.array(values), count).astype(dtype).tobytes()).decode()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("classes", value) for value in (1, 0, 39, 41, 2**20 + 1, 10**400, 40.0, "40", None, True)),
+        *(("dims", value) for value in (0, -1, 23, 25, 41, 5000, 2**40, 24.0, "24", None, True, [24])),
+        *(("wide", value) for value in (-1, 25, 10**400, 8.0, None, False)),
+        *((key, value) for key in TYPES for value in ("", None, 7, b"AAAA", [], {}, "A" * 8, "A" * 10**6, "é" * 128)),
+        *((key, "?" * len(coded().config[key])) for key in TYPES),
+        *((key, coded().config[key][:-4] + "A===") for key in TYPES),
+        *((key, coded().config[key][:-4] + "\n\n\n\n") for key in TYPES),
+        *(("mean", text("<f4", 0, bad, count=40)) for bad in (np.nan, np.inf, -np.inf, 2e6, -2e6)),
+        *(("scale", text("<f4", 1, bad)) for bad in (np.nan, np.inf, 0, -1, 1e-13, 2e6)),
+        *(("beta", text("<u2", 256, bad)) for bad in (257, 65535)),
+        *(("spread", text("<i4", 1, bad, count=48)) for bad in (0, -1, 2**20 + 1, 2**31 - 1)),
+    ],
+)
+def test_a_hostile_config_is_refused_by_the_name_of_the_key(key, value):
+    with pytest.raises(UserError) as caught:
+        codecs.from_config({**coded().config, key: value}, "store/codec")
+    message = str(caught.value)
+    named = {"classes": ("classes", "mean"), "dims": ("dims", "basis")}.get(key, (key,))
+    assert message.startswith(tuple(f"store/codec: {name}; found " for name in named))
+    assert "expected" in message
+    assert "fix: " in message
+    assert len(message) < 400
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("key", [*subspace.CONFIG_KEYS, "name", "format", "extra"])
+def test_a_config_of_other_keys_is_refused(key):
+    config = dict(coded().config)
+    config.pop(key, None)
+    for other in (config, {**coded().config, key + "s" * 500: 1}):
+        if other != coded().config:
+            with pytest.raises(UserError, match="expected a mapping of") as caught:
+                codecs.from_config(other)
+            assert len(str(caught.value)) < 500

@@ -1,0 +1,335 @@
+"""Verifying a store: a whole one passes, and each cause of harm, brought about for real, is named, and no other."""
+
+import base64
+import dataclasses
+import random
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tar_of
+
+import cache
+from cache import Block, Store
+from pipeline import cli, models, precompute, prepare, views
+from pipeline import policy as policies
+from pipeline.config import PrecomputeTeacher
+from pipeline.demo import POLICY
+from pipeline.index import Index
+from pipeline.loader import load
+
+CODECS = ("fp16", "int8", "subspace")
+CAUSES = ("wrong data set", "label row damaged", "pixels differ", "teacher differs", "wrong codec")
+
+
+def network(data: Path, factor: float = 1.0) -> torch.nn.Module:
+    """Random weights, but logits as varied as a trained teacher's: a code of few nats must have something to keep."""
+    module = models.create("cifar/resnet8", 10, seed=3).module.eval()
+    index, policy = Index.open(data), policies.load(POLICY)
+    request = index.good, views.of(index.records[index.good], 0, 0, policy)
+    (batch,) = load(index, [request], policy, threads=1)
+    with torch.no_grad():
+        *_, weight, bias = module.parameters()
+        said = module(batch.augmented.permute(0, 3, 1, 2) / 127.5 - 1)
+        gain = 5 * factor / said.std(dim=0)
+        weight.mul_(gain[:, None])
+        bias.copy_((bias - said.mean(dim=0)) * gain)
+    return module
+
+
+@pytest.fixture(scope="module")
+def loud(digits, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("loud") / "loud.safetensors"
+    models.save_weights(network(digits), path)
+    return f"cifar/resnet8@{path}"
+
+
+@pytest.fixture(scope="module")
+def stores(digits, loud, tmp_path_factory) -> Callable[..., Path]:
+    """Codec and precision -> a store of two views in three blocks each."""
+    made = {}
+
+    def make(codec: str, precision: str = "fp32") -> Path:
+        if (codec, precision) not in made:
+            path = tmp_path_factory.mktemp("stores") / f"{codec}.zarr"
+            options = dict(data=digits, teacher=loud, views=2, policy=POLICY, block_rows=64, device="cpu", seed=5)
+            precompute.run(PrecomputeTeacher(**options, store=str(path), codec=codec, precision=precision))
+            made[codec, precision] = path
+        return made[codec, precision]
+
+    return make
+
+
+@pytest.fixture
+def verified(capsys, digits):
+    """Run the command: exit code, {cause: lines}, stdout and stderr."""
+
+    def run(store: Path, *more, data: Path = digits):
+        capsys.readouterr()
+        try:
+            code = cli.main(["verify", str(store), "--data", str(data), "--device", "cpu", *map(str, more)])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        lines = {cause: [line for line in err.splitlines() if line.startswith(f"{cause}: ")] for cause in CAUSES}
+        return code, {cause: found for cause, found in lines.items() if found}, out, err
+
+    return run
+
+
+def rewritten(store: Path, to: Path, change: Callable[[Store, int, int, Block], tuple] | None = None, **fields) -> Path:
+    """A store with other fields in its manifest and other blocks, all checksums right."""
+    old = cache.open(store)
+    new = cache.create(to, dataclasses.replace(old.manifest, **fields), old.status, old.key_hash)
+    for view in range(old.manifest.views):
+        for block in range(old.manifest.blocks):
+            read = old.read_block(view, block)
+            rows, weight, digest = change(old, view, block, read) if change else read[:3]
+            new.write_block(view, block, rows, weight, digest)
+    return to
+
+
+def exchanged(*names: str, view: int = 1, rows: tuple[int, int] = (70, 101)):
+    """A change that swaps some arrays of two rows."""
+
+    def change(store: Store, at: int, block: int, read: Block) -> tuple:
+        start, stop = store.block_range(block)
+        if at == view and start <= rows[0] < stop:
+            ours = [row - start for row in rows]
+            for name in names:
+                array = getattr(read, name)
+                assert (array[ours[0]] != array[ours[1]]).any(), "a swap that changes nothing"
+                array[ours] = array[ours[::-1]]
+        return read[:3]
+
+    return change
+
+
+def places(lines: list[str]) -> set[tuple[str, ...]]:
+    """(view, row) of each line."""
+    return {tuple(line.split(": ")[1].replace(",", "").split(" ")[1:4:2]) for line in lines}
+
+
+# --- nothing wrong
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_whole_store_passes(stores, loud, verified, codec):
+    code, found, out, err = verified(stores(codec), "--teacher", loud, "--fraction", 1, "--batch-size", 13)
+    assert (code, found, err) == (0, {}, "")
+    assert "360 of 360" in out and "6 of 6" in out and "none" in out
+    kl = float(out.split("KL(T = 4) of the labels │")[1].split()[0])
+    slope = float(out.split("slope of the labels")[1].split("│")[1])
+    assert kl < {"fp16": 1e-6, "int8": 1e-3, "subspace": 0.07}[codec] and abs(slope - 1) < 0.02
+
+
+def test_the_labels_fixture_passes_without_a_teacher(labels, verified):
+    code, found, out, _ = verified(labels)
+    assert (code, found) == (0, {})
+    assert "64 of 360" in out and "not compared" in out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_another_library_is_within_the_noise(stores, loud, verified, precision):
+    """Without oneDNN the teacher answers with other last bits, as it would on another machine."""
+    store = stores("int8", precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the switch itself warns of Intel's GPUs
+        with torch.backends.mkldnn.flags(enabled=False):
+            code, found, out, _ = verified(store, "--teacher", loud, "--fraction", 1, "--precision", precision)
+    assert (code, found) == (0, {})
+    assert "0 in w" not in out, "the other library did not change a bit, so this tests nothing"
+
+
+def test_missing_blocks_are_no_damage(stores, loud, verified, tmp_path):
+    store = shutil.copytree(stores("int8"), tmp_path / "s.zarr")
+    (store / "commit/c/1/2").unlink()
+    code, found, out, _ = verified(store, "--teacher", loud, "--fraction", 1)
+    assert (code, found) == (0, {}) and "5 of 6; 1 are missing" in out and "308 of 360" in out
+    shutil.rmtree(store / "commit/c")
+    code, _, _, err = verified(store)
+    assert code == 2 and "holds no labels yet" in err
+
+
+def test_skipped_samples_are_counted(stores, loud, verified, tmp_path):
+    def skip(store, view, block, read):
+        read.weight[3], read.rows[3], read.digest[3] = np.nan, 0, 0
+        return read[:3]
+
+    store = rewritten(stores("subspace"), tmp_path / "s.zarr", skip)
+    code, found, out, _ = verified(store, "--teacher", loud, "--fraction", 1)
+    assert (code, found) == (0, {}) and "6 of those drawn" in out and "354 of 360" in out
+
+
+# --- each cause
+
+
+@pytest.mark.parametrize(
+    ("codec", "array"),
+    [*((codec, "pairs") for codec in CODECS), *(("int8", array) for array in ("weight", "digest", "commit"))],
+)
+def test_a_flipped_bit_is_a_damaged_block(stores, loud, verified, tmp_path, codec, array):
+    """Verification goes on with the other blocks, and their labels."""
+    store = shutil.copytree(stores(codec), tmp_path / "s.zarr")
+    file = store / array / "c/1/0" / ("0" if array in ("pairs", "digest") else "")
+    data = bytearray(file.read_bytes())
+    data[random.Random(codec + array).randrange(len(data))] ^= 4
+    file.write_bytes(data)
+    code, found, out, _ = verified(store, "--teacher", loud, "--fraction", 1)
+    assert code == 1 and found.keys() == {"label row damaged"}
+    assert "296 of 360" in out and "5 of 6; 0 are missing" in out
+    (line,) = found["label row damaged"]
+    assert "view 1, block 0" in line
+
+
+@pytest.mark.parametrize(
+    ("codec", "arrays"),
+    [
+        *((codec, ("rows",)) for codec in CODECS),
+        *(("subspace", arrays) for arrays in (("weight",), ("digest",), ("rows", "weight", "digest"))),
+    ],
+)
+def test_swapped_rows_are_damaged_rows(stores, loud, verified, tmp_path, digits, codec, arrays):
+    store = rewritten(stores(codec), tmp_path / "s.zarr", exchanged(*arrays))
+    code, found, _, _ = verified(store, "--teacher", loud, "--fraction", 1)
+    assert code == 1 and found.keys() == {"label row damaged"}
+    assert places(found["label row damaged"]) == {("1", "70"), ("1", "101")}
+    key = Index.open(digits).key(70)
+    assert f"view 1, row 70, key '{key}', block 1: " in found["label row damaged"][0]
+
+
+def test_another_teacher_is_named_with_the_right_one(stores, digits, loud, verified, tmp_path):
+    path = tmp_path / "other.safetensors"
+    models.save_weights(network(digits, 1.1), path)
+    code, found, out, _ = verified(stores("int8"), "--teacher", f"cifar/resnet8@{path}")
+    assert code == 1 and found.keys() == {"teacher differs"}
+    (line,) = found["teacher differs"]
+    for weights in (loud, f"cifar/resnet8@{path}"):
+        assert models.create(weights, 10).fingerprint in line
+    assert "64 of 360" in out, "pixels are verified none the less"
+    code, found, _, _ = verified(stores("int8"), "--teacher", "cifar/resnet14@" + loud.partition("@")[2])
+    assert code == 2, "weights that do not fit the network are a wrong option"
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_nudged_teacher_is_found_by_w(stores, digits, loud, verified, tmp_path, codec):
+    """Weights off by a thousandth, which the manifest vouches for: only w knows."""
+    module = network(digits)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in module.parameters():
+            parameter.mul_(1 + 1e-3 * torch.randn_like(parameter))
+    models.save_weights(module, tmp_path / "nudged.safetensors")
+    fingerprint = models.fingerprint(module.state_dict())
+    store = rewritten(stores(codec), tmp_path / "s.zarr", teacher_weights=fingerprint)
+    code, found, out, _ = verified(store, "--teacher", f"cifar/resnet8@{tmp_path / 'nudged.safetensors'}")
+    assert code == 1 and found.keys() == {"teacher differs"}
+    assert len(found["teacher differs"]) == 21 and found["teacher differs"][-1].endswith(" more")
+    assert int(out.split("teacher differs: ")[1].split()[0]) >= 60, "of 64 rows"
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("scale", lambda scale: scale * np.float32(1.5)),
+        ("scale", lambda scale: scale * np.float32(1.03)),
+        ("basis", lambda basis: -basis),
+        ("basis", lambda basis: basis[::-1]),
+        ("mean", lambda mean: mean + np.linspace(-3, 3, 10, dtype=np.float32)),
+    ],
+)
+def test_another_codec_is_named(stores, loud, verified, tmp_path, field, change):
+    subspace = stores("subspace")
+    codec = cache.open(subspace).codec
+    array = codec.array(field)
+    data = np.ascontiguousarray(change(array), array.dtype).tobytes()
+    config = codec.config | {field: base64.b64encode(data).decode()}
+    store = rewritten(subspace, tmp_path / "s.zarr", codec=config)
+    code, found, _, _ = verified(store, "--teacher", loud)
+    assert code == 1 and found.keys() == {"wrong codec"}
+
+
+def test_a_codec_that_loses_more_than_the_manifest_says_is_named(stores, loud, verified, tmp_path):
+    """Stored and re-made labels agree to the bit; they are just not what the teacher says."""
+    fidelity = cache.open(stores("subspace")).manifest.fidelity
+    store = rewritten(stores("subspace"), tmp_path / "s.zarr", fidelity=fidelity | {"kl": {"4": 0.005}})
+    code, found, _, _ = verified(store, "--teacher", loud)
+    assert code == 1 and found.keys() == {"wrong codec"}
+
+
+def test_digests_of_another_view_are_other_pixels(stores, loud, verified, tmp_path):
+    def change(store, view, block, read):
+        return read.rows, read.weight, store.read_block(1, block).digest
+
+    store = rewritten(stores("int8"), tmp_path / "s.zarr", change)
+    code, found, out, _ = verified(store, "--teacher", loud, "--fraction", 1)
+    assert code == 1 and found.keys() == {"pixels differ"}
+    assert "pixels differ: 180" in out, "those of view 0"
+    assert {view for view, _ in places(found["pixels differ"][:-1])} == {"0"}
+
+
+def samples(data: Path, order, key: Callable[[int], str] | None = None, label: int = 0) -> dict[str, bytes]:
+    index = Index.open(data)
+    members = {}
+    for row in order:
+        name = key(row) if key else index.key(row)
+        members[f"{name}.jpg"] = index.read(row)
+        members[f"{name}.cls"] = str((index.records["label"][row] + label) % 10).encode()
+    return members
+
+
+@pytest.mark.parametrize(
+    ("order", "options", "how"),
+    [
+        ([0, 1, 2, 7, 4, 5, 6, 3, *range(8, 180)], {}, "1 pairs of rows are swapped, the first 3 and 7"),
+        ([*range(5, 180), *range(5)], {}, "every sample stands 5 rows further on"),
+        (np.random.default_rng(0).permutation(180), {}, "in another order"),
+        (range(150), {}, "the first 150 keys agree, there are more or fewer"),
+        (range(180), {"key": "stranger{:05d}".format}, "180 of 180 keys are foreign"),
+        (range(180), {"label": 1}, "the first 180 keys agree, labels"),
+    ],
+)
+def test_another_data_set_is_named_and_how_it_differs(stores, digits, verified, tmp_path, order, options, how):
+    tar_of(tmp_path / "other.tar", samples(digits, order, **options))
+    prepare.build(f"webdataset:{tmp_path}/other.tar", tmp_path / "other", classes=10)
+    code, found, out, _ = verified(stores("int8"), data=tmp_path / "other")
+    assert code == 1 and found.keys() == {"wrong data set"}
+    (line,) = found["wrong data set"]
+    assert how in line and "rows checked" not in out
+    assert cache.open(stores("int8")).manifest.dataset in line
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--fraction", 0), "--fraction out of range"),
+        (("--batch-size", 0), "--batch-size out of range"),
+        (("--teacher", "cifar/resnet8"), "a teacher without weights"),
+        (("--teacher", "LOUD", "--precision", "bf16"), "give --precision fp32"),
+    ],
+)
+def test_wrong_options_are_one_line(stores, loud, verified, more, message):
+    code, _, _, err = verified(stores("int8"), *(loud if part == "LOUD" else part for part in more))
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_the_share_and_the_seed_decide_the_rows(stores, verified, tmp_path):
+    """A store whose every digest is wrong lists what was looked at."""
+
+    def change(store, view, block, read):
+        return read.rows, read.weight, read.digest + np.uint32(1)
+
+    store = rewritten(stores("int8"), tmp_path / "s.zarr", change)
+    seen = []
+    for seed in (0, 0, 1):
+        _, found, out, _ = verified(store, "--fraction", 0.25, "--seed", seed)
+        assert "pixels differ: 90" in out
+        seen.append(found["pixels differ"])
+    assert seen[0] == seen[1] != seen[2]
