@@ -129,7 +129,7 @@ def _zarr(path: Path, pipeline: str | None) -> np.ndarray:
     with zarr.config.set({"codec_pipeline.path": pipeline} if pipeline else {}):
         if pipeline:
             import zarrs  # noqa: F401 - registers its pipeline
-        return np.asarray(zarr.open_group(path, mode="r")["pairs"][0])
+        return np.asarray(zarr.open_array(path, path="pairs", mode="r")[0])
 
 
 def _tensorstore(path: Path) -> np.ndarray:
@@ -142,4 +142,4 @@ def _tensorstore(path: Path) -> np.ndarray:
 def _random_rows(path: Path, rows: np.ndarray) -> None:
     import zarr
 
-    zarr.open_group(path, mode="r")["pairs"].oindex[0, np.unique(rows)]
+    zarr.open_array(path, path="pairs", mode="r").oindex[0, np.unique(rows)]

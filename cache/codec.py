@@ -5,7 +5,9 @@ A codec codes pairs (original and augmented view of one sample): ``encode(logits
 dither take no notice of it. Codecs are equal if their ``config`` is.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +42,7 @@ class Fp16:
     def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
         """f32 (B, 2, C) -> u8 (B, row_bytes). Raises UserError for logits that are not finite or beyond ±65504."""
         require_encodable(logits, self.classes)
-        return logits.astype("<f2").reshape(len(logits), -1).view(np.uint8)
+        return logits.astype("<f2").view(np.uint8).reshape(len(logits), self.row_bytes)
 
     def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
         """u8 (B, row_bytes) -> f32 (B, 2, C)."""
@@ -90,7 +92,7 @@ class Int8:
         scale, offset = rows["scale"].astype(np.float64), rows["offset"].astype(np.float64)
         q = np.rint((logits - offset[..., None]) / np.where(scale > 0, scale, 1)[..., None])
         rows["q"] = np.clip(q, -127, 127)
-        return rows.view(np.uint8).reshape(len(logits), -1)
+        return rows.view(np.uint8).reshape(len(logits), self.row_bytes)
 
     def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
         """u8 (B, row_bytes) -> f32 (B, 2, C), computed in float32."""
@@ -139,19 +141,28 @@ def auto(logits: np.ndarray, kl_budget: float = DEFAULT_BUDGET) -> Codec:
     `logits` f32 (n, 2, C) of pairs drawn at random from the data; the last quarter is held out. Raises UserError for a
     budget that is not positive.
     """
-    held = logits[fitting.held_out(len(logits)) :]
+    fitting.require_budget(kl_budget)
+    if not len(logits):
+        raise UserError("no pairs to choose a codec by", fix="check the data set")
+    held = logits[-max(len(logits) - fitting.held_out(len(logits)), 1) :]
     stream = np.arange(len(held), dtype=np.uint64)
     best, fewest = None, math.inf
-    for name in NAMES:
-        if name == "subspace" and len(logits) < fitting.MIN_PAIRS:
-            continue
-        codec = fit(name, logits, **({"kl": kl_budget} if name == "subspace" else {}))
+    for codec in _candidates(logits, kl_budget):
         rows = codec.encode(held, stream)
         size = len(codec.pack(rows, stream))
-        if size < fewest and (name == "fp16" or not drift(codec, held, rows, stream).beyond(kl_budget)):
+        good = isinstance(codec, Fp16) or not drift(codec, held, rows, stream).beyond(kl_budget)
+        if good and size < fewest:
             best, fewest = codec, size
     assert best is not None
     return best
+
+
+def _candidates(logits: np.ndarray, kl: float) -> Iterator[Codec]:
+    for name in _PLAIN:
+        yield make(name, classes=logits.shape[2])
+    if len(logits) >= fitting.MIN_PAIRS and logits.shape[2] > 1:
+        with contextlib.suppress(UserError):  # it cannot keep these logits so well
+            yield fitting.fit(logits, kl)
 
 
 def from_config(config: object, where: str = "codec") -> Codec:

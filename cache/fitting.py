@@ -20,6 +20,7 @@ _NEGLIGIBLE = 1e-6  # of the mean variance of a logit: directions below it are r
 _MARGIN = 0.98  # of the budget: the mean over held-out pairs is known to about a per cent
 _TOLERANCE = 0.002
 _ROUNDS = 5
+_MISSED = 1.05
 _BYTE, _NIBBLE = 126.5, 7.0  # largest coefficients in steps, of a whole byte and of half a one
 _HEADROOM = 1.15  # on the largest coefficient seen
 _WIDE_MULTIPLE = 16
@@ -30,13 +31,18 @@ def held_out(pairs: int) -> int:
     return pairs - pairs // 4
 
 
+def require_budget(kl: float) -> None:
+    """Raise UserError unless it is a positive number of nats."""
+    if not 0 < kl < math.inf:
+        raise UserError("the KL budget", found=kl, expected="a positive number of nats", fix="try 0.05")
+
+
 def fit(logits: np.ndarray, kl: float) -> Subspace:
     """The code whose KL(T = 4) is `kl` nats on held-out pairs, of logits f32 (n, 2, C) in random order.
 
-    Raises UserError for a budget that is not positive, or fewer than `MIN_PAIRS` pairs.
+    Raises UserError for a budget that is not positive or not reached, or fewer than `MIN_PAIRS` pairs.
     """
-    if not 0 < kl < math.inf:
-        raise UserError("the KL budget", found=kl, expected="a positive number of nats", fix="try 0.05")
+    require_budget(kl)
     if len(logits) < MIN_PAIRS:
         raise UserError(
             "too few pairs to fit a subspace code",
@@ -55,6 +61,13 @@ def fit(logits: np.ndarray, kl: float) -> Subspace:
         if found <= 0 or abs(found / (_MARGIN * kl) - 1) < _TOLERANCE:
             break
         nominal *= _MARGIN * kl / found
+    if found > _MISSED * kl:
+        raise UserError(
+            "no subspace code keeps these logits within the KL budget",
+            found=f"{found:.3g} nats",
+            expected=f"at most {kl:g}",
+            fix="use --codec int8",
+        )
     # The more pairs, the better the directions: 4,096 vectors for 512 of them cost a byte less than 3,072. The moments
     # stay those of pairs that the directions were not fitted to, rank by rank: in the fitted pairs themselves the last
     # of 1000 directions have half the variance that they have in others.
@@ -90,7 +103,7 @@ def _directions(logits: np.ndarray) -> _Directions:
         variance, vectors = np.linalg.eigh(flat.T @ flat / len(flat))
         basis = vectors.T
     kept = np.flatnonzero(variance > _NEGLIGIBLE * max(variance.sum() / classes, 1e-12))[::-1][:MAX_DIMS]
-    basis = basis[kept] if len(kept) else np.eye(1, classes)
+    basis = basis[kept] if len(kept) else np.eye(1, classes) - 1 / classes
     return _Directions(mean, basis, np.abs(flat @ basis.T).max(axis=0), _sensitivity(logits, basis))
 
 

@@ -141,7 +141,7 @@ class Subspace:
         return decoded.reshape(len(rows), 2, self.classes)
 
     def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes:
-        """Entropy code of rows u8 (B, row_bytes). Without the dither keys it is valid, but up to a third larger."""
+        """Entropy code of rows u8 (B, row_bytes). Without the dither keys it is larger, by a third at 50 bytes."""
         rows = checked_rows(rows, self)
         known = stream is not None
         key = keys(stream, len(rows)) if known else np.zeros(0, np.uint64)

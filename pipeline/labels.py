@@ -1,6 +1,7 @@
 """An epoch's stored labels where the student needs them: placed, gathered by row, decoded, and checked."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import cache
 from cache import Plane, Store, UserError
 from cache.codec import Codec, Subspace
 from kernels.labels import Decoder, decode
-from pipeline.report import decimal
+from pipeline.report import decimal, progress
 
 _GPU_SHARE, _MEMORY_SHARE = 0.25, 0.5  # of what is free, that two planes may take: one in use, one on its way
 
@@ -44,20 +45,21 @@ class Labels:
         return decode(encoded, keys, self.decoder)
 
 
-def epochs(
-    store: Store, views: Iterator[int], device: torch.device, placement: str, folder: Path, advance=None
-) -> Iterator[Labels]:
+def epochs(store: Store, views: Iterator[int], device: torch.device, placement: str, folder: Path) -> Iterator[Labels]:
     """The labels of `views`, in order; the next plane loads in the background while one is in use.
 
     `placement`: gpu, pinned (memory), mmap (a file in `folder`, paged by the system), or auto for the first of these
-    that the plane fits. `advance` is called with blocks done and in all while a plane loads.
+    that the plane fits. Only the first plane is waited for, and shows its progress.
     """
     placement = place(store, device, placement)
     decoder = decoder_of(store.codec, device) if device.type == "cuda" else None
     mode = "mmap" if placement == "mmap" else "memory"
-    for plane in cache.planes(store, views, mode=mode, folder=folder, progress=advance):
-        encoded = torch.from_numpy(plane.encoded)
-        yield Labels(store, plane, device, encoded.to(device) if placement == "gpu" else encoded, decoder)
+    with ExitStack() as waiting:
+        advance = waiting.enter_context(progress("labels", store.manifest.blocks, "blocks"))
+        for plane in cache.planes(store, views, mode=mode, folder=folder, progress=lambda *_: advance(1)):
+            waiting.close()
+            encoded = torch.from_numpy(plane.encoded)
+            yield Labels(store, plane, device, encoded.to(device) if placement == "gpu" else encoded, decoder)
 
 
 def place(store: Store, device: torch.device, wanted: str) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
 _PATIENCE = timedelta(days=7)  # rank 0 may be calibrating; torchrun ends the others if it fails
 
@@ -38,7 +39,7 @@ def after_first(name: str) -> None:
     if world() == 1:
         return
     if rank() == 0:
-        _store().set(name, b"1")
+        _store().set(name, "")
     else:
         _store().wait([name], _PATIENCE)
 
@@ -59,6 +60,6 @@ def gather(name: str, value: str = "") -> list[str]:
 
 
 @cache
-def _store() -> dist.Store:
-    store, _, _ = next(iter(dist.rendezvous("env://")))
-    return dist.PrefixStore("jda-distill", store)
+def _store() -> Store:
+    store, _, _ = next(iter(rendezvous("env://")))
+    return PrefixStore("jda-distill", store)

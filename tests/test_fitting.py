@@ -86,6 +86,7 @@ def test_labels_of_a_thousand_classes_fit_the_budget_in_few_bytes(fitted, unseen
     assert found > 0.9 * budget, "a budget that is not used buys nothing"
     assert abs(line - 1) <= 0.02
     assert fitted[budget].dims <= simulated.FEATURES  # the rank of the head
+    assert fitted[0.05].segment <= 288  # bytes in memory: all but a few coefficients take half a one
 
 
 def test_a_fidelity_is_what_it_says(fitted, unseen):
@@ -103,6 +104,28 @@ def test_a_fidelity_is_what_it_says(fitted, unseen):
     assert json.loads(json.dumps(found.to_json()))["kl"]["4"] == found.kl[4.0]
 
 
+def test_a_drift_says_how_far_chance_goes(fitted, unseen):
+    """Over keys the KL and the slope of 64 pairs vary by no more than their standard errors, which count pairs too."""
+    codec, pairs = fitted[0.05], unseen[:64]
+    drifts, exact = [], []
+    for seed in range(12):
+        stream = np.random.default_rng(seed).integers(0, 2**64, 64, np.uint64)
+        rows = codec.encode(pairs, stream)
+        drifts.append(fidelity.drift(codec, pairs, rows, stream))
+        decoded = codec.decode(rows, stream)
+        exact.append((kl(pairs, decoded), slope(pairs, decoded)))
+    found = np.array([(drift.kl, drift.slope) for drift in drifts])
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
+    each = [kl(true, said) for true, said in zip(pairs.reshape(128, -1), decoded.reshape(128, -1), strict=True)]
+    assert drifts[-1].kl_error == pytest.approx(np.std(each) / math.sqrt(128), rel=1e-6)
+    ratio = found.std(axis=0) / (drifts[-1].kl_error, drifts[-1].slope_error)
+    assert ((ratio > 0.4) & (ratio < 1.8)).all(), "twelve draws give a deviation to about a fifth"
+    assert all(drift.beyond(0.05) is None for drift in drifts)
+    assert "KL(T = 4)" in drifts[0].beyond(0.02)
+    other = codec.encode(np.float32(1.2) * pairs, stream)
+    assert "slope 1.2" in fidelity.drift(codec, pairs, other, stream).beyond(1.0)
+
+
 def test_the_code_of_a_large_teacher_survives_json(fitted):
     for codec in fitted.values():
         assert codecs.from_config(json.loads(json.dumps(codec.config))) == codec
@@ -110,7 +133,7 @@ def test_the_code_of_a_large_teacher_survives_json(fitted):
 
 def test_noise_per_coefficient_is_the_documented_and_its_share_of_dither_the_best(fitted, unseen):
     """Var e = E[f (1 - f)] (1 - beta) + beta² / 12 in steps squared: measured, and least at the fitted beta."""
-    codec, stream = fitted[0.01], np.arange(len(unseen), dtype=np.uint64)
+    codec, stream = fitted[0.05], np.arange(len(unseen), dtype=np.uint64)
     x = coefficients(codec, unseen)
     decoded = codec.decode(codec.encode(unseen, stream), stream)
     error = (decoded - fields(codec)["mean"]) @ np.linalg.pinv(directions(codec)) - x
@@ -176,7 +199,11 @@ def test_auto_takes_the_fewest_bytes_within_the_budget(budget, expected):
     assert chosen.config["name"] == expected
     sizes = {}
     for name in codecs.NAMES:
-        codec = codecs.fit(name, logits, **({"kl": budget} if name == "subspace" else {}))
+        try:
+            codec = codecs.fit(name, logits, **({"kl": budget} if name == "subspace" else {}))
+        except UserError:
+            assert name == "subspace" and budget < 1e-4
+            continue
         size, found, line = measured(codec, held)
         if found <= 1.03 * budget and abs(line - 1) <= 0.02:  # other keys than auto's
             sizes[name] = size
@@ -229,6 +256,13 @@ def test_degenerate_logits_get_a_codec_within_the_budget(name):
     assert measured(codec, logits.astype(np.float32))[1] <= 0.06
 
 
+def test_a_gain_beyond_its_range_is_cut_not_wrapped():
+    codec = fitting.fit(DEGENERATE["an augmented view forty times as large"], 0.05)
+    gain = fields(codec)["gain"]
+    assert (gain > 0).all()
+    assert gain.max() > 7.8 * 4096
+
+
 @pytest.mark.parametrize("pairs", [4, 63])
 def test_too_few_pairs_for_a_subspace_are_enough_for_the_others(pairs):
     logits = low_rank(pairs)
@@ -245,7 +279,16 @@ def test_a_budget_that_is_no_positive_number_is_refused(budget):
         codecs.auto(low_rank(64), budget)
 
 
-@pytest.mark.parametrize("budget", [1e-3, 1e-5, 1e-9, 30.0])
+@pytest.mark.parametrize("budget", [1e-5, 1e-9])
+def test_a_budget_that_no_code_reaches_is_refused(budget):
+    """Steps stop where the largest coefficient would leave its byte, and directions are rounded."""
+    with pytest.raises(
+        UserError, match=r"within the KL budget; found .* expected at most .*; fix: "
+    ):
+        fitting.fit(low_rank(128), budget)
+
+
+@pytest.mark.parametrize("budget", [1e-3, 1e-4, 30.0])
 def test_no_budget_makes_a_code_that_clips_or_cannot_be_read(budget):
     """Of too small a one the steps stop where the largest coefficient would leave its byte: clipping is a bias."""
     logits = low_rank(128)
@@ -256,7 +299,6 @@ def test_no_budget_makes_a_code_that_clips_or_cannot_be_read(budget):
     assert abs(measured(codec, logits)[2] - 1) < 0.02 or budget > 1
 
 
-@pytest.mark.xfail(raises=(ValueError, ZeroDivisionError), strict=True, reason="codec.auto: nothing is held out")
 @pytest.mark.parametrize("pairs", [0, 1, 2, 3])
 def test_pairs_of_which_none_can_be_held_out(pairs):
     try:
@@ -265,14 +307,12 @@ def test_pairs_of_which_none_can_be_held_out(pairs):
         assert "pairs" in str(error)  # as good an answer
 
 
-@pytest.mark.xfail(strict=True, reason="codec.auto: only fitting.fit looks at the budget")
 @pytest.mark.parametrize("budget", [0, -1.0, math.nan])
 def test_a_budget_that_is_no_positive_number_is_refused_of_few_pairs_too(budget):
     with pytest.raises(UserError, match="KL budget"):
         codecs.auto(low_rank(10), budget)
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="codec.auto: a subspace code of one class has no valid config")
 def test_one_class_gets_a_codec_that_can_be_read():
     codec = codecs.auto(np.zeros((64, 2, 1), np.float32))
     assert codecs.from_config(codec.config) == codec

@@ -135,6 +135,7 @@ def test_bytes_the_codec_cannot_unpack_are_damage(tmp_path, monkeypatch):
 def test_label_bytes_are_those_of_the_pairs_chunks(whole, tmp_path):
     assert cache.open(whole).label_bytes() == 2 * 3 * (24 * 26 + 4)
     assert make(tmp_path / "empty").label_bytes() == 0
+    assert fill(make(tmp_path / "few", samples=5)).label_bytes() == 2 * (5 * 26 + 4)  # no more than there are
 
 
 def test_bytes_do_not_depend_on_the_order_of_writing(whole, tmp_path):

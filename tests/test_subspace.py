@@ -225,14 +225,7 @@ def test_another_key_or_view_gives_other_rows():
     assert len({view.tobytes() for view in rows.reshape(8, -1)}) == 8
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("fp16", marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="reshape(0, -1)")),
-        pytest.param("int8", marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="reshape(0, -1)")),
-        "subspace",
-    ],
-)
+@pytest.mark.parametrize("name", codecs.NAMES)
 def test_no_pairs_are_no_rows(name):
     codec = coded() if name == "subspace" else codecs.make(name, classes=40)
     rows = codec.encode(np.zeros((0, 2, 40), np.float32), streams(0))
