@@ -1,8 +1,9 @@
 """Are stored labels those of a teacher? Its noise, its code's rounding, damage and other teachers told apart.
 
 The teacher's noise is measured by running it twice: the second time in another order, in other batches, and with every
-pixel off by a unit of its arithmetic, which is what another library or machine does to it. Batches alone would not do:
-on a CPU they seldom change a bit, whereas without oneDNN w moves by 1e-7 (bf16: 5e-4), as it does with those units.
+pixel off by what sums of some thousand products differ by in another order. Other batches alone would not do: on a CPU
+they seldom change a bit, whereas w moves by up to 3e-6 (bf16: 2e-3) between oneDNN and plain convolutions. Neither w
+nor this module sees a factor on all logits as another teacher: that looks like another code.
 """
 
 import math
@@ -21,8 +22,8 @@ from pipeline.loader import Batch
 DAMAGED, TEACHER, CODEC = "label row damaged", "teacher differs", "wrong codec"
 
 _T = 4.0
-_UNIT = {"fp32": 2.0**-23, "bf16": 2.0**-9}
-_TF32 = 2.0**-11  # of convolutions on a GPU, which the teacher pass may have had, or this run
+_UNIT = {"fp32": 2.0**-18, "bf16": 2.0**-13}  # sqrt(4096) roundings of 2^-24; from 2^-13 on bf16 gets no noisier
+_TF32 = 2.0**-10  # of convolutions on a GPU, which the teacher pass may have had, or this run
 _MARGIN = 4.0  # on the largest difference of two runs: a third may differ more
 _ULPS = 2.0**-22  # two units in the last place of w in [1, 2)
 _PROBES = 64

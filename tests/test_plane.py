@@ -83,7 +83,7 @@ def test_gather_gives_the_rows_and_refuses_quarantined_ones(store, tmp_path, mod
         np.testing.assert_array_equal(w, weight[rows])
         np.testing.assert_array_equal(plane.digest, digest)
         np.testing.assert_array_equal(plane.good, status() == 0)
-        assert type(encoded) is np.ndarray
+        assert type(encoded) is type(plane.encoded) is np.ndarray
         with pytest.raises(AssertionError, match="quarantined"):
             plane.gather(np.array([0, 3]))
 

@@ -250,6 +250,17 @@ def test_metadata_that_is_no_group_is_refused(copy, text):
         cache.open(copy)
 
 
+def test_a_contradiction_shows_no_more_than_the_beginning_of_a_codecs_tables():
+    """A basis in base64 can be tens of MB; it may be longer than any other text, too."""
+    basis = "A" * 10**7
+    made = manifest(codec={"name": "subspace", "basis": basis})
+    with pytest.raises(UserError, match=r"another codec\.basis; found A{60}… \(10000000 characters\), expected A{60}…"):
+        cache.check(made, codec={"name": "subspace", "basis": basis + "B"})
+    with pytest.raises(UserError, match=r"another policy; found 'a.nb', expected x") as caught:
+        cache.check(manifest(policy="a\nb"), policy="x")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_store_of_the_first_format_is_refused_as_such(tmp_path):
     """Its metadata was zarr's own."""
     zarr.create_group(tmp_path / "s", zarr_format=3, attributes={**manifest().to_attributes(), "format": 1})
