@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -128,8 +128,9 @@ ARMS = _arms()
 
 def run(config: Bench) -> dict:
     """Run the comparison, print its table, write `config.json` and the plots of `config.out`; returns the document."""
-    chosen = {field.name: getattr(config, field.name) for field in dataclasses.fields(Options)}
-    return compare(Options(**chosen | {"samples": config.samples or Options.samples}))
+    chosen: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(Options)}
+    chosen["samples"] = config.samples or Options.samples
+    return compare(Options(**chosen))
 
 
 def compare(options: Options) -> dict:

@@ -282,9 +282,7 @@ def test_a_budget_that_is_no_positive_number_is_refused(budget):
 @pytest.mark.parametrize("budget", [1e-5, 1e-9])
 def test_a_budget_that_no_code_reaches_is_refused(budget):
     """Steps stop where the largest coefficient would leave its byte, and directions are rounded."""
-    with pytest.raises(
-        UserError, match=r"within the KL budget; found .* expected at most .*; fix: "
-    ):
+    with pytest.raises(UserError, match=r"within the KL budget; found .* expected at most .*; fix: "):
         fitting.fit(low_rank(128), budget)
 
 
