@@ -5,6 +5,7 @@ import os
 import urllib.request
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -20,6 +21,9 @@ from zarr.storage import ObjectStore
 import cache
 from cache import UserError
 from cache import files as store_files
+from pipeline import precompute, train
+from pipeline.config import PrecomputeTeacher, TrainStudent
+from pipeline.demo import POLICY
 
 BUCKET = "s3://labels"
 
@@ -179,3 +183,29 @@ def test_no_credentials_are_said_to_be_missing(server, monkeypatch, at_once):
     monkeypatch.setitem(store_files._CLIENT["retry_config"], "max_retries", 0)
     with pytest.raises(UserError, match=r"cannot read store s3://.*; found no AWS credentials; fix: "):
         cache.open(f"{BUCKET}/x")
+
+
+def test_teacher_and_student_work_on_a_store_behind_a_url(server, digits, teacher, tmp_path):
+    """Labels and weights are those of a store in a folder."""
+
+    def job(store: str, out: Path) -> bytes:
+        common = {"data": digits, "device": "cpu", "batch_size": 16, "store": store}
+        code = {"codec": "subspace", "kl_budget": 1e-5, "block_rows": 64}
+        for views in (1, 2):  # the second run adds a view
+            precompute.run(
+                PrecomputeTeacher(
+                    **common,
+                    teacher=teacher,
+                    views=views,
+                    policy=POLICY,
+                    block_rows=64,
+                    codec="subspace",
+                    kl_budget=1e-5,
+                )
+            )
+        train.run(TrainStudent(**common, student="cifar/resnet8", out=out, epochs=2, lr=0.05))
+        return (out / "model.safetensors").read_bytes()
+
+    url = f"{BUCKET}/job/labels.zarr"
+    assert job(url, tmp_path / "a") == job(str(tmp_path / "labels.zarr"), tmp_path / "b")
+    assert objects(url) == files(tmp_path / "labels.zarr")
