@@ -294,8 +294,7 @@ class Finished:
     """Results by key, in one file that is whole after a kill."""
 
     def __init__(self, work: Path | None):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.path = (work or home / "jda-distill" / "bench") / "codec-transfer.json"
+        self.path = harness.work(work) / "codec-transfer.json"
         try:
             self.results: dict[str, dict] = json.loads(self.path.read_text())
         except (FileNotFoundError, ValueError):

@@ -113,6 +113,12 @@ def median_ms(function: Callable[[], object], seconds: float = 0.2) -> float:
     return 1e3 * statistics.median(times)
 
 
+def work(chosen: Path | None) -> Path:
+    """Folder for what is made once."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return chosen or home / "jda-distill" / "bench"
+
+
 # --- the operating system's books (Linux, as DALI)
 
 

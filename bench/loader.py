@@ -141,8 +141,7 @@ def _names(chosen: str | None) -> list[str]:
 
 def _synthetic(work: Path | None) -> Index:
     """The synthetic data set, prepared where it is not there, damaged or of another version."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    out = (work or home / "jda-distill" / "bench") / _SYNTHETIC.replace(":", "-")
+    out = harness.work(work) / _SYNTHETIC.replace(":", "-")
     try:
         return Index.open(out)
     except UserError:

@@ -29,8 +29,7 @@ _BLOCK_ROWS = 8192
 
 def compare(work: Path | None, rounds: int, samples: int) -> dict:
     """`arms` for `harness.document` (items are bytes of `pairs`), a `table` of rates, and times of `access`."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = (work or home / "jda-distill" / "bench") / f"plane-{samples}"
+    path = harness.work(work) / f"plane-{samples}"
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(path.parent).free < 2 * samples * 4 * _CLASSES:

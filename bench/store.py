@@ -6,17 +6,24 @@ coding, on teacher logits (`--logits FILE.npz`: arrays fit_original, fit_augment
 is a stored number here; the table says how far off it would be if it were computed from decoded labels.
 """
 
+import os
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bench import harness, simulated, storage
 from bench.codec_transfer import ARMS, REFERENCE, Make
 from cache import UserError, philox
 from cache.fidelity import TEMPERATURES, measure
+from pipeline import demo, models, views
+from pipeline import policy as policies
+from pipeline.answers import Teacher
 from pipeline.config import Bench
+from pipeline.index import Index
+from pipeline.loader import load
 from pipeline.suggest import did_you_mean
 
 BUDGETS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
@@ -29,7 +36,14 @@ def run(config: Bench) -> dict:
     """Run the store benchmark, print its tables, write `config.json` and plots into `config.out`."""
     makes = _makes(config.arms)
     machine = harness.machine()
-    sources = {path.stem: _read(path) for path in config.logits} if config.logits else {"simulated": _simulated()}
+    sources = (
+        {path.stem: _read(path) for path in config.logits}
+        if config.logits
+        else {
+            "simulated": _simulated(),
+            "digits": _digits(config),
+        }
+    )
     formats = [
         {"teacher": source} | row for source, (fit, held) in sources.items() for row in compare(makes, fit, held)
     ]
@@ -93,7 +107,6 @@ def compare(makes: dict[str, Make], fit: np.ndarray, held: np.ndarray) -> list[d
 def _against_networks(sources: dict) -> list[dict]:
     """What coding costs beside the networks that it serves: ResNet-34 forward, ResNet-18 forward and backward."""
     import timm
-    import torch
 
     fit, held = next(iter(sources.values()))
     coder = ARMS["subspace-0.05"](fit)
@@ -167,6 +180,19 @@ def _simulated() -> tuple[np.ndarray, np.ndarray]:
     _, logits, _ = simulated.draw(simulated.teacher(), _FIT + _MEASURED)
     found = logits[0].numpy()
     return found[:_FIT], found[_FIT:]
+
+
+def _digits(config: Bench) -> tuple[np.ndarray, np.ndarray]:
+    """Of the demo's teacher, trained once and kept in WORK."""
+    data, spec = demo.prepared(harness.work(config.work) / "digits", threads=config.threads, device="cpu")
+    index, policy = Index.open(data, split="train"), policies.load(demo.POLICY)
+    teacher = Teacher(models.create(spec, index.classes), policy, torch.device("cpu"), "fp32")
+    rows = np.random.default_rng(_SEED).permutation(index.good)
+    requests = [(part, views.of(index.records[part], _SEED, 0, policy)) for part in np.array_split(rows, 12)]
+    batches = load(index, requests, policy, threads=len(os.sched_getaffinity(0)))
+    logits = np.concatenate([said.numpy() for _, said in teacher.answers(batches)])
+    cut = len(logits) * 3 // 4
+    return logits[:cut], logits[cut:]
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:

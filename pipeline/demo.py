@@ -19,10 +19,8 @@ VIEWS = 8
 LOSSES = ("ce", "kd", "ccd")
 
 
-def run(config: Demo) -> None:
-    """Run every step that is not there yet, then print the table and write `report.html`."""
-    started = time.perf_counter()
-    out, machine = config.out, {"device": config.device, "threads": config.threads}
+def prepared(out: Path, **machine) -> tuple[Path, str]:
+    """The digits under OUT/data and a teacher under OUT/teacher, made if they are not there: (data, NAME@WEIGHTS)."""
     data = out / "data"
     if not data.exists():
         prepare.build("digits", data)
@@ -46,7 +44,15 @@ def run(config: Demo) -> None:
             eval_epochs=0,
         )
     )
-    store, trained = str(out / "labels.zarr"), f"{TEACHER}@{out / 'teacher' / 'model.safetensors'}"
+    return data, f"{TEACHER}@{out / 'teacher' / 'model.safetensors'}"
+
+
+def run(config: Demo) -> None:
+    """Run every step that is not there yet, then print the table and write `report.html`."""
+    started = time.perf_counter()
+    out, machine = config.out, {"device": config.device, "threads": config.threads}
+    data, trained = prepared(out, **machine)
+    store = str(out / "labels.zarr")
     precompute.run(
         PrecomputeTeacher(
             **machine,

@@ -192,17 +192,7 @@ def test_teacher_and_student_work_on_a_store_behind_a_url(server, digits, teache
         common = {"data": digits, "device": "cpu", "batch_size": 16, "store": store}
         code = {"codec": "subspace", "kl_budget": 1e-5, "block_rows": 64}
         for views in (1, 2):  # the second run adds a view
-            precompute.run(
-                PrecomputeTeacher(
-                    **common,
-                    teacher=teacher,
-                    views=views,
-                    policy=POLICY,
-                    block_rows=64,
-                    codec="subspace",
-                    kl_budget=1e-5,
-                )
-            )
+            precompute.run(PrecomputeTeacher(**common, **code, teacher=teacher, views=views, policy=POLICY))
         train.run(TrainStudent(**common, student="cifar/resnet8", out=out, epochs=2, lr=0.05))
         return (out / "model.safetensors").read_bytes()
 
