@@ -15,12 +15,12 @@ from pipeline.answers import Teacher
 from pipeline.checkpoint import write_atomically
 from pipeline.config import Inspect
 from pipeline.index import Index
+from pipeline.labels import replayed
 from pipeline.loader import load
 from pipeline.page import Looked, Pair, softmax
 from pipeline.policy import Policy
 from pipeline.report import decimal, summary
 from pipeline.skipped import Skipped
-from pipeline.verify import replayed
 
 _BLOCKS = 256
 _SAMPLED = 20_000

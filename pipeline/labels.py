@@ -9,12 +9,24 @@ import numpy as np
 import torch
 
 import cache
-from cache import Plane, Store, UserError
+from cache import Manifest, Plane, Store, UserError
 from cache.codec import Codec, Subspace
-from kernels.labels import Decoder, decode
+from kernels.labels import Decoder
+from kernels.labels import decode as decoded
+from pipeline import decode
+from pipeline import policy as policies
+from pipeline.policy import Policy
 from pipeline.report import decimal, progress
 
 _GPU_SHARE, _MEMORY_SHARE = 0.25, 0.5  # of what is free, that two planes may take: one in use, one on its way
+
+
+def replayed(manifest: Manifest) -> tuple[Policy, str]:
+    """A store's policy and who must decode for it. Raises UserError if that takes a GPU that is not there."""
+    decoder = decode.of_identity(manifest.decoder)
+    if decoder != "cpu" and not torch.cuda.is_available():
+        raise UserError("the store's pixels were decoded on a GPU", found="no CUDA device", fix="use a GPU machine")
+    return policies.from_config({**manifest.policy, "base": manifest.base}, "the store's policy"), decoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +54,7 @@ class Labels:
             # Page-locked, so that the copy runs beside the network.
             staged = torch.empty((len(rows), self.encoded.shape[1]), dtype=torch.uint8, pin_memory=True)
             encoded = torch.index_select(self.encoded, 0, at, out=staged).to(self.device, non_blocking=True)
-        return decode(encoded, keys, self.decoder)
+        return decoded(encoded, keys, self.decoder)
 
 
 def epochs(store: Store, views: Iterator[int], device: torch.device, placement: str, folder: Path) -> Iterator[Labels]:

@@ -13,7 +13,7 @@ import torch
 import cache
 from cache import Plane, Store, UserError
 from kernels import ccd_loss
-from pipeline import checkpoint, decode, labels, models, order, views
+from pipeline import checkpoint, labels, models, order, views
 from pipeline import device as devices
 from pipeline import policy as policies
 from pipeline.config import Training, TrainStudent
@@ -269,11 +269,6 @@ def _check(config: TrainStudent, index: Index, store: Store) -> tuple[Policy, st
         if "@" in config.teacher:
             expected["teacher_weights"] = teacher.fingerprint
     cache.check(manifest, **expected)
-    decoder = decode.of_identity(manifest.decoder)
-    if decoder != "cpu" and not torch.cuda.is_available():
-        raise UserError(
-            "the store's pixels were decoded on a GPU", found="no CUDA device", fix="train on a GPU machine"
-        )
     if config.loss != "ce" and (missing := store.missing_blocks()):
         raise UserError(
             f"store {config.store} has missing blocks",
@@ -281,4 +276,4 @@ def _check(config: TrainStudent, index: Index, store: Store) -> tuple[Policy, st
             expected="all committed",
             fix="run precompute-teacher again, it resumes",
         )
-    return policies.from_config({**manifest.policy, "base": manifest.base}, "the store's policy"), decoder
+    return labels.replayed(manifest)

@@ -26,17 +26,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 import cache
-from cache import Manifest, Store, UserError
-from pipeline import decode, models, views
+from cache import Store, UserError
 from pipeline import device as devices
-from pipeline import policy as policies
+from pipeline import models, views
 from pipeline.answers import Teacher
 from pipeline.config import Verify
 from pipeline.index import Index
 from pipeline.judge import DAMAGED, TEACHER, Judge
+from pipeline.labels import replayed
 from pipeline.loader import Batch, Request, load
 from pipeline.policy import Policy
 from pipeline.report import decimal, progress, summary
@@ -141,14 +140,6 @@ def verify(config: Verify) -> Report:
         **(judge.facts() if judge else {}),
     }
     return report
-
-
-def replayed(manifest: Manifest) -> tuple[Policy, str]:
-    """A store's policy and who must decode for it. Raises UserError if that takes a GPU that is not there."""
-    decoder = decode.of_identity(manifest.decoder)
-    if decoder != "cpu" and not torch.cuda.is_available():
-        raise UserError("the store's pixels were decoded on a GPU", found="no CUDA device", fix="use a GPU machine")
-    return policies.from_config({**manifest.policy, "base": manifest.base}, "the store's policy"), decoder
 
 
 def _same_data(index: Index, store: Store, report: Report) -> bool:
