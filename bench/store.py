@@ -26,7 +26,12 @@ from pipeline.index import Index
 from pipeline.loader import load
 from pipeline.suggest import did_you_mean
 
+_KL = tuple(f"KL T={temperature:g}" for temperature in TEMPERATURES)
 BUDGETS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
+_TABLES = {  # of what `compare` finds
+    "formats on {}: bytes per vector, KL in nats": ("format", "on disk", "in memory", *_KL, "slope", "w off by"),
+    "formats on {}: vectors per second of one core": ("format", "encode/s", "decode/s", "pack/s"),
+}
 _FIT, _MEASURED = 2048, 512  # simulated pairs
 _PAIRS = 1024  # at a time, when rates are taken
 _SEED = 0
@@ -63,9 +68,9 @@ def run(config: Bench) -> dict:
         },
     )
     for source in sources:
-        rows = [{key: value for key, value in row.items() if key != "teacher"} for row in formats]
-        mine = [row for row, whole in zip(rows, formats, strict=True) if whole["teacher"] == source]
-        harness.show_table(f"formats on {source}; rates per second of one core's time", [_shown(row) for row in mine])
+        mine = [row for row in formats if row["teacher"] == source]
+        for title, columns in _TABLES.items():
+            harness.show_table(title.format(source), [_shown({key: row[key] for key in columns}) for row in mine])
     harness.show_table("coding against networks on this machine", found["tables"]["networks"])
     harness.show_table("reading a view's labels, cold", storages["table"])
     harness.show_table("other access", storages["access"])
@@ -91,9 +96,9 @@ def compare(makes: dict[str, Make], fit: np.ndarray, held: np.ndarray) -> list[d
         rows.append(
             {
                 "format": name,
-                "disk_bytes": found.bytes_per_vector,
-                "memory_bytes": coder.row_bytes / 2,
-                **{f"KL T={temperature:g}": found.kl[temperature] for temperature in TEMPERATURES},
+                "on disk": found.bytes_per_vector,
+                "in memory": coder.row_bytes / 2,
+                **dict(zip(_KL, found.kl.values(), strict=True)),
                 "slope": found.slope,
                 "w off by": float(off.max()),
                 "encode/s": _rate(lambda coder=coder: coder.encode(held[:_PAIRS], stream[:_PAIRS]), _pairs(held)),
@@ -209,7 +214,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shown(row: dict) -> dict:
-    digits = {"slope": ".4f", "w off by": ".1e", "disk_bytes": ".1f", "memory_bytes": ".0f"}
+    digits = {"slope": ".4f", "w off by": ".1e", "on disk": ".1f", "in memory": ".0f"}
     return {
         key: value if isinstance(value, str) else f"{value:{digits.get(key, ',.0f' if key.endswith('/s') else '.2g')}}"
         for key, value in row.items()
@@ -227,12 +232,12 @@ def plot(formats: list[dict], out: Path) -> None:
         figure = Figure(figsize=(9, 5.5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        ours = sorted((row["disk_bytes"], row["KL T=4"]) for row in rows if row["format"].startswith("subspace"))
+        ours = sorted((row["on disk"], row["KL T=4"]) for row in rows if row["format"].startswith("subspace"))
         if ours:
             axes.plot(*zip(*ours, strict=True), color="tab:blue", linewidth=1)
         for row in rows:
             unbiased = abs(row["slope"] - 1) <= 0.02
-            point = row["disk_bytes"], max(row["KL T=4"], 1e-7)
+            point = row["on disk"], max(row["KL T=4"], 1e-7)
             color = "tab:blue" if row["format"].startswith("subspace") else "tab:gray"
             axes.plot(*point, "o", color=color, fillstyle="full" if unbiased else "none", markersize=5)
             axes.annotate(row["format"], point, textcoords="offset points", xytext=(4, 3), fontsize=7)
