@@ -185,8 +185,9 @@ def test_no_credentials_are_said_to_be_missing(server, monkeypatch, at_once):
         cache.open(f"{BUCKET}/x")
 
 
-def test_teacher_and_student_work_on_a_store_behind_a_url(server, digits, teacher, tmp_path):
+def test_teacher_and_student_work_on_a_store_behind_a_url(server, digits, teacher, tmp_path, monkeypatch):
     """Labels and weights are those of a store in a folder."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)  # other servers of this module may have taken its place
 
     def job(store: str, out: Path) -> bytes:
         common = {"data": digits, "device": "cpu", "batch_size": 16, "store": store}
