@@ -2,13 +2,24 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from pipeline import device as devices
-from pipeline import models
+from pipeline import models, views
 from pipeline.device import Normalise
-from pipeline.loader import Batch
+from pipeline.index import Index
+from pipeline.loader import Batch, Request
 from pipeline.policy import Policy
+
+
+def requests(
+    index: Index, rows: np.ndarray, seed: int, view: int, policy: Policy, batch_size: int
+) -> Iterator[Request]:
+    """One view of index rows i64 (n,) in batches; of no rows one empty batch."""
+    for at in range(0, max(len(rows), 1), batch_size):
+        part = rows[at : at + batch_size]
+        yield part, views.of(index.records[part], seed, view, policy)
 
 
 class Teacher:

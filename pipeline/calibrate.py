@@ -1,7 +1,6 @@
 """Which code keeps a teacher's labels: the cheapest unbiased one within the budget, measured before the pass."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +9,10 @@ from cache import UserError, philox
 from cache import codec as codecs
 from cache.fidelity import Fidelity, measure
 from pipeline import device as devices
-from pipeline import views
-from pipeline.answers import Teacher
+from pipeline.answers import Teacher, requests
 from pipeline.config import PrecomputeTeacher
 from pipeline.index import Index
-from pipeline.loader import Request, load
+from pipeline.loader import load
 from pipeline.policy import Policy
 from pipeline.report import progress
 from pipeline.skipped import Skipped
@@ -61,14 +59,9 @@ def _look(config, index: Index, policy: Policy, teacher: Teacher) -> tuple[np.nd
     rng = np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(good, count, replace=False))
 
-    def plan() -> Iterator[Request]:
-        for at in range(0, count, config.batch_size):
-            part = rows[at : at + config.batch_size]
-            yield part, views.of(index.records[part], config.seed, 0, policy)
-
     batches = load(
         index,
-        plan(),
+        requests(index, rows, config.seed, 0, policy, config.batch_size),
         policy,
         threads=devices.threads(config),
         decoder=devices.decoder(config.decoder, teacher.device),

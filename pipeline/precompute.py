@@ -21,10 +21,10 @@ import cache
 from cache import Manifest, Store, UserError
 from cache.fidelity import Drift, drift
 from kernels.reference import cosine_weight
-from pipeline import decode, models, ranks, views
+from pipeline import decode, models, ranks
 from pipeline import device as devices
 from pipeline import policy as policies
-from pipeline.answers import Teacher
+from pipeline.answers import Teacher, requests
 from pipeline.calibrate import Calibration, calibrate
 from pipeline.config import PrecomputeTeacher
 from pipeline.index import Index
@@ -83,7 +83,7 @@ def run(config: PrecomputeTeacher) -> None:
 def _fill(config, index, policy, teacher, store: Store, todo: list, skipped) -> tuple[int, int, list[str]]:
     """Compute the missing blocks that fall to this process: their number, pairs, and those the code does not suit."""
     sizes = [len(good_rows(index, store, block)) for _, block in todo]
-    requests: deque[tuple[_Block, bool]] = deque()  # the block of each batch under way, and whether it is its last
+    under_way: deque[tuple[_Block, bool]] = deque()  # the block of each batch under way, and whether it is its last
     blocks, done, outside = 0, 0, []
     with progress("teacher", sum(sizes), "pairs", show=ranks.rank() == 0) as advance, _Later() as later:
 
@@ -94,11 +94,11 @@ def _fill(config, index, policy, teacher, store: Store, todo: list, skipped) -> 
                 ours = number + 1
                 view, at = todo[number]
                 rows = good_rows(index, store, at)
-                block = _Block(store, view, at, rows)
-                for start in range(0, max(len(rows), 1), config.batch_size):  # one empty batch for an empty block
-                    part = rows[start : start + config.batch_size]
-                    requests.append((block, start + config.batch_size >= len(rows)))
-                    yield part, views.of(index.records[part], config.seed, view, policy)
+                block, left = _Block(store, view, at, rows), len(rows)
+                for request in requests(index, rows, config.seed, view, policy, config.batch_size):
+                    left -= len(request[0])
+                    under_way.append((block, not left))
+                    yield request
 
         batches = load(
             index,
@@ -110,7 +110,7 @@ def _fill(config, index, policy, teacher, store: Store, todo: list, skipped) -> 
             skipped=skipped,
         )
         for batch in batches:
-            block, last = requests.popleft()
+            block, last = under_way.popleft()
             if len(batch.rows):
                 later(block.put, batch, teacher(batch))
             if last:
