@@ -102,8 +102,8 @@ def run(config: Demo) -> None:
             f"{statistics.median(record['seconds'] for record in records):.1f}",
         )
     console_out.print(table)
-    bytes_per_vector = opened.codec.row_bytes / 2
+    bytes_per_vector = opened.label_bytes() / (2 * len(index) * VIEWS)
     console_out.print(
-        f"labels: {bytes_per_vector:g} bytes per vector of {index.classes} classes; "
+        f"labels: {bytes_per_vector:.1f} bytes per vector of {index.classes} classes on disk; "
         f"view pairs with the teacher's top classes: {out / 'report.html'}; {time.perf_counter() - started:.0f} s"
     )
