@@ -9,7 +9,9 @@ import numpy as np
 if TYPE_CHECKING:
     from cache.codec import Codec
 
-TEMPERATURES = (1.0, 2.0, 4.0)
+TEMPERATURE = 4.0
+"""Of the KL divergence that budgets are given in: the method's."""
+TEMPERATURES = (1.0, 2.0, TEMPERATURE)
 MAX_BIAS = 0.02
 """How far the slope of decoded on true logits may be from 1."""
 
@@ -70,7 +72,7 @@ class Drift:
 def drift(codec: "Codec", logits: np.ndarray, rows: np.ndarray, stream: np.ndarray) -> Drift:
     """How far labels u8 (n, row_bytes) are from the logits f32 (n, 2, C) that they code."""
     true, decoded = _centred(logits), _centred(codec.decode(rows, stream))
-    kl = divergences(true, decoded, TEMPERATURES[-1]).ravel()
+    kl = divergences(true, decoded, TEMPERATURE).ravel()
     slope = _slope(true, decoded)
     off = (true * (decoded - slope * true)).sum(-1)
     slope_error = float(np.linalg.norm(off) / max((true * true).sum(), np.finfo(np.float64).tiny))

@@ -9,11 +9,9 @@ import numpy as np
 from cache import entropy
 from cache.checks import require_encodable
 from cache.errors import UserError
-from cache.fidelity import measure
+from cache.fidelity import TEMPERATURE, measure
 from cache.subspace import MAX_DIMS, Subspace
 
-TEMPERATURE = 4.0
-"""Of the KL divergence that budgets are given in: the method's."""
 MIN_PAIRS = 64
 
 _NEGLIGIBLE = 1e-6  # of the mean variance of a logit: directions below it are rounding noise of the teacher

@@ -45,7 +45,7 @@ class Labels:
         """The teacher's logits of index rows i64 (B,): f32 (B, 2, C) on the device."""
         stream = self.store.stream(self.plane.view, rows)
         if self.decoder is None:
-            return torch.from_numpy(self.store.codec.decode(self.plane.encoded[rows], stream))
+            return torch.from_numpy(self.store.codec.decode(self.plane.gather(rows)[0], stream))
         keys = torch.from_numpy(stream.view(np.int64)).to(self.device, non_blocking=True)
         at = torch.from_numpy(rows)
         if self.encoded.is_cuda:
