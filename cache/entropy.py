@@ -8,6 +8,11 @@ x that leads to it, [q - 1/2 - u, q + 1/2 - u]: at a few tenths of a step's spre
 alone takes. The augmented view's mean is predicted from the original's decoded coefficient. The code is rANS (Duda,
 arXiv:1311.2540) with a 64-bit state, 32-bit words and 16-bit probabilities, each at least 2^-16.
 
+Of coefficients finer than about a spread the leading ones are rounded together, on a trellis (Marcellin & Fischer,
+*Trellis coded quantization*, 1990, with the eight states of JPEG 2000 part 2): a state allows every second integer of
+a grid 0.57 times as wide, and leads to the next state. Noise of the same variance, whatever x, costs a sixth of a bit
+less, as it is nearly normal. Their dither is four times as wide; decoding takes no notice of states.
+
 All functions are compiled by numba, release the GIL and live in one file: numba's cache looks at no other.
 """
 
@@ -23,6 +28,16 @@ GAIN_UNIT = 4096
 BETA_UNIT = 256
 """Denominator of the dither's share that decoding subtracts."""
 
+TRELLIS_DITHER = 4
+"""Width of the dither of coefficients on the trellis, in steps."""
+TRELLIS_NOISE = 0.26
+"""Variance of their error, in steps squared; 1/12 otherwise."""
+
+_STATES = 8
+_CLASS = np.array([[0, 2], [1, 3], [2, 0], [3, 1], [2, 0], [3, 1], [0, 2], [1, 3]], np.int64)  # integers mod 4, allowed
+_NEXT = np.array([[0, 1], [2, 3], [4, 5], [6, 7], [0, 1], [2, 3], [4, 5], [6, 7]], np.int64)  # and where they lead
+_BEYOND = 256  # the ends of all ranges are nearest; the squares of more would drown the others' in float32
+
 _BITS = 16
 _TOTAL = 1 << _BITS
 _LOW = 1 << 32  # the state stays in [2^32, 2^64)
@@ -32,7 +47,6 @@ _NORMAL = np.array(
     [round(_TOTAL * 0.5 * math.erfc(-(i - _HALF) / _SIGMA / math.sqrt(2))) for i in range(2 * _HALF + 1)], np.int64
 )
 _RATIO_BITS = 24
-_NO_DITHER = 128  # u = 1 / 512; there is no byte for 0
 
 
 @njit(nogil=True, cache=True)
@@ -60,19 +74,54 @@ def dither(key, view, out):
 
 
 @njit(nogil=True, cache=True)
-def quantise(steps, stream, wide, out):
-    """Coefficients in steps f32 (B, 2, d) -> rows u8 (B, 2, segment), clipped to the range of their width."""
+def quantise(steps, stream, trellis, wide, out):
+    """Coefficients in steps f32 (B, 2, d) -> rows u8 (B, 2, segment), kept to the range of their width.
+
+    The first `trellis` coefficients are rounded together.
+    """
     rows, _, size = steps.shape
     bytes_ = np.empty(size, np.uint8)
     q = np.empty(size, np.int32)
+    x = np.empty(trellis, np.float32)
+    paths = np.empty((trellis, _STATES), np.int32)
     for row in range(rows):
         for view in range(2):
             dither(stream[row], view, bytes_)
-            for i in range(size):
+            for i in range(trellis):
+                u = np.float32(TRELLIS_DITHER * (2 * np.int32(bytes_[i]) - 255) / UNIT)
+                x[i] = min(max(steps[row, view, i] + u, np.float32(-_BEYOND)), np.float32(_BEYOND))
+            nearest(x, wide, paths, q)
+            for i in range(trellis, size):
                 u = np.float32((2 * np.int32(bytes_[i]) - 255) / UNIT)
                 low, high = (-128, 127) if i < wide else (-8, 7)
                 q[i] = min(max(math.floor(steps[row, view, i] + u + np.float32(0.5)), low), high)
             _store(q, wide, out[row, view])
+
+
+@njit(nogil=True, cache=True)
+def nearest(x, wide, paths, q):
+    """The integers q on a path from state 0 that are nearest to x f32 (t,), by Viterbi's algorithm."""
+    far = np.float32(1e30)
+    cost, other = np.full(_STATES, far, np.float32), np.empty(_STATES, np.float32)
+    cost[0] = 0
+    near, square = np.empty(4, np.int32), np.empty(4, np.float32)
+    for i in range(len(x)):
+        low, high = (-128, 127) if i < wide else (-8, 7)
+        for kind in range(4):
+            k = 4 * math.floor((x[i] - kind) * np.float32(0.25) + np.float32(0.5)) + kind
+            k = min(max(k, low + kind), high - 3 + kind)  # low is a multiple of 4
+            near[kind], square[kind] = k, (x[i] - k) ** 2
+        other[:] = far
+        for state in range(_STATES):
+            for bit in range(2):
+                total, then = cost[state] + square[_CLASS[state, bit]], _NEXT[state, bit]
+                if total < other[then]:
+                    other[then] = total
+                    paths[i, then] = near[_CLASS[state, bit]] * _STATES + state
+        cost, other = other, cost
+    state = np.argmin(cost)
+    for i in range(len(x) - 1, -1, -1):
+        q[i], state = paths[i, state] >> 3, paths[i, state] & (_STATES - 1)
 
 
 @njit(nogil=True, cache=True)
@@ -125,31 +174,23 @@ def _ratios(spread):
 
 
 @njit(nogil=True, cache=True)
-def _below(q, low, high, shift, ratio, known):
-    """The cumulative frequency of all integers below q; `shift` is the position of the normal's mean plus u.
-
-    Of an unknown dither it is the mean over sixteen.
-    """
+def _below(q, low, high, unit, shift, ratio):
+    """The cumulative frequency of all integers below q; they are `unit` positions apart, the normal's mean plus u at
+    `shift`."""
     if q <= low:
         return 0
     if q > high:
         return _TOTAL
-    edge = UNIT * q - UNIT // 2 - shift
-    if known:
-        normal = _NORMAL[min(max(edge * ratio >> _RATIO_BITS, -_HALF), _HALF) + _HALF]
-    else:
-        normal = 0
-        for u in range(-UNIT // 2 + UNIT // 32, UNIT // 2, UNIT // 16):
-            normal += _NORMAL[min(max((edge - u) * ratio >> _RATIO_BITS, -_HALF), _HALF) + _HALF]
-        normal >>= 4
+    entry = (unit * q - unit // 2 - shift) * ratio >> _RATIO_BITS
+    normal = _NORMAL[min(max(entry, -_HALF), _HALF) + _HALF]
     symbols = high - low + 1
     return (normal * (_TOTAL - symbols) >> _BITS) + (q - low)
 
 
 @njit(nogil=True, cache=True)
-def _shift(view, i, bytes_, q, gain, beta):
+def _shift(view, i, trellis, bytes_, q, gain, beta):
     """Where the model of coefficient i is centred, plus its dither. bytes_ u8 (2, d), q i32 (2, d)."""
-    u = 2 * np.int64(bytes_[view, i]) - 255
+    u = (2 * np.int64(bytes_[view, i]) - 255) * (TRELLIS_DITHER if i < trellis else 1)
     if view == 0:
         return u
     original = np.int64(q[0, i]) * UNIT - (beta[i] * (2 * np.int64(bytes_[0, i]) - 255) >> 8)
@@ -157,37 +198,62 @@ def _shift(view, i, bytes_, q, gain, beta):
 
 
 @njit(nogil=True, cache=True)
-def _dithers(stream, row, known, out):
-    if known:
-        dither(stream[row], 0, out[0])
-        dither(stream[row], 1, out[1])
+def _parities(q, trellis, out):
+    """Which integers the states along the path q allow: 0 even ones, 1 odd ones. False if q is no path."""
+    out[:] = 0
+    state = 0
+    for i in range(trellis):
+        out[i] = _CLASS[state, 0] & 1
+        if (q[i] & 1) != out[i]:
+            return False
+        state = _follow(state, q[i])
+    return True
 
 
 @njit(nogil=True, cache=True)
-def encode(rows, stream, known, wide, spread, gain, beta, out):
+def _follow(state, q):
+    return _NEXT[state, 0 if _CLASS[state, 0] == (q & 3) else 1]
+
+
+@njit(nogil=True, cache=True)
+def _grid(i, trellis, wide, parity):
+    """(lowest, highest number of an integer, positions between neighbours, position of number 0)."""
+    low, high = (-128, 127) if i < wide else (-8, 7)
+    if i < trellis:
+        return low >> 1, high >> 1, 2 * UNIT, UNIT * parity
+    return low, high, UNIT, 0
+
+
+@njit(nogil=True, cache=True)
+def encode(rows, stream, trellis, wide, spread, gain, beta, out):
     """The entropy code of rows u8 (B, 2, segment), written as u32 words from the end of `out` on: their number.
 
-    `spread` i64 (2, d) the models' standard deviations, `gain` and `beta` i64 (d,). `known`: the dither may be used;
-    `stream` is not read otherwise. `out` must hold `2 d B + 2` words.
+    `spread` i64 (2, d) the models' standard deviations, `gain` and `beta` i64 (d,). `out` must hold `2 d B + 2` words.
+    0 for rows that `quantise` does not make.
     """
     size = spread.shape[1]
     ratios = _ratios(spread)
-    bytes_ = np.full((2, size), _NO_DITHER, np.uint8)
+    bytes_ = np.empty((2, size), np.uint8)
     q = np.empty((2, size), np.int32)
+    parities = np.empty((2, size), np.int64)
+    stored = np.empty(rows.shape[2], np.uint8)
     state = np.uint64(_LOW)
     at = len(out)
     for row in range(len(rows) - 1, -1, -1):
-        _dithers(stream, row, known, bytes_)
-        _load(rows[row, 0], wide, q[0])
-        _load(rows[row, 1], wide, q[1])
+        dither(stream[row], 0, bytes_[0])
+        dither(stream[row], 1, bytes_[1])
+        for view in range(2):
+            _load(rows[row, view], wide, q[view])
+            _store(q[view], wide, stored)
+            if not _parities(q[view], trellis, parities[view]) or not np.array_equal(stored, rows[row, view]):
+                return 0
         for view in range(1, -1, -1):
             for i in range(size - 1, -1, -1):
-                low, high = (-128, 127) if i < wide else (-8, 7)
-                shift = _shift(view, i, bytes_, q, gain, beta)
-                start = _below(np.int64(q[view, i]), low, high, shift, ratios[view, i], known)
-                frequency = np.uint64(
-                    _below(np.int64(q[view, i]) + 1, low, high, shift, ratios[view, i], known) - start
-                )
+                low, high, unit, zero = _grid(i, trellis, wide, parities[view, i])
+                value = (np.int64(q[view, i]) - parities[view, i]) >> 1 if i < trellis else np.int64(q[view, i])
+                shift, ratio = _shift(view, i, trellis, bytes_, q, gain, beta) - zero, ratios[view, i]
+                start = _below(value, low, high, unit, shift, ratio)
+                frequency = np.uint64(_below(value + 1, low, high, unit, shift, ratio) - start)
                 if state >= frequency << np.uint64(64 - _BITS):
                     at -= 1
                     out[at] = state & np.uint64(0xFFFFFFFF)
@@ -198,33 +264,40 @@ def encode(rows, stream, known, wide, spread, gain, beta, out):
 
 
 @njit(nogil=True, cache=True)
-def decode(words, stream, known, wide, spread, gain, beta, out):
+def decode(words, stream, trellis, wide, spread, gain, beta, out):
     """Fill rows u8 (B, 2, segment) from u32 words; False if the words cannot be those of so many rows."""
     size = spread.shape[1]
     ratios = _ratios(spread)
-    bytes_ = np.full((2, size), _NO_DITHER, np.uint8)
+    bytes_ = np.empty((2, size), np.uint8)
     q = np.empty((2, size), np.int32)
     if len(words) < 2:
         return False
     state = np.uint64(words[0]) | np.uint64(words[1]) << np.uint64(32)
     at = 2
     for row in range(len(out)):
-        _dithers(stream, row, known, bytes_)
+        dither(stream[row], 0, bytes_[0])
+        dither(stream[row], 1, bytes_[1])
         for view in range(2):
+            node = 0  # of the trellis
             for i in range(size):
-                low, high = (-128, 127) if i < wide else (-8, 7)
-                shift, ratio = _shift(view, i, bytes_, q, gain, beta), ratios[view, i]
+                parity = _CLASS[node, 0] & 1
+                low, high, unit, zero = _grid(i, trellis, wide, parity)
+                shift, ratio = _shift(view, i, trellis, bytes_, q, gain, beta) - zero, ratios[view, i]
                 slot = np.int64(state & np.uint64(_TOTAL - 1))
-                value = min(max(shift + UNIT // 2 >> 9, low), high)  # the likeliest; others are near
-                start = _below(value, low, high, shift, ratio, known)
-                stop = _below(value + 1, low, high, shift, ratio, known)
+                value = min(max((shift + unit // 2) // unit, low), high)  # the likeliest; others are near
+                start = _below(value, low, high, unit, shift, ratio)
+                stop = _below(value + 1, low, high, unit, shift, ratio)
                 while slot < start:
                     value, stop = value - 1, start
-                    start = _below(value, low, high, shift, ratio, known)
+                    start = _below(value, low, high, unit, shift, ratio)
                 while slot >= stop:
                     value, start = value + 1, stop
-                    stop = _below(value + 1, low, high, shift, ratio, known)
-                q[view, i] = value
+                    stop = _below(value + 1, low, high, unit, shift, ratio)
+                if i < trellis:
+                    q[view, i] = 2 * value + parity
+                    node = _follow(node, q[view, i])
+                else:
+                    q[view, i] = value
                 state = np.uint64(stop - start) * (state >> np.uint64(_BITS)) + np.uint64(slot - start)
                 if state < np.uint64(_LOW):
                     if at == len(words):

@@ -19,7 +19,8 @@ _MARGIN = 0.98  # of the budget: the mean over held-out pairs is known to about 
 _TOLERANCE = 0.002
 _ROUNDS = 5
 _MISSED = 1.05
-_BYTE, _NIBBLE = 126.5, 7.0  # largest coefficients in steps, of a whole byte and of half a one
+_BYTE, _NIBBLE = 127.0, 7.5  # what a coefficient may need, in steps, of a whole byte and of half a one
+_JOINT_MARGIN = entropy.TRELLIS_DITHER / 2 + 2
 _HEADROOM = 1.15  # on the largest coefficient seen
 _WIDE_MULTIPLE = 16
 
@@ -130,66 +131,115 @@ def _sensitivity(logits: np.ndarray, basis: np.ndarray) -> np.ndarray:
     return np.maximum(variance, 1e-12) / (2 * TEMPERATURE**2)
 
 
-@cache
-def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For a normal coefficient of r steps' spread: r, rate I(x; x + u) in bits, beta, noise in steps squared.
+@dataclass(frozen=True)
+class _Choices:
+    """Ways to code a normal coefficient, one per entry: alone first, then those on the trellis."""
 
-    beta minimises the variance of q - beta u - x; with f the fractional part of x it is 6 E[f (1 - f)].
-    """
+    ratio: np.ndarray
+    """Its spread in steps."""
+    rate: np.ndarray
+    """Bits that it takes."""
+    noise: np.ndarray
+    """Variance of its error, in steps squared."""
+    beta: np.ndarray
+    """Share of the dither to subtract."""
+    alone: int
+    """Number of entries without the trellis."""
+
+
+@cache
+def _choices() -> _Choices:
+    """Alone, the rate is I(x; x + u), and beta minimises the variance of q - beta u - x: with f the fractional part of
+    x it is 6 E[f (1 - f)]. On the trellis it is that of the code's model, over its errors on random numbers."""
     ratios = np.exp(np.linspace(math.log(0.004), math.log(64.0), 240))
     z = np.linspace(-8, 8, 2001)
     density = np.exp(-z * z / 2)
     density /= density.sum()
-    normal = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in np.linspace(-9, 9, 9001)])
-    rates, betas = [], []
+    rates, betas, joint = [], [], []
+    errors = np.quantile(_trellis_errors(), np.linspace(0.0025, 0.9975, 200))
+    few, share = z[::10], density[::10] / density[::10].sum()
     for r in ratios:
         # The density of x + u is flat but for 8 spreads on either side of its edges.
         edge = np.linspace(-8 * r, 8 * r, 1601)
         y = np.unique(np.concatenate([edge - 0.5, edge + 0.5]))
-        f = np.interp((y + 0.5) / r, np.linspace(-9, 9, 9001), normal)
-        f -= np.interp((y - 0.5) / r, np.linspace(-9, 9, 9001), normal)
-        f = np.clip(f, 1e-300, 1)
+        f = np.clip(_normal((y + 0.5) / r) - _normal((y - 0.5) / r), 1e-300, 1)
         rates.append(np.trapezoid(-f * np.log2(f), y))
         part = np.abs(z * r) % 1
         betas.append(min(6 * (density * part * (1 - part)).sum(), 1.0))
+        p = _normal(few + (errors[:, None] + 1) / r) - _normal(few + (errors[:, None] - 1) / r)
+        joint.append(-(np.log2(np.maximum(p, 2.0**-16)) @ share).mean())
     beta = np.array(betas)
-    return ratios, np.array(rates), beta, (1 - (1 - beta) ** 2) / 12
+    return _Choices(
+        ratio=np.tile(ratios, 2),
+        rate=np.array(rates + joint),
+        noise=np.concatenate([(1 - (1 - beta) ** 2) / 12, np.full(len(beta), entropy.TRELLIS_NOISE)]),
+        beta=np.concatenate([beta, np.full(len(beta), entropy.TRELLIS_DITHER)]),
+        alone=len(beta),
+    )
 
 
-def _allocate(spread: np.ndarray, felt: np.ndarray, kl: float) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and beta f64 (d,) of least total rate whose noise adds up to `kl` nats."""
-    ratios, rate, beta, noise = _tables()
+def _normal(x: np.ndarray) -> np.ndarray:
+    """The normal distribution function, to 1e-7."""
+    grid, values = _normal_table()
+    return np.interp(x, grid, values)
+
+
+@cache
+def _normal_table() -> tuple[np.ndarray, np.ndarray]:
+    grid = np.linspace(-9, 9, 9001)
+    return grid, np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in grid])
+
+
+def _trellis_errors() -> np.ndarray:
+    x = np.random.default_rng(0).uniform(-16, 16, (64, 512)).astype(np.float32)
+    paths, q = np.empty((512, 8), np.int32), np.empty(512, np.int32)
+    found = []
+    for row in x:
+        entropy.nearest(row, 512, paths, q)
+        found.append(q - row)
+    return np.concatenate(found)
+
+
+def _allocate(spread: np.ndarray, felt: np.ndarray, kl: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, beta and error variance in steps squared, f64 (d,), of least total rate, for noise of `kl` nats."""
+    choices = _choices()
     low, high = 1e-12, 1e15  # bits per nat, by bisection
     best = np.zeros(len(spread), np.int64)
     for _ in range(100):
         price = math.sqrt(low * high)
-        cost = felt[:, None] * noise * (spread[:, None] / ratios) ** 2
-        best = (rate + price * cost).argmin(axis=1)
+        cost = felt[:, None] * choices.noise * (spread[:, None] / choices.ratio) ** 2
+        best = (choices.rate + price * cost).argmin(axis=1)
         total = cost[np.arange(len(spread)), best].sum()
         low, high = (price, high) if total > kl else (low, price)
     # The choice is one of a grid's ratios; what is left of the budget scales all steps alike.
-    step = spread / ratios[best] * math.sqrt(kl / total)
-    return step, np.interp(spread / step, ratios, beta)
+    step = spread / choices.ratio[best] * math.sqrt(kl / total)
+    return step, choices.beta[best], choices.noise[best]
 
 
 def _code(found: _Directions, moments: np.ndarray, kl: float) -> Subspace:
     """The code of those directions whose noise is `kl` nats to second order; `moments` f64 (3, d)."""
-    step, beta = _allocate(np.sqrt(np.maximum(moments[:2].mean(axis=0), 1e-24)), found.felt, kl)
-    step = np.maximum(step, found.reach * _HEADROOM / _BYTE)  # clipping is a bias; a few coarse steps are some noise
-    reach = found.reach * _HEADROOM / step
-    order = np.argsort(-reach, kind="stable")
-    basis, step, beta, reach = found.basis[order], step[order], beta[order], reach[order]
-    wide = int((reach + 0.5 > _NIBBLE).sum())
+    step, beta, noise = _allocate(np.sqrt(np.maximum(moments[:2].mean(axis=0), 1e-24)), found.felt, kl)
+    margin = np.where(beta > 1, _JOINT_MARGIN, 0.5)  # dither and error
+    # A byte spans fewer spreads of a coefficient on the trellis, at the same noise.
+    joint = (beta > 1) & (found.reach * _HEADROOM / step + margin <= _BYTE)
+    alone = (beta > 1) & ~joint
+    step, beta = np.where(alone, step * np.sqrt(12 * noise), step), np.where(alone, 1.0, beta)
+    noise, margin = np.where(alone, 1 / 12, noise), np.where(alone, 0.5, margin)
+    step = np.maximum(step, found.reach * _HEADROOM / (_BYTE - margin))  # clipping is a bias, a coarse step some noise
+    need = found.reach * _HEADROOM / step + margin
+    order = np.lexsort((-need, ~joint))
+    basis, step, beta, noise = found.basis[order], step[order], beta[order], noise[order]
+    wide = int(np.flatnonzero(np.append(True, need[order] > _NIBBLE))[-1])
     wide = min(-(-wide // _WIDE_MULTIPLE) * _WIDE_MULTIPLE, len(step))
 
     original, augmented, both = moments[:, order] / step**2
-    noise = (1 - (1 - beta) ** 2) / 12
     gain = np.clip(both / (original + noise), -7.9, 7.9)
     rest = np.maximum(augmented - gain * (2 * both - gain * (original + noise)), 0)
     peak = np.abs(basis).max(axis=1)
     return Subspace(
         classes=basis.shape[1],
         dims=len(step),
+        trellis=int(joint.sum()),
         wide=wide,
         mean=found.mean.astype("<f4").tobytes(),
         basis=np.rint(basis / peak[:, None] * 127).astype("i1").tobytes(),

@@ -28,11 +28,12 @@ MAX_DIMS = 4096
 
 _ALIGN = 16  # bytes: a view's segment can be read in vectors
 _MAX_BYTES = 1 << 32
-_HEADER = 5  # rows, and whether the code knows the dither
+_HEADER = 5  # number of rows, and whether their keys are left out
+_KEY_BYTES = 8
 _RANGES = (  # of the arrays' values
     ("mean", -1e6, 1e6),
     ("scale", 1e-12, 1e6),
-    ("beta", 0, entropy.BETA_UNIT),
+    ("beta", 0, entropy.TRELLIS_DITHER * entropy.BETA_UNIT),
     ("spread", 1, 1 << 20),
     ("gain", -(1 << 15), (1 << 15) - 1),
 )
@@ -44,20 +45,22 @@ _FIELDS = {  # array -> dtype, shape in terms of classes and dims
     "spread": ("<i4", "2d"),
     "gain": ("<i2", "d"),
 }
-CONFIG_KEYS = ("classes", "dims", "wide", *_FIELDS)
+CONFIG_KEYS = ("classes", "dims", "trellis", "wide", *_FIELDS)
 
 
 @dataclass(frozen=True)
 class Subspace:
     """One fitted code. Arrays are little-endian bytes, so that equality and JSON come for free.
 
-    A row is two segments, original before augmented: `wide` signed bytes, then the other coefficients as nibbles
-    (the first half of them low, the second high), padded to a multiple of 16 bytes.
+    A row is its dither key, u64, eight zeros, and two segments, original before augmented: `wide` signed bytes, then
+    the other coefficients as nibbles (the first half of them low, the second high), padded to a multiple of 16 bytes.
     """
 
     classes: int
     dims: int
     """d, directions."""
+    trellis: int
+    """Leading coefficients that are rounded together, see `cache.entropy`."""
     wide: int
     """Coefficients that take a whole byte; the others keep within [-8, 7]."""
     mean: bytes
@@ -82,7 +85,7 @@ class Subspace:
 
     @property
     def row_bytes(self) -> int:
-        return 2 * self.segment
+        return _ALIGN + 2 * self.segment
 
     @property
     def config(self) -> dict:
@@ -93,6 +96,7 @@ class Subspace:
             "format": 1,
             "classes": self.classes,
             "dims": self.dims,
+            "trellis": self.trellis,
             "wide": self.wide,
             **arrays,
         }
@@ -127,47 +131,89 @@ class Subspace:
     def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
         """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes). Raises UserError for logits that no codec keeps."""
         require_encodable(logits, self.classes)
-        rows = np.empty((len(logits), 2, self.segment), np.uint8)
-        entropy.quantise(self.project(logits), keys(stream, len(rows)), self.wide, rows)
-        return rows.reshape(len(rows), self.row_bytes)
+        views = np.empty((len(logits), 2, self.segment), np.uint8)
+        key = keys(stream, len(views))
+        entropy.quantise(self.project(logits), key, self.trellis, self.wide, views)
+        return self._rows(views, key)
 
-    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """u8 (B, row_bytes), u64 (B,) -> f32 (B, 2, C); centred, each vector's mean is zero but for rounding."""
-        rows = checked_rows(rows, self)
-        steps = np.empty((len(rows), 2, self.dims), np.float32)
-        segments = rows.reshape(len(rows), 2, self.segment)
-        entropy.dequantise(segments, keys(stream, len(rows)), self.wide, self.array("beta").astype(np.int32), steps)
+    def decode(self, rows: np.ndarray, stream: np.ndarray | None = None) -> np.ndarray:
+        """u8 (B, row_bytes) -> f32 (B, 2, C); centred, each vector's mean is zero but for rounding.
+
+        `stream` u64 (B,), the rows' dither keys, stands in for those that the rows carry.
+        """
+        views, key = self._parts(rows)
+        key = key if stream is None else keys(stream, len(views))
+        steps = np.empty((len(views), 2, self.dims), np.float32)
+        entropy.dequantise(views, key, self.wide, self.array("beta").astype(np.int32), steps)
         decoded = steps.reshape(-1, self.dims) @ self.synthesis + self.array("mean")
-        return decoded.reshape(len(rows), 2, self.classes)
+        return decoded.reshape(len(views), 2, self.classes)
 
     def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes:
-        """Entropy code of rows u8 (B, row_bytes). Without the dither keys it is larger, by a third at 50 bytes."""
-        rows = checked_rows(rows, self)
-        known = stream is not None
-        key = keys(stream, len(rows)) if known else np.zeros(0, np.uint64)
-        views = rows.reshape(len(rows), 2, self.segment)
-        words = np.empty(2 * self.dims * len(rows) + 2, "<u4")
-        used = entropy.encode(views, key, known, self.wide, *self._models, words)
-        return len(rows).to_bytes(4, "little") + bytes([known]) + words[len(words) - used :].tobytes()
+        """Entropy code of rows u8 (B, row_bytes).
+
+        With the dither keys `stream` u64 (B,) given they are left out, as `unpack` will be given them too; a row of
+        zeros is then a row without labels. Raises ValueError for rows that `encode` does not make, or of other keys.
+        """
+        views, key = self._parts(rows)
+        there = rows.any(axis=1)
+        if stream is not None and (key != keys(stream, len(views)))[there].any():
+            raise ValueError("rows of other dither keys")
+        views, key = views[there], key[there]
+        words = np.empty(2 * self.dims * len(views) + 2, "<u4")
+        used = entropy.encode(views, key, self.trellis, self.wide, *self._models, words)
+        if not used or rows[:, _KEY_BYTES:_ALIGN].any():
+            raise ValueError("rows that no logits make")
+        kept = b"" if stream is not None else key.astype("<u8").tobytes()
+        head = len(rows).to_bytes(4, "little") + bytes([stream is not None])
+        return head + np.packbits(there).tobytes() + kept + words[len(words) - used :].tobytes()
 
     def unpack(self, data: bytes, stream: np.ndarray | None = None) -> np.ndarray:
         """What `pack` was given: u8 (B, row_bytes). Raises ValueError for bytes that are no code of such rows."""
-        known = len(data) > 4 and data[4] == 1
-        if len(data) < _HEADER or data[4] > 1 or (len(data) - _HEADER) % 4:
+        if len(data) < _HEADER or data[4] > 1:
             raise ValueError("no packed rows")
-        if known and stream is None:
+        count, left_out = int.from_bytes(data[:4], "little"), data[4] == 1
+        if left_out and stream is None:
             raise ValueError("rows packed with their dither keys cannot be unpacked without")
-        count = int.from_bytes(data[:4], "little")
         if stream is not None and count != len(stream):
             raise ValueError(f"{count} packed rows, expected {len(stream)}")
         if count * self.row_bytes > _MAX_BYTES:
             raise ValueError(f"{count} packed rows would take more than {_MAX_BYTES} bytes")
-        key = keys(stream, count) if stream is not None and known else np.zeros(0, np.uint64)
-        rows = np.zeros((count, 2, self.segment), np.uint8)
-        words = np.frombuffer(data, "<u4", offset=_HEADER)
-        if not entropy.decode(words, key, known, self.wide, *self._models, rows):
+        at = _HEADER + -(-count // 8)
+        if len(data) < at:
+            raise ValueError("packed rows cut short")
+        there = np.unpackbits(np.frombuffer(data, np.uint8, at - _HEADER, _HEADER), count=count).astype(bool)
+        if np.packbits(there).tobytes() != data[_HEADER:at]:
+            raise ValueError("no packed rows")
+        if left_out:
+            assert stream is not None  # refused above
+            key = keys(stream, count)[there]
+        else:
+            size = 8 * int(there.sum())
+            if len(data) < at + size:
+                raise ValueError("packed rows cut short")
+            key = np.frombuffer(data, "<u8", size // 8, at).astype(np.uint64)
+            at += size
+        if (len(data) - at) % 4:
+            raise ValueError("packed rows cut short")
+        views = np.zeros((len(key), 2, self.segment), np.uint8)
+        words = np.frombuffer(data, "<u4", offset=at)
+        if not entropy.decode(words, key, self.trellis, self.wide, *self._models, views):
             raise ValueError("packed rows that do not end where they should")
-        return rows.reshape(count, self.row_bytes)
+        rows = np.zeros((count, self.row_bytes), np.uint8)
+        rows[there] = self._rows(views, key)
+        return rows
+
+    def _rows(self, views: np.ndarray, key: np.ndarray) -> np.ndarray:
+        rows = np.zeros((len(views), self.row_bytes), np.uint8)
+        rows[:, :_KEY_BYTES] = key.astype("<u8").view(np.uint8).reshape(-1, _KEY_BYTES)
+        rows[:, _ALIGN:] = views.reshape(len(views), 2 * self.segment)
+        return rows
+
+    def _parts(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Views u8 (B, 2, segment) and dither keys u64 (B,) of rows."""
+        rows = checked_rows(rows, self)
+        key = rows[:, :_KEY_BYTES].copy().view("<u8").astype(np.uint64).reshape(len(rows))
+        return np.ascontiguousarray(rows[:, _ALIGN:]).reshape(len(rows), 2, self.segment), key
 
 
 def from_config(config: dict, where: str) -> Subspace:
@@ -177,7 +223,12 @@ def from_config(config: dict, where: str) -> Subspace:
         return UserError(f"{where}: {key}", found=found, expected=expected, fix="restore the store from a copy")
 
     fields: dict = {}
-    for name, low, high in (("classes", 2, MAX_CLASSES), ("dims", 1, MAX_DIMS), ("wide", 0, MAX_DIMS)):
+    for name, low, high in (
+        ("classes", 2, MAX_CLASSES),
+        ("dims", 1, MAX_DIMS),
+        ("trellis", 0, MAX_DIMS),
+        ("wide", 0, MAX_DIMS),
+    ):
         value = config[name]
         high = high if name == "classes" else min(high, fields["classes" if name == "dims" else "dims"])
         if type(value) is not int or not low <= value <= high:
@@ -199,4 +250,6 @@ def from_config(config: dict, where: str) -> Subspace:
         values = codec.array(name).astype(np.float64)
         if not ((values >= low) & (values <= high)).all():  # NaN compares false
             raise wrong(name, f"a value outside [{low:g}, {high:g}]", "what fit writes")
+    if (codec.array("beta")[codec.trellis :] > entropy.BETA_UNIT).any():
+        raise wrong("beta", f"a value beyond {entropy.BETA_UNIT} off the trellis", "what fit writes")
     return codec

@@ -1,7 +1,7 @@
 """Decoding stored labels in plain PyTorch, on any device: the specification of the kernels that decode in registers.
 
-A `Decoder` is what a codec knows, as tensors; kernels know neither stores nor codecs. `cache.codec` and
-`cache.entropy` describe the rows.
+A `Decoder` is what a codec knows, as tensors; kernels know neither stores nor codecs. `cache.codec`, `cache.subspace`
+and `cache.entropy` describe the rows.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,11 @@ class Decoder:
     beta: torch.Tensor | None = None
     """subspace: f32 (d,), share of the dither that is subtracted."""
     basis: torch.Tensor | None = None
-    """subspace: f32 (d, C), directions times steps."""
+    """subspace: i8 (d, P), directions, with C padded by zeros to a multiple of 16 so that rows are aligned."""
+    scale: torch.Tensor | None = None
+    """subspace: f32 (d,), a step along a direction is basis · scale · unit."""
+    unit: float = 1.0
+    """subspace: a power of two that lets every coefficient be a float16."""
     mean: torch.Tensor | None = None
     """subspace: f32 (C,)."""
 
@@ -35,15 +39,16 @@ def decode(rows: torch.Tensor, stream: torch.Tensor, decoder: Decoder) -> torch.
         scale, offset = rows[:, :16].contiguous().view(torch.float32).view(batch, 2, 2, 1).unbind(1)
         return rows[:, 16:].contiguous().view(torch.int8).view(batch, 2, decoder.classes) * scale + offset
     assert decoder.kind == "subspace" and decoder.beta is not None
-    assert decoder.basis is not None and decoder.mean is not None
+    assert decoder.basis is not None and decoder.scale is not None and decoder.mean is not None
     dims, wide = len(decoder.beta), decoder.wide
     half = (dims - wide + 1) // 2
-    segments = rows.view(batch, 2, -1)
+    segments = rows[:, 16:].reshape(batch, 2, -1)  # behind the dither key, which the caller has
     nibbles = segments[..., wide : wide + half]
     narrow = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)[..., : dims - wide].to(torch.int8)
     q = torch.cat([segments[..., :wide].contiguous().view(torch.int8), (narrow ^ 8) - 8], dim=-1).float()
     steps = q - decoder.beta * dither(stream, dims)
-    return steps @ decoder.basis + decoder.mean
+    along = decoder.basis[:, : decoder.classes] * (decoder.scale * decoder.unit)[:, None]
+    return steps @ along + decoder.mean
 
 
 def dither(stream: torch.Tensor, dims: int) -> torch.Tensor:

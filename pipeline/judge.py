@@ -28,6 +28,7 @@ _MARGIN = 4.0  # on the largest difference of two runs: a third may differ more
 _ULPS = 2.0**-22  # two units in the last place of w in [1, 2)
 _PROBES = 64
 _NEAR = 0.25  # of the code's own error: one coefficient of a hundred that is rounded the other way
+_APART = 2.0  # times the code's error: what another path may move a label by, and another sample moves it further
 _ALLOWED_KL = 1e-3  # nats, beyond twice what the manifest says
 
 _SEEN = np.dtype(
@@ -124,10 +125,11 @@ class Judge:
     def _compare_labels(self, seen: np.ndarray) -> Iterator[tuple[str, str, int, int]]:
         """What is wrong with the labels of rows whose w agrees.
 
-        Labels of another sample are at least sqrt(2) times the code's error away: both samples' errors. A code with
-        other parameters rounds a coefficient here and there otherwise, in all rows alike, if its parameters differ
-        little, and makes all rows far if they differ much. If it cannot say what the teacher says at all, stored labels
-        and what it makes of the teacher's answer may still agree: that leaves the KL divergence.
+        Labels of another sample are further than both samples' errors. A code with other parameters rounds a
+        coefficient here and there otherwise (on a trellis all of a view's, which moves it by its error and a half), in
+        many rows, if its parameters differ little, and makes all rows far if they differ much. If it cannot say what
+        the teacher says at all, stored labels and what it makes of the teacher's answer may still agree: that leaves
+        the KL divergence.
         """
         if not len(seen):
             return
@@ -136,7 +138,7 @@ class Judge:
         promised = promised.get(f"{_T:g}") if isinstance(promised, dict) else None
         allowed = 2 * promised + _ALLOWED_KL if isinstance(promised, float) else math.inf
         unfit = len(kl) > 1 and kl.mean() - 3 * kl.std() / math.sqrt(len(kl)) > allowed
-        wrong = unfit or far.mean() > 0.5 or (far.mean() > 0.1 and np.median(ratio[far]) < math.sqrt(2))
+        wrong = unfit or far.mean() > 0.5 or (far.mean() > 0.1 and np.median(ratio[far]) < _APART)
         name = self._store.manifest.codec["name"]
         for one, times in zip(seen, ratio, strict=True):
             if one["far"] or (unfit and one["kl"] > allowed):

@@ -18,6 +18,7 @@ from pipeline import policy as policies
 from pipeline.policy import Policy
 from pipeline.report import decimal, progress
 
+_LARGEST_STEP = 136  # |q - beta u|: a byte and half a dither of up to four steps
 _GPU_SHARE, _MEMORY_SHARE = 0.25, 0.5  # of what is free, that two planes may take: one in use, one on its way
 
 
@@ -106,6 +107,15 @@ def decoder_of(codec: Codec, device: torch.device) -> Decoder:
     name = codec.config["name"]
     if not isinstance(codec, Subspace):
         return Decoder(name, codec.classes)
-    beta = codec.array("beta").astype(np.float32) / 256
-    tensors = (torch.from_numpy(array.copy()).to(device) for array in (beta, codec.synthesis, codec.array("mean")))
-    return Decoder(name, codec.classes, codec.wide, *tensors)
+    basis, scale = codec.array("basis"), codec.array("scale")
+    unit = 2.0 ** np.ceil(np.log2(scale.max() * _LARGEST_STEP / 2**15))
+    return Decoder(
+        name,
+        codec.classes,
+        wide=codec.wide,
+        beta=torch.from_numpy(codec.array("beta").astype(np.float32) / 256).to(device),
+        basis=torch.from_numpy(np.pad(basis, ((0, 0), (0, -codec.classes % 16)))).to(device),
+        scale=torch.from_numpy(scale / np.float32(unit)).to(device),
+        unit=float(unit),
+        mean=torch.from_numpy(codec.array("mean").copy()).to(device),
+    )

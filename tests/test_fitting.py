@@ -5,15 +5,16 @@ KL, sizes and slopes are computed here, in float64, on pairs that no code was fi
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from test_subspace import coefficients, directions, dither, fields
+from test_subspace import coefficients, dither, fields, integers
 from threadpoolctl import threadpool_limits
 
 from bench import simulated
-from cache import UserError, fidelity, fitting
+from cache import UserError, entropy, fidelity, fitting
 from cache import codec as codecs
 from cache.subspace import Subspace
 
@@ -75,10 +76,10 @@ def unseen() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def fitted(seen) -> dict[float, Subspace]:
-    return {budget: fitting.fit(seen, budget) for budget in (0.05, 0.01, 0.002)}
+    return {budget: fitting.fit(seen, budget) for budget in (0.3, 0.05, 0.01, 0.002)}
 
 
-@pytest.mark.parametrize(("budget", "most"), [(0.05, 68), (0.01, 115), (0.002, 165)])
+@pytest.mark.parametrize(("budget", "most"), [(0.05, 43.5), (0.01, 87), (0.002, 148)])
 def test_labels_of_a_thousand_classes_fit_the_budget_in_few_bytes(fitted, unseen, budget, most):
     size, found, line = measured(fitted[budget], unseen)
     assert size <= most
@@ -86,7 +87,7 @@ def test_labels_of_a_thousand_classes_fit_the_budget_in_few_bytes(fitted, unseen
     assert found > 0.9 * budget, "a budget that is not used buys nothing"
     assert abs(line - 1) <= 0.02
     assert fitted[budget].dims <= simulated.FEATURES  # the rank of the head
-    assert fitted[0.05].segment <= 288  # bytes in memory: all but a few coefficients take half a one
+    assert fitted[0.05].segment <= 320  # bytes in memory: most coefficients take half a one
 
 
 def test_a_fidelity_is_what_it_says(fitted, unseen):
@@ -131,20 +132,44 @@ def test_the_code_of_a_large_teacher_survives_json(fitted):
         assert codecs.from_config(json.loads(json.dumps(codec.config))) == codec
 
 
+def errors(codec: Subspace, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Coefficients f64 (n, 2, d), decoded ones, which are q - beta u, and their difference."""
+    stream = np.arange(len(logits), dtype=np.uint64)
+    q = integers(codec.encode(logits, stream), codec.dims, codec.wide)
+    x, decoded = coefficients(codec, logits), q - fields(codec)["beta"] * dither(stream, codec.dims)
+    return x, decoded, decoded - x
+
+
 def test_noise_per_coefficient_is_the_documented_and_its_share_of_dither_the_best(fitted, unseen):
-    """Var e = E[f (1 - f)] (1 - beta) + beta² / 12 in steps squared: measured, and least at the fitted beta."""
-    codec, stream = fitted[0.05], np.arange(len(unseen), dtype=np.uint64)
-    x = coefficients(codec, unseen)
-    decoded = codec.decode(codec.encode(unseen, stream), stream)
-    error = (decoded - fields(codec)["mean"]) @ np.linalg.pinv(directions(codec)) - x
-    fraction, beta = (x % 1 * (1 - x % 1)).mean(axis=(0, 1)), fields(codec)["beta"]
-    expected = fraction * (1 - beta) + beta**2 / 12
+    """Var e = E[f (1 - f)] (1 - beta) + beta² / 12 in steps squared: measured, and least at the fitted beta.
+
+    On the trellis 0.26; each but those near its ends, of 1024 squares of a deviation of 0.33, to five deviations.
+    """
+    codec = fitted[0.3]
+    assert 100 < codec.trellis < codec.dims - 100
+    x, _, error = errors(codec, unseen)
     found = (error**2).mean(axis=(0, 1))
-    assert found.sum() == pytest.approx(expected.sum(), rel=0.01)
+    joint, found = found[: codec.trellis], found[codec.trellis :]
+    assert joint.mean() == pytest.approx(entropy.TRELLIS_NOISE, rel=0.02)
+    assert np.abs(joint[30:-30] - entropy.TRELLIS_NOISE).max() < 5 * 0.33 / 32
+    assert (fields(codec)["beta"][: codec.trellis] == entropy.TRELLIS_DITHER).all()
+    x, beta = x[..., codec.trellis :], fields(codec)["beta"][codec.trellis :]
+    fraction = (x % 1 * (1 - x % 1)).mean(axis=(0, 1))
+    expected = fraction * (1 - beta) + beta**2 / 12
     # |e| ≤ 1, so a mean of e² over 1024 vectors has a variance of at most Var e / 1024; 1/256 is the dither's grid.
+    assert found.sum() == pytest.approx(expected.sum(), abs=5 * math.sqrt(expected.sum() / 1024))
     assert (np.abs(found - expected) <= 5 * np.sqrt(expected / 1024) + 1 / 256).all()
     best = np.minimum(6 * fraction, 1)
     assert expected.sum() <= 1.02 * (fraction * (1 - best) + best**2 / 12).sum()
+
+
+def test_the_trellis_saves_an_eighth_of_the_bytes(fitted, seen, unseen, monkeypatch):
+    choices = fitting._choices()
+    dear = np.where(np.arange(len(choices.rate)) < choices.alone, choices.rate, np.inf)
+    monkeypatch.setattr(fitting, "_choices", lambda: replace(choices, rate=dear))
+    alone = fitting.fit(seen, 0.05)
+    assert alone.trellis == 0
+    assert measured(fitted[0.05], unseen)[0] < 0.875 * measured(alone, unseen)[0]
 
 
 def test_a_step_is_right_for_its_direction(fitted, unseen):
@@ -156,7 +181,7 @@ def test_a_step_is_right_for_its_direction(fitted, unseen):
     for tilt in (-0.3, 0.3):
         factor = np.exp(tilt * np.linspace(-1, 1, codec.dims))
         tilted = Subspace(
-            **{name: getattr(codec, name) for name in ("classes", "dims", "wide", "mean", "basis", "gain")},
+            **{name: getattr(codec, name) for name in ("classes", "dims", "trellis", "wide", "mean", "basis", "gain")},
             scale=(arrays["scale"] * factor).astype("<f4").tobytes(),
             beta=codec.beta,
             spread=np.rint(arrays["spread"] / factor).clip(1).astype("<i4").tobytes(),
@@ -175,10 +200,8 @@ def test_the_entropy_models_are_those_of_the_data(fitted, unseen):
     by 5 %, and heavy tails double it.
     """
     codec = fitted[0.01]
-    arrays, x = fields(codec), coefficients(codec, unseen)
-    u = dither(np.arange(len(unseen), dtype=np.uint64), codec.dims)[:, 0]
-    original = np.floor(x[:, 0] + u + 0.5) - arrays["beta"] * u
-    rest = x[:, 1] - arrays["gain"] / 4096 * original
+    arrays, (x, decoded, _) = fields(codec), errors(codec, unseen)
+    rest = x[:, 1] - arrays["gain"] / 4096 * decoded[:, 0]
     found = np.sqrt(np.stack([(x[:, 0] ** 2).mean(0), (rest**2).mean(0)])) * 512
     ratio = found / arrays["spread"]
     assert (np.abs(ratio.mean(axis=1) - 1) < 0.05).all()
@@ -293,6 +316,7 @@ def test_no_budget_makes_a_code_that_clips_or_cannot_be_read(budget):
     codec = fitting.fit(logits, budget)
     assert codecs.from_config(json.loads(json.dumps(codec.config))) == codec
     limit = np.where(np.arange(codec.dims) < codec.wide, 127, 7)
+    limit = limit - np.where(np.arange(codec.dims) < codec.trellis, 3.5, 0)  # 2 for the dither, 2 to go on, less 1/2
     assert (np.abs(coefficients(codec, logits)).max(axis=(0, 1)) < limit).all()
     assert abs(measured(codec, logits)[2] - 1) < 0.02 or budget > 1
 

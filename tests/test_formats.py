@@ -23,7 +23,7 @@ def test_a_frozen_example_reads_as_it_did(path):
     stream = np.array([int(key) for key in frozen["stream"]], np.uint64)
     rows = np.frombuffer(bytes.fromhex("".join(frozen["rows"])), np.uint8).reshape(len(stream), -1)
     expected = np.array(frozen["decoded"], np.float32)
-    for packed, keys in ((frozen["packed"], stream), (frozen["packed_without_keys"], None)):
+    for packed, keys in ((frozen["packed"], stream), (frozen["packed_with_keys"], None)):
         np.testing.assert_array_equal(codec.unpack(bytes.fromhex(packed), keys), rows)
         assert codec.pack(rows, keys).hex() == packed
     decoded = codec.decode(rows, stream)
@@ -34,3 +34,9 @@ def test_a_frozen_example_reads_as_it_did(path):
 
 def test_every_codec_has_a_frozen_example():
     assert {path.stem.split("-")[0] for path in FIXTURES} == set(codecs.NAMES)
+
+
+def test_the_frozen_subspace_has_bytes_and_nibbles_on_the_trellis_and_some_off_it():
+    (path,) = (path for path in FIXTURES if path.stem.startswith("subspace"))
+    config = json.loads(path.read_text())["config"]
+    assert 0 < config["wide"] < config["trellis"] < config["dims"]

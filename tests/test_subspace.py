@@ -17,7 +17,7 @@ U = 2.0**-24  # half a unit in the last place of float32, relative
 TYPES = {"mean": "<f4", "basis": "i1", "scale": "<f4", "beta": "<u2", "spread": "<i4", "gain": "<i2"}
 
 
-def coded(classes: int = 40, dims: int = 24, wide: int = 8, seed: int = 0, **arrays) -> Subspace:
+def coded(classes: int = 40, dims: int = 24, wide: int = 8, seed: int = 0, trellis: int = 0, **arrays) -> Subspace:
     """A code of random directions; `arrays` replace those drawn here."""
     rng = np.random.default_rng(seed)
     frame = rng.normal(size=(dims, classes))
@@ -27,14 +27,14 @@ def coded(classes: int = 40, dims: int = 24, wide: int = 8, seed: int = 0, **arr
         "mean": rng.normal(size=classes),
         "basis": np.rint(frame / peak[:, None] * 127),
         "scale": peak / 127 * np.exp(rng.normal(-1, 1, dims)),
-        "beta": rng.integers(0, 257, dims),
+        "beta": rng.integers(0, 257, dims) * np.where(np.arange(dims) < trellis, 4, 1),
         "spread": np.rint(np.exp(rng.uniform(0, 9, (2, dims)))),
         "gain": rng.integers(-5000, 5001, dims),
         **arrays,
     }
     text = {name: base64.b64encode(np.asarray(drawn[name], TYPES[name]).tobytes()).decode() for name in TYPES}
-    config = {"name": "subspace", "format": 1, "classes": classes, "dims": dims, "wide": wide, **text}
-    made = codecs.from_config(config)
+    sizes = {"classes": classes, "dims": dims, "trellis": trellis, "wide": wide}
+    made = codecs.from_config({"name": "subspace", "format": 1, **sizes, **text})
     assert isinstance(made, Subspace)
     return made
 
@@ -61,9 +61,15 @@ def dither(stream: np.ndarray, dims: int) -> np.ndarray:
     return (2 * drawn.reshape(len(stream), 2, dims).astype(np.float64) - 255) / 512
 
 
+def header(stream: np.ndarray) -> np.ndarray:
+    """u8 (B, 16): each row's key, lowest byte first, and zeros."""
+    return np.array([list(int(key).to_bytes(16, "little")) for key in stream], np.uint8).reshape(len(stream), 16)
+
+
 def integers(rows: np.ndarray, dims: int, wide: int) -> np.ndarray:
-    """q i64 (B, 2, d) of rows: whole bytes, then low nibbles, then high ones, then zeros."""
-    views = rows.reshape(len(rows), 2, rows.shape[1] // 2)
+    """q i64 (B, 2, d) of rows: after the header whole bytes, then low nibbles, then high ones, then zeros."""
+    assert not rows[:, 8:16].any()
+    views = rows[:, 16:].reshape(len(rows), 2, (rows.shape[1] - 16) // 2)
     half = -(-(dims - wide) // 2)
     nibbles = np.concatenate([views[..., wide : wide + half] & 15, views[..., wide : wide + half] >> 4], axis=2)
     assert not nibbles[..., dims - wide :].any()
@@ -121,8 +127,8 @@ def streams(count: int, seed: int = 0) -> np.ndarray:
 @st.composite
 def codes(draw) -> Subspace:
     dims = draw(st.integers(1, 40))
-    wide = draw(st.integers(0, dims))
-    return coded(dims + draw(st.integers(1, 9)), dims, wide, draw(st.integers(0, 2**32)))
+    wide, trellis = draw(st.integers(0, dims)), draw(st.integers(0, dims))
+    return coded(dims + draw(st.integers(1, 9)), dims, wide, draw(st.integers(0, 2**32)), trellis)
 
 
 # Dither
@@ -153,37 +159,42 @@ def test_dither_bytes_lie_where_the_format_says():
 @settings(deadline=None, max_examples=60)
 @given(codes(), st.integers(0, 2**32), st.integers(0, 6))
 def test_decoding_is_that_of_the_format(codec, seed, count):
-    """Whatever integers the rows hold."""
+    """Whatever integers the rows hold: with the rows' own keys, or others that stand in for them."""
     rng = np.random.default_rng(seed)
     used = codec.wide + (codec.dims - codec.wide) // 2  # an odd nibble's other half is padding
-    rows = np.zeros((count, 2, codec.segment), np.uint8)
-    rows[..., :used] = rng.integers(0, 256, (count, 2, used))
-    rows[..., used : used + (codec.dims - codec.wide) % 2] = rng.integers(0, 16)
-    rows, stream = rows.reshape(count, codec.row_bytes), streams(count, seed)
-    expected, bound = reference_decode(codec, rows, stream)
-    decoded = codec.decode(rows, stream)
-    assert decoded.dtype == np.float32
-    assert decoded.shape == (count, 2, codec.classes)
-    assert (np.abs(decoded - expected) <= bound).all()
+    views = np.zeros((count, 2, codec.segment), np.uint8)
+    views[..., :used] = rng.integers(0, 256, (count, 2, used))
+    views[..., used : used + (codec.dims - codec.wide) % 2] = rng.integers(0, 16)
+    own, others = streams(count, seed), streams(count, seed + 1)
+    rows = np.hstack([header(own), views.reshape(count, 2 * codec.segment)])
+    for stream, decoded in ((own, codec.decode(rows)), (others, codec.decode(rows, others))):
+        expected, bound = reference_decode(codec, rows, stream)
+        assert decoded.dtype == np.float32
+        assert decoded.shape == (count, 2, codec.classes)
+        assert (np.abs(decoded - expected) <= bound).all()
 
 
 @settings(deadline=None, max_examples=60)
 @given(codes(), st.integers(0, 2**32), st.integers(0, 6))
 def test_encoding_rounds_the_coefficient_plus_its_dither(codec, seed, count):
-    """q = floor(x + u + 1/2), clipped; but for an x that float32 takes for its neighbour, within 1e-3 of a tie."""
+    """q = floor(x + u + 1/2), clipped; but for an x that float32 takes for its neighbour, within 1e-3 of a tie.
+
+    Off the trellis, that is; test_trellis.py has the others.
+    """
     rng = np.random.default_rng(seed)
     spread = np.exp(rng.uniform(-3, 5, (count, 2, 1)))
     logits = with_coefficients(codec, spread * rng.normal(size=(count, 2, codec.dims)))
     stream = streams(count, seed)
     rows = codec.encode(logits, stream)
     assert rows.shape == (count, codec.row_bytes)
+    np.testing.assert_array_equal(rows[:, :16], header(stream))
     found = integers(rows, codec.dims, codec.wide)
     wide = np.arange(codec.dims) < codec.wide
     exact = coefficients(codec, logits) + dither(stream, codec.dims) + 0.5
     low, high = (
         np.floor(exact + slack).clip(np.where(wide, -128, -8), np.where(wide, 127, 7)) for slack in (-1e-3, 1e-3)
     )
-    assert ((low <= found) & (found <= high)).all()
+    assert ((low <= found) & (found <= high))[..., codec.trellis :].all()
 
 
 @pytest.mark.parametrize("size", [7.4, 9, 126, 128, 200, 255, 257, 1000, 30000])
@@ -222,7 +233,7 @@ def test_another_key_or_view_gives_other_rows():
     codec = coded(beta=np.full(24, 256))
     logits = with_coefficients(codec, np.repeat(np.random.default_rng(0).normal(size=(1, 1, 24)), 2, axis=1))
     rows = np.concatenate([codec.encode(logits, np.array([key], np.uint64)) for key in (0, 1, 2**32, 2**63)])
-    assert len({view.tobytes() for view in rows.reshape(8, -1)}) == 8
+    assert len({view.tobytes() for view in rows[:, 16:].reshape(8, -1)}) == 8
 
 
 @pytest.mark.parametrize("name", codecs.NAMES)
@@ -319,10 +330,11 @@ def test_a_config_survives_json_and_decides_equality():
     again = codecs.from_config(json.loads(json.dumps(codec.config)))
     assert again == codec
     assert hash(again) == hash(codec)
-    assert set(codec.config) == {"name", "format", "classes", "dims", "wide", *TYPES}
+    assert set(codec.config) == {"name", "format", "classes", "dims", "trellis", "wide", *TYPES}
     for name in TYPES:
         assert coded(seed=1, **{name: np.ones_like(fields(codec)[name])}) != codec
     assert coded(seed=1, wide=9) != codec
+    assert coded(seed=1, trellis=1, **fields(codec) | {"beta": fields(codec)["beta"] * 256}) != codec
 
 
 def text(dtype: str, *values, count: int = 24) -> str:
@@ -334,14 +346,14 @@ def text(dtype: str, *values, count: int = 24) -> str:
     [
         *(("classes", value) for value in (1, 0, 39, 41, 2**20 + 1, 10**400, 40.0, "40", None, True)),
         *(("dims", value) for value in (0, -1, 23, 25, 41, 5000, 2**40, 24.0, "24", None, True, [24])),
-        *(("wide", value) for value in (-1, 25, 10**400, 8.0, None, False)),
+        *((key, value) for key in ("trellis", "wide") for value in (-1, 25, 10**400, 8.0, None, False)),
         *((key, value) for key in TYPES for value in ("", None, 7, b"AAAA", [], {}, "A" * 8, "A" * 10**6, "é" * 128)),
         *((key, "?" * len(coded().config[key])) for key in TYPES),
         *((key, coded().config[key][:-4] + "A===") for key in TYPES),
         *((key, coded().config[key][:-4] + "\n\n\n\n") for key in TYPES),
         *(("mean", text("<f4", 0, bad, count=40)) for bad in (np.nan, np.inf, -np.inf, 2e6, -2e6)),
         *(("scale", text("<f4", 1, bad)) for bad in (np.nan, np.inf, 0, -1, 1e-13, 2e6)),
-        *(("beta", text("<u2", 256, bad)) for bad in (257, 65535)),
+        *(("beta", text("<u2", 256, bad)) for bad in (257, 1024, 1025, 65535)),
         *(("spread", text("<i4", 1, bad, count=48)) for bad in (0, -1, 2**20 + 1, 2**31 - 1)),
     ],
 )
@@ -355,6 +367,18 @@ def test_a_hostile_config_is_refused_by_the_name_of_the_key(key, value):
     assert "fix: " in message
     assert len(message) < 400
     assert message.isprintable()
+
+
+def test_a_dither_wider_than_a_step_is_for_the_trellis_only():
+    """Four steps there; what is not there would be decoded with a noise that no encoder made."""
+    beta = np.where(np.arange(24) < 7, 1024, 256)
+    config = coded(trellis=7, beta=beta).config
+    for at, bad in ((0, 1025), (6, 65535), (7, 257), (23, 1024)):
+        other = np.where(np.arange(24) == at, bad, beta)
+        with pytest.raises(UserError, match=r"store/codec: beta; found .*, expected "):
+            codecs.from_config({**config, "beta": text("<u2", *other)}, "store/codec")
+    with pytest.raises(UserError, match="store/codec: beta; found "):
+        codecs.from_config({**config, "trellis": 6}, "store/codec")
 
 
 @pytest.mark.parametrize("key", [*subspace.CONFIG_KEYS, "name", "format", "extra"])
