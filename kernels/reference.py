@@ -4,6 +4,8 @@ Works in any floating dtype and on any device; in float64 its autograd is the or
 Shao, Qiu, Song, *What Role Does Data Augmentation Play in Knowledge Distillation?*, ACCV 2022.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,9 +41,62 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(1)
 
 
-def cross_entropy(student: Tensor, target: Tensor) -> Tensor:
-    """−log softmax(student)[target] in nats, (B, C) and integer (B,) -> (B,)."""
-    return -F.log_softmax(student, dim=1).gather(1, target.long()[:, None]).squeeze(1)
+def cross_entropy(student: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """−Σ_c y_c log softmax(student)_c in nats, (B, C) and integer (B,) -> (B,); y is (1 − ε) e_target + ε/C."""
+    log_q = F.log_softmax(student, dim=1)
+    picked = log_q.gather(1, target.long()[:, None]).squeeze(1)
+    return -(1 - label_smoothing) * picked - (label_smoothing * log_q.mean(1) if label_smoothing else 0)
+
+
+class Parts(NamedTuple):
+    """What a loss is made of, per pair, (B,) each; zero where there is no label."""
+
+    ce_o: Tensor
+    ce_a: Tensor
+    kl_o: Tensor
+    kl_a: Tensor
+    w: Tensor
+    agree_o: Tensor
+    """1 where a class is the largest of both student and teacher, else 0."""
+    agree_a: Tensor
+
+
+def ccd_parts(
+    student_o: Tensor,
+    student_a: Tensor,
+    teacher_o: Tensor,
+    teacher_a: Tensor,
+    target: Tensor,
+    *,
+    temperature: float,
+    weight: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    valid: Tensor | None = None,
+) -> Parts:
+    """The terms of `ccd_loss`, differentiable in `student_*`; arguments as there."""
+    teacher_o, teacher_a = teacher_o.detach(), teacher_a.detach()
+    if valid is not None:  # what stands in rows without labels, NaN too, must not reach a gradient
+        student_o, student_a, teacher_o, teacher_a = (
+            torch.where(valid[:, None], row, 0) for row in (student_o, student_a, teacher_o, teacher_a)
+        )
+        target = torch.where(valid, target, 0)
+    if weight is None:
+        weight = cosine_weight(teacher_o, teacher_a)
+    elif not isinstance(weight, Tensor):
+        weight = torch.full_like(student_o[:, 0], weight)
+    agree = [
+        ((z == z.amax(1, keepdim=True)) & (t == t.amax(1, keepdim=True))).any(1)
+        for z, t in ((student_o, teacher_o), (student_a, teacher_a))
+    ]
+    parts = Parts(
+        cross_entropy(student_o, target, label_smoothing),
+        cross_entropy(student_a, target, label_smoothing),
+        kl_divergence(student_o, teacher_o, temperature),
+        kl_divergence(student_a, teacher_a, temperature),
+        weight.detach(),
+        *(same.to(student_o.dtype) for same in agree),
+    )
+    return parts if valid is None else Parts(*(torch.where(valid, part, 0) for part in parts))
 
 
 def ccd_loss(
@@ -54,7 +109,10 @@ def ccd_loss(
     temperature: float,
     alpha: float,
     kd_weight: float,
-    weight: Tensor | None = None,
+    weight: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    valid: Tensor | None = None,
+    count: Tensor | float | None = None,
 ) -> Tensor:
     """Loss of a batch of pairs of views, `o` original and `a` augmented -> scalar, differentiable in `student_*`.
 
@@ -62,15 +120,24 @@ def ccd_loss(
         soft = ½ · (mean_i KL_o,i + mean_i w_i · KL_a,i)
         loss = kd_weight · (alpha · hard + (1 − alpha) · T² · soft)
 
-    `student_*`, `teacher_*`: logits (B, C); `target`: integer (B,). `weight`: w (B,); None takes
-    `cosine_weight(teacher_o, teacher_a)`, ones make it plain distillation (KD).
+    `student_*`, `teacher_*`: logits (B, C); `target`: integer (B,). `weight`: w (B,) or one for all; None takes
+    `cosine_weight(teacher_o, teacher_a)`, 1 makes it plain distillation (KD). `valid`: bool (B,), pairs that count.
+    `count`: the number of pairs that means divide by; None: those that count.
     """
-    teacher_o, teacher_a = teacher_o.detach(), teacher_a.detach()
-    if weight is None:
-        weight = cosine_weight(teacher_o, teacher_a)
-    hard = (cross_entropy(student_o, target) + cross_entropy(student_a, target)).mean() / 2
-    kl_o = kl_divergence(student_o, teacher_o, temperature)
-    kl_a = kl_divergence(student_a, teacher_a, temperature)
-    soft = (kl_o + weight.detach() * kl_a).mean() / 2
+    parts = ccd_parts(
+        student_o,
+        student_a,
+        teacher_o,
+        teacher_a,
+        target,
+        temperature=temperature,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        valid=valid,
+    )
+    if count is None:
+        count = len(target) if valid is None else valid.sum().clamp(min=1)
+    hard = (parts.ce_o + parts.ce_a).sum() / (2 * count)
+    soft = (parts.kl_o + parts.w * parts.kl_a).sum() / (2 * count)
     hard_factor, soft_factor = coefficients(temperature, alpha, kd_weight)
     return hard_factor * hard + soft_factor * soft

@@ -223,7 +223,7 @@ class Demo(Machine):
 class Bench:
     """Time this package against its alternatives: interleaved, with medians and their spread."""
 
-    suite: Annotated[Literal["loader", "store", "codec-transfer"], tyro.conf.Positional]
+    suite: Annotated[Literal["loader", "kernels", "store", "codec-transfer"], tyro.conf.Positional]
     """What to time; codec-transfer trains small students on each label format."""
     data: Path | None = None
     """Prepared data set; without it synthetic:512, prepared once and kept in WORK."""

@@ -1,0 +1,187 @@
+"""The loss kernels compiled ahead of time, which takes no GPU: registers, spilled bytes and widths of loads."""
+
+import contextlib
+import io
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from triton import compile, knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import ccd_gpu, fused, labels_gpu
+
+ARCHITECTURES = (80, 90, 100)
+CLASSES = (10, 100, 257, 1000, 1001, 4096, 21841)
+DTYPES = ("fp32", "bf16", "fp16")
+FORMATS = ("fp32", "bf16", "fp16", "int8")
+"""Of the teacher: dense of a dtype (rows of fp16 codecs are dense fp16), or int8 rows."""
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of a kernel."""
+
+    arch: int
+    classes: int
+    student: str
+    teacher: str
+    cosine: bool = False
+    """w from the teacher's rows; else stored."""
+    gradient: bool = True
+    masked: bool = False
+    """With a validity mask, a device count, label smoothing and T = 3: everything that can be switched on."""
+    padded: bool = False
+    """Rows of students, gradients and dense teachers lie a multiple of 8 logits apart."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    registers: int
+    spilled_bytes: int
+    load_bits: dict[str, int]
+    """Widest load of student and teacher rows, in bits."""
+    atomics: bool
+    ptx: str
+
+
+def cases(classes: tuple[int, ...] = CLASSES) -> Iterator[Case]:
+    """Every class of C, dtype and format on every architecture."""
+    for arch in ARCHITECTURES:
+        for count in classes:
+            for student in DTYPES:
+                for teacher in FORMATS:
+                    yield Case(arch, count, student, teacher)
+            yield Case(arch, count, "bf16", "int8", cosine=True, masked=True)
+            yield Case(arch, count, "fp32", "fp32", gradient=False)
+            if count % 8:
+                yield Case(arch, count, "bf16", "bf16", padded=True)
+
+
+def expected_bits(case: Case) -> dict[str, int]:
+    """The widest loads that the distance between rows and eight logits per thread allow, 128 bits at most."""
+    apart = -(-case.classes // 8) * 8 if case.padded else case.classes
+    block = max(1 << (case.classes - 1).bit_length(), 16)  # no more than a row in one load
+    found = {}
+    for name, dtype in (("student_o", case.student), ("teacher_o", case.teacher)):
+        size = _BYTES[dtype]
+        row = (16 + 2 * case.classes if dtype == "int8" else apart) * size
+        found[name] = 8 * min(row & -row, (apart & -apart) * size, 8 * size, block * size, 16)
+    return found
+
+
+def compile_loss(case: Case) -> Compiled:
+    """`one_pass` or `two_pass` as `kernels.fused` launches it, on rows that start at multiples of 16 bytes."""
+    options = fused.launch_options(case.classes)
+    launch = {name: options.pop(name) for name in ("num_warps", "maxnreg", "enable_fp_fusion") if name in options}
+    kernel: Any = ccd_gpu.one_pass if case.classes <= fused._WHOLE else ccd_gpu.two_pass
+    int8 = case.teacher == "int8"
+    apart = -(-case.classes // 8) * 8 if case.padded else case.classes
+    stride = 16 + 2 * case.classes if int8 else apart
+    constants: dict[str, Any] = {
+        "STRIDE_STUDENT_O": apart,
+        "STRIDE_STUDENT_A": apart,
+        "STRIDE_TEACHER_O": stride,
+        "STRIDE_TEACHER_A": stride,
+        "STRIDE_HEADER": stride // 2,
+        "OFFSET_O": 16 if int8 else 0,
+        "OFFSET_A": 16 + case.classes if int8 else 0,
+        "STRIDE_GRAD_O": apart,
+        "STRIDE_GRAD_A": apart,
+        "CLASSES": case.classes,
+        "READ_STUDENT": apart,
+        "READ_TEACHER": case.classes if int8 else apart,
+        "WRITE": apart,
+        "POWER": 0 if case.masked else 4,
+        "COSINE": case.cosine,
+        "SMOOTH": case.masked,
+        "COMPUTE": fused._language(fused.torch.float32),
+        **options,
+    }
+    teacher = "*i8" if int8 else f"*{case.teacher}"
+    types = {
+        "student_o": f"*{case.student}",
+        "student_a": f"*{case.student}",
+        "teacher_o": teacher,
+        "teacher_a": teacher,
+        "header": "*i16" if int8 else None,
+        "target": "*i64",
+        "weight": None if case.cosine else "*fp32",
+        "valid": "*u8" if case.masked else None,
+        "count": "*fp32" if case.masked else None,
+        "loss_scale": "*fp32" if case.student == "fp16" else None,
+        "parts": "*fp32",
+        "grad_o": f"*{case.student}" if case.gradient else None,
+        "grad_a": f"*{case.student}" if case.gradient else None,
+        "batch": "i32",
+        "parts_stride": "i32",
+        **dict.fromkeys(("inverse_t", "hard", "soft", "same_weight", "smoothing"), "fp32"),
+    }
+    return _compile(kernel, types, constants, case.arch, launch, ("student_o", "teacher_o"))
+
+
+def compile_decode(arch: int, classes: int, dims: int, wide: int) -> Compiled:
+    """The product that decodes subspace rows."""
+    sizes = labels_gpu.options(dims)
+    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    segment = -(-(wide + (dims - wide + 1) // 2) // 16) * 16
+    constants = {
+        "ROW_BYTES": 16 + 2 * segment,
+        "SEGMENT": segment,
+        "WIDE": wide,
+        "DIMS": dims,
+        "CLASSES": classes,
+        "STRIDE_BASIS": -(-classes // 16) * 16,
+        **sizes,
+    }
+    types = {
+        "rows": "*u8",
+        "stream": "*i64",
+        "basis": "*i8",
+        **dict.fromkeys(("scale", "beta", "mean", "out"), "*fp32"),
+        "vectors": "i32",
+        "unit": "fp32",
+    }
+    return _compile(labels_gpu.decode, types, constants, arch, options, ("basis",))
+
+
+def _compile(kernel: Any, types: dict, constants: dict, arch: int, options: dict, watched: tuple[str, ...]) -> Compiled:
+    names = kernel.arg_names
+    constants = {**{name: None for name, kind in types.items() if kind is None}, **constants}
+    signature = {name: types.get(name) or "constexpr" for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(kernel, signature, constants, aligned)
+    log = io.StringIO()
+    with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.nvidia.scope():
+        knobs.cache.dir, knobs.nvidia.dump_ptxas_log = cache, True
+        with contextlib.redirect_stdout(log):
+            compiled = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    registers, spilled = (
+        int(number)
+        for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+        for number in re.findall(pattern, log.getvalue())[:1]
+    )
+    pointers = [name for name in names if signature[name] != "constexpr"]
+    return Compiled(
+        registers=registers,
+        spilled_bytes=spilled,
+        load_bits={name: _load_bits(ptx, pointers.index(name)) for name in watched},
+        atomics=bool(re.search(r"\b(atom|red)\.", ptx)),
+        ptx=ptx,
+    )
+
+
+def _load_bits(ptx: str, argument: int) -> int:
+    """Widest global load, in bits, from what an argument points to: its address followed through the registers."""
+    addresses = set(re.findall(rf"ld\.param\.b64\s+(%\w+), \[\w+_param_{argument}\]", ptx))
+    sums = re.findall(r"^\s*(?:@!?%\w+\s+)?(?:add|mad|mov|selp)[.\w]*\s+(%rd\w+), (.+);", ptx, re.MULTILINE)
+    while more := {to for to, by in sums if to not in addresses and addresses & set(re.findall(r"%\w+", by))}:
+        addresses |= more
+    loads = re.findall(r"\bld\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)\s[^\[]*\[\s*(%\w+)", ptx)
+    return max((int(count or 1) * int(bits) for count, bits, address in loads if address in addresses), default=0)

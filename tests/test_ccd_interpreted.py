@@ -1,0 +1,18 @@
+"""Runs `interpreted_ccd.py`: Triton chooses its interpreter when a kernel is decorated, so in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+
+def test_the_kernels_meet_float64_in_the_interpreter():
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "interpreted_ccd.py"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
