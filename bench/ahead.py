@@ -78,7 +78,7 @@ def expected_bits(case: Case) -> dict[str, int]:
 def compile_loss(case: Case) -> Compiled:
     """`one_pass` or `two_pass` as `kernels.fused` launches it, on rows that start at multiples of 16 bytes."""
     options = fused.launch_options(case.classes)
-    launch = {name: options.pop(name) for name in ("num_warps", "maxnreg", "enable_fp_fusion") if name in options}
+    launch = {name: options.pop(name) for name in ("num_warps", "maxnreg", "enable_fp_fusion")}
     kernel: Any = ccd_gpu.one_pass if case.classes <= fused._WHOLE else ccd_gpu.two_pass
     int8 = case.teacher == "int8"
     apart = -(-case.classes // 8) * 8 if case.padded else case.classes

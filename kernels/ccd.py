@@ -140,10 +140,11 @@ def _by_torch(student_o, student_a, teacher_o, teacher_a, target: Tensor, option
         *logits, target, alpha=options.alpha, kd_weight=options.kd_weight, count=options.count, **numbers
     )
     dtype = torch.promote_types(student_o.dtype, torch.float32)
+    loss = loss.to(dtype)
     if not options.parts:
-        return loss.to(dtype)
+        return loss
     with torch.no_grad():
-        return loss.to(dtype), Parts(*(part.to(dtype) for part in reference.ccd_parts(*logits, target, **numbers)))
+        return loss, Parts(*(part.to(dtype) for part in reference.ccd_parts(*logits, target, **numbers)))
 
 
 def _by_kernel(student_o, student_a, target, teacher, options: _Options, kind="dense", wide=0, unit=1.0):

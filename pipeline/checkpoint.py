@@ -5,15 +5,20 @@ import io
 import json
 import os
 import pickle
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from cache import UserError
+from pipeline import ranks
 from pipeline.config import Training
 
 # May differ between a run and its continuation: they do not decide the result on a given machine.
-_OPERATIONAL = {"resume", "threads", "device", "checkpoint_steps", "eval_epochs", "val"}
+_OPERATIONAL = {
+    *("resume", "threads", "device", "checkpoint_steps", "eval_epochs", "val", "log_steps", "tensorboard", "wandb"),
+    *("dry_run", "shard_cache", "shard_cache_gb", "plane", "check_steps"),
+}
 
 
 def open_run(config: Training) -> None:
@@ -24,7 +29,7 @@ def open_run(config: Training) -> None:
     """
     path = config.out / "config.json"
     options = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    if config.out.exists() and not config.resume:
+    if config.out.exists() and not config.resume and not ranks.restarted():
         raise UserError(
             f"output folder {config.out} exists", fix="pass --resume to continue it, or choose another --out"
         )
@@ -46,8 +51,43 @@ def open_run(config: Training) -> None:
             )
 
 
-def save(out: Path, state: dict) -> None:
-    """Write `state` (tensors, numbers, strings, containers) so that a kill leaves the old or the new one, whole."""
+class Saver:
+    """Writes checkpoints in the background, one at a time; a kill leaves the old or the new one, whole."""
+
+    def __init__(self, out: Path):
+        self._out, self._writer = out, ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: Future | None = None
+
+    def __call__(self, state: dict) -> None:
+        """Save `state` (tensors, numbers, strings, containers) as it is now; training may go on at once.
+
+        Raises UserError if this or the last one could not be written.
+        """
+        self.wait()
+        self._last = self._writer.submit(_save, self._out, copied(state))
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk. Raises UserError if it could not be written."""
+        last, self._last = self._last, None
+        if last:
+            last.result()
+
+    def close(self) -> None:
+        self._writer.shutdown()
+
+
+def copied(state):
+    """A copy of the state on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: copied(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(copied(value) for value in state)
+    return state
+
+
+def _save(out: Path, state: dict) -> None:
     buffer = io.BytesIO()  # torch's own file writer turns a full disk into a RuntimeError without a cause
     torch.save(state, buffer)
     write_atomically(out / "checkpoint.pt", buffer.getbuffer())

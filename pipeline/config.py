@@ -11,7 +11,8 @@ import yaml
 from cache import UserError
 from pipeline.suggest import did_you_mean
 
-Loss = Literal["ce", "kd", "ccd"]
+Loss = Literal["ce", "kd", "ccd", "ccd-mean", "dkd", "dist", "standardised"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,19 @@ class Training(Machine):
     nesterov: bool = False
     clip: float = 0.0
     """Clip the gradient norm; 0: never."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network; losses are always fp32."""
+    label_smoothing: float = 0.0
+    accumulate: int = 1
+    """Parts that a step's images pass the network in, where memory does not hold them at once."""
+    precision: Precision = "auto"
+    """Arithmetic of the network; auto: bf16 on a GPU that has it, else fp32. Losses are always fp32; fp16 is scaled."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    ema: float = 0.0
+    """Keep an exponential moving average of the weights with this decay, evaluate and export it; 0: none."""
+    sync_bn: bool = True
+    """With several processes, batch statistics over all of them: results do not depend on their number."""
+    few_shot: float = 1.0
+    """Share of the training samples to use, of each class alike (claim d of the paper)."""
     seed: int = 0
     """Seed of the initial weights, the order and (without a store) the views."""
     shuffle_window: int = 0
@@ -86,6 +98,14 @@ class Training(Machine):
     """Steps between checkpoints; one is also written after each epoch."""
     eval_epochs: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    log_steps: int = 50
+    """Steps between records of loss, its parts, rate and waiting in metrics.jsonl; each waits for the GPU once."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to OUT/tensorboard."""
+    wandb: str | None = None
+    """Also log to this project of Weights & Biases, if it is installed."""
+    dry_run: bool = False
+    """Check everything, time two steps, print what the run would take, and write nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +158,23 @@ class PrecomputeTeacher(Machine):
 class TrainStudent(Training):
     """Train a student on stored soft labels."""
 
-    store: str
-    """Store of soft labels: a folder or an s3:// URL."""
+    store: str | None = None
+    """Store of soft labels, a folder or an s3:// URL; it also says which views there are. Without it views are drawn
+    from the seed, for ce and for a live teacher."""
     student: str
     """Network NAME, or NAME@WEIGHTS to start from."""
     loss: Loss = "ccd"
-    """ce: labels only; kd: w ≡ 1; ccd: augmented views weighted by the teacher's agreement with itself."""
+    """ce: labels only; kd: w ≡ 1; ccd: augmented views weighted by the teacher's agreement with itself; ccd-mean: all
+    weighted by the mean of that, its fair control; dkd, dist, standardised: see pipeline/losses.py."""
+    live_teacher: str | None = None
+    """Teacher NAME@WEIGHTS that answers in the loop instead of the stored labels, on the store's views; the paper's
+    online way."""
+    check_teacher: str | None = None
+    """Teacher NAME@WEIGHTS to compare the stored labels with, every so often."""
+    check_steps: int = 1000
+    """Steps between these comparisons."""
+    augmented_fraction: float = 0.5
+    """Share of augmented views among those that the network sees (claim c of the paper)."""
     temperature: float = 4.0
     alpha: float = 0.5
     """Share of the hard loss."""
@@ -155,7 +186,7 @@ class TrainStudent(Training):
     check_share: float = 0.001
     """Share of each epoch's samples whose pixels are compared with what the teacher saw."""
     policy: str | None = None
-    """Refuse the store unless it was made with this policy."""
+    """Refuse the store unless it was made with this policy; without a store, the policy (imagenet)."""
     teacher: str | None = None
     """Refuse the store unless this teacher, NAME[@WEIGHTS], made it."""
 
@@ -171,7 +202,7 @@ class Evaluate(Machine):
     policy: str = "imagenet"
     """Whose base transform decides size, crop and normalisation."""
     batch_size: int = 128
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)

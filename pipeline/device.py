@@ -6,16 +6,21 @@ from pathlib import Path
 import torch
 
 from cache import UserError
+from pipeline import ranks
 from pipeline.config import Machine
 from pipeline.index import Index
 
 
 def pick(machine: Machine) -> torch.device:
-    """The device asked for; `auto` takes a GPU if there is one."""
+    """The device asked for; `auto` takes a GPU if there is one, each process of a torchrun job its own."""
     available = torch.cuda.is_available()
     if machine.device == "cuda" and not available:
         raise UserError("no CUDA device", found="none", expected="--device cuda has one", fix="use --device cpu")
-    return torch.device("cuda" if available and machine.device != "cpu" else "cpu")
+    if not available or machine.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def open_data(machine: Machine, path: str | Path, split: str) -> Index:
@@ -43,8 +48,18 @@ def place(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return module.to(device).to(memory_format=torch.channels_last)
 
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def arithmetic(precision: str, device: torch.device) -> str:
+    """The precision meant by `auto`: bf16 on a GPU that has it, else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision in _DTYPES)
 
 
 class Normalise(torch.nn.Module):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pipeline import device as devices
-from pipeline import models, views
+from pipeline import models, ranks, views
 from pipeline import policy as policies
 from pipeline.config import Evaluate, Machine
 from pipeline.device import Normalise
@@ -27,7 +27,8 @@ def run(config: Evaluate) -> None:
     normalise = Normalise(network.mean or policy.mean, network.std or policy.std, device)
     models.probe(network, policy.base.size)
     module = devices.place(network.module, device)
-    result = evaluate(module, normalise, index, policy, config.batch_size, config, config.precision)
+    precision = devices.arithmetic(config.precision, device)
+    result = evaluate(module, normalise, index, policy, config.batch_size, config, precision)
     summary("evaluation", {"model": config.model, "data": Path(config.data), **shown(result)})
 
 
@@ -51,11 +52,13 @@ def evaluate(
     machine: Machine,
     precision: str = "fp32",
 ) -> dict:
-    """{"top1", "top5": shares, "loss": mean cross-entropy in nats, "samples"}; leaves the module in eval mode."""
+    """{"top1", "top5": shares, "loss": mean cross-entropy in nats, "samples"}; leaves the module in eval mode.
+
+    The processes of a job share the samples; all get the result.
+    """
     module.eval()
     device = normalise.scale.device
-    samples = top1 = top5 = 0
-    loss = 0.0
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, samples
     batches = load(
         index,
         _plan(index, policy, batch_size),
@@ -65,24 +68,24 @@ def evaluate(
         pairs=False,
         skipped=Skipped(index, machine.max_bad),
     )
-    with progress("evaluate", len(index.good), "images") as advance:
+    with progress("evaluate", len(index.good) // ranks.world(), "images", show=ranks.rank() == 0) as advance:
         for batch in batches:
             if not len(batch.rows):
                 continue
             labels = batch.labels.to(device)
             with devices.autocast(device, precision):
                 logits = module(normalise(batch.original)).float()
-            loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             hits = logits.topk(min(5, index.classes), dim=1).indices == labels[:, None]
-            top1 += int(hits[:, 0].sum())
-            top5 += int(hits.sum())
-            samples += len(labels)
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(labels))])
             advance(len(labels))
-    return {"top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples, "samples": samples}
+    top1, top5, loss, samples = ranks.total(sums).tolist()
+    return {"top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples, "samples": int(samples)}
 
 
 def _plan(index: Index, policy: Policy, batch_size: int) -> Iterator[Request]:
-    for at in range(0, len(index.good), batch_size):
-        rows: np.ndarray = index.good[at : at + batch_size]
+    mine: np.ndarray = np.array_split(index.good, ranks.world())[ranks.rank()]
+    for at in range(0, len(mine), batch_size):
+        rows = mine[at : at + batch_size]
         records = index.records[rows]
         yield rows, views.centre(records["height"], records["width"], policy)

@@ -44,18 +44,22 @@ class Labels:
 
     def logits(self, rows: np.ndarray) -> torch.Tensor:
         """The teacher's logits of index rows i64 (B,): f32 (B, 2, C) on the device."""
-        stream = self.store.stream(self.plane.view, rows)
         if self.decoder is None:
+            stream = self.store.stream(self.plane.view, rows)
             return torch.from_numpy(self.store.codec.decode(self.plane.gather(rows)[0], stream))
-        keys = torch.from_numpy(stream.view(np.int64)).to(self.device, non_blocking=True)
+        return decoded(*self.encoded_rows(rows), self.decoder)
+
+    def encoded_rows(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoded labels u8 (B, row_bytes) of index rows i64 (B,), and their dither keys i64 (B,), on the device."""
+        keys = self.store.stream(self.plane.view, rows).view(np.int64)
+        keys = torch.from_numpy(keys).to(self.device, non_blocking=True)
         at = torch.from_numpy(rows)
         if self.encoded.is_cuda:
-            encoded = self.encoded[at.to(self.device, non_blocking=True)]
-        else:
-            # Page-locked, so that the copy runs beside the network.
-            staged = torch.empty((len(rows), self.encoded.shape[1]), dtype=torch.uint8, pin_memory=True)
-            encoded = torch.index_select(self.encoded, 0, at, out=staged).to(self.device, non_blocking=True)
-        return decoded(encoded, keys, self.decoder)
+            return self.encoded[at.to(self.device, non_blocking=True)], keys
+        # Page-locked, so that the copy runs beside the network.
+        pinned = self.device.type == "cuda"
+        staged = torch.empty((len(rows), self.encoded.shape[1]), dtype=torch.uint8, pin_memory=pinned)
+        return torch.index_select(self.encoded, 0, at, out=staged).to(self.device, non_blocking=True), keys
 
 
 def epochs(store: Store, views: Iterator[int], device: torch.device, placement: str, folder: Path) -> Iterator[Labels]:

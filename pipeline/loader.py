@@ -46,6 +46,12 @@ class Batch:
     digests: np.ndarray | None
     """CRC-32 of each view's pixels, u32 (B, 2), if asked for."""
 
+    def part(self, at: np.ndarray) -> "Batch":
+        """The samples at some places."""
+        places = torch.from_numpy(at)
+        digests = None if self.digests is None else self.digests[at]
+        return Batch(self.rows[at], self.labels[places], self.images[:, places.to(self.images.device)], digests)
+
     @property
     def original(self) -> torch.Tensor:
         return self.images[0]
@@ -85,8 +91,12 @@ def load(
                 continue
         return False
 
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
     def produce() -> None:
         try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a thread starts out on the first GPU
             arguments = index, plan, policy, threads, pairs, digests, skipped or Skipped(index)
             if decoder == "cpu":
                 run = _on_cpu(*arguments)

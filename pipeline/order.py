@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cache.errors import UserError
 from cache.philox import philox
 
 _SAMPLES, _SHARDS = 0x0DE5, 0x0DE6  # counter words that keep orders apart from views
@@ -62,3 +63,19 @@ def steps(
         for at in range(step * batch, len(order), batch):
             yield epoch, np.array_split(order[at : at + batch], world)[rank]
         step = 0
+
+
+def few_shot(rows: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
+    """A share of each class's rows, at least one, drawn with seed 0 (claim d of the paper); i64, sorted.
+
+    `rows` i64 (N,) and their `labels`. A larger share contains a smaller one. Raises UserError unless it is in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise UserError("--few-shot out of range", found=share, expected="a share in (0, 1]")
+    if share == 1:
+        return rows
+    shuffled = np.random.default_rng(0).permutation(len(rows))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.bincount(labels)
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)  # of a sample in its class
+    return np.sort(rows[by_class[place < np.maximum(np.rint(share * counts), 1)[labels[by_class]]]])

@@ -6,9 +6,12 @@ fast process takes more than a slow one and no process waits for another's resul
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 
+import torch
+import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
@@ -63,3 +66,42 @@ def gather(name: str, value: str = "") -> list[str]:
 def _store() -> Store:
     store, _, _ = next(iter(rendezvous("env://")))
     return PrefixStore("jda-distill", store)
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this job again after one of its processes died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def group(device: torch.device) -> Iterator[None]:
+    """Collectives among the job's processes: gloo for tensors on the CPU, NCCL for those on GPUs."""
+    if world() == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def everyone(value: str) -> list[str]:
+    """What each process says, by rank; a collective call."""
+    found: list = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(found, value)
+    return found

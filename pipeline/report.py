@@ -1,5 +1,7 @@
 """What a person sees: progress with rate and ETA, and a summary at the end."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,6 +21,7 @@ from rich.text import Text
 
 console_out = Console()
 _console_err = Console(stderr=True)
+_PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
 
 class _Rate(ProgressColumn):
@@ -29,8 +32,12 @@ class _Rate(ProgressColumn):
 @contextmanager
 def progress(
     description: str, total: int, unit: str, completed: int = 0, *, show: bool = True
-) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, gone when done; none without `show` or a terminal. Yields `advance(count)`."""
+) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, gone when done; none without `show`. Yields `advance(count, note)`.
+
+    A note stands beside the bar until the next. Without a terminal there is no bar, and now and then a note becomes a
+    line.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,12 +45,26 @@ def progress(
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
+    plain = show and not _console_err.is_terminal
+    done, said = completed, time.monotonic()
     with Progress(
         *columns, console=_console_err, transient=True, disable=not (show and _console_err.is_terminal)
     ) as bar:
-        task = bar.add_task(description, total=total, completed=completed, unit=unit)
-        yield lambda count: bar.advance(task, count)
+        task = bar.add_task(description, total=total, completed=completed, unit=unit, note="")
+
+        def advance(count: int, note: str = "") -> None:
+            nonlocal done, said
+            done += count
+            bar.advance(task, count)
+            if note:
+                bar.update(task, note=note)
+            if plain and note and time.monotonic() - said > _PLAIN_SECONDS:
+                said = time.monotonic()
+                print(f"{description} {done:,}/{total:,} {unit}: {note}", file=sys.stderr, flush=True)
+
+        yield advance
 
 
 def summary(title: str, facts: dict) -> None:

@@ -6,7 +6,8 @@ from pipeline import models
 from pipeline import policy as policies
 from pipeline.config import TrainTeacher
 from pipeline.device import open_data
-from pipeline.train import cross_entropy, fit
+from pipeline.loop import Job, fit
+from pipeline.objectives import CrossEntropy
 
 
 def run(config: TrainTeacher) -> None:
@@ -14,11 +15,13 @@ def run(config: TrainTeacher) -> None:
     index = open_data(config, config.data, "train")
     teacher = models.create(config.teacher, index.classes, seed=config.seed)
     fit(
-        config,
-        index,
-        policies.load(config.policy),
-        teacher,
-        lambda _: repeat(cross_entropy),
-        seed_of_views=config.seed,
-        pairs=config.jda,
+        Job(
+            config,
+            index,
+            policies.load(config.policy),
+            teacher,
+            lambda _: repeat(CrossEntropy(config.label_smoothing)),
+            seed_of_views=config.seed,
+            pairs=config.jda,
+        )
     )

@@ -280,6 +280,17 @@ def test_auto_takes_torch_on_the_cpu_even_if_the_interpreter_is_on(triton):
     torch.testing.assert_close(evaluate(CASES["plain, C 10"], "auto"), expected, rtol=0, atol=0)
 
 
+def test_parts_leave_the_loss_differentiable():
+    case = CASES["plain, C 10"]
+    students = [row.clone().requires_grad_() for row in case["logits"][:2]]
+    loss, parts = ccd_loss(*students, *case["logits"][2:], case["target"], parts=True)
+    expected = evaluate(case, "torch")
+    torch.testing.assert_close(torch.autograd.grad(loss, students), (expected["grad_o"], expected["grad_a"]))
+    assert not any(part.requires_grad for part in parts)
+    total = (parts.ce_o + parts.ce_a).mean() / 2 + 16 * (parts.kl_o + parts.w * parts.kl_a).mean() / 2
+    torch.testing.assert_close(total, expected["loss"])
+
+
 def test_float64_stays_float64():
     case = CASES["plain, C 100"]
     wide = case | {"logits": [row.double() for row in case["logits"]]}

@@ -1,26 +1,36 @@
-"""Means are weighted by samples; a log that a killed run wrote beyond its checkpoint is cut back to it."""
+"""Means are weighted; a log that a killed run wrote beyond its checkpoint is cut back to it."""
 
 import json
 
 import pytest
 import torch
 
-from pipeline.metrics import Log, Means
+from pipeline.metrics import Log, Means, means
 
 
-def test_means_are_weighted_by_samples_and_survive_their_state():
-    means = Means()
-    means.add(3, {"loss": torch.tensor(1.0)})
-    means = Means(means.sums)
-    means.add(1, {"loss": 5.0})
-    assert means.result() == {"loss": pytest.approx((3 * 1 + 5) / 4)}
+def test_means_are_weighted_each_by_its_own_and_survive_their_state():
+    sums = Means()
+    sums.add(3, {"loss": torch.tensor(1.0)})
+    sums = Means(sums.total())
+    sums.add(1, {"loss": 5.0, "w": 2.0})
+    sums.add(0, {"w": 7.0, "never": 1.0})
+    assert means(sums.total()) == {"loss": pytest.approx((3 * 1 + 5) / 4), "w": 2.0}
 
 
-def test_lines_from_the_checkpoint_on_are_dropped_and_a_half_line_too(tmp_path):
-    lines = [json.dumps({"epoch": epoch, "loss": 1.0}) for epoch in range(3)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"epoch": 3, "lo']))
-    log = Log(tmp_path, epoch=2)
-    assert [record["epoch"] for record in log.records] == [0, 1]
+def test_lines_beyond_the_checkpoint_are_dropped_and_a_half_line_too(tmp_path):
+    def epoch(number: int) -> list[dict]:
+        return [{"epoch": number, "step": step, "loss": 1.0} for step in (2, 4)] + [{"epoch": number, "loss": 1.0}]
+
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps(record) for number in range(4) for record in epoch(number)]
+    path.write_text("\n".join([*lines, '{"epoch": 4, "lo']))
+    log = Log(tmp_path, 2, 3)
+    assert log.records == [*epoch(0), *epoch(1), epoch(2)[0]]
     log.write({"epoch": 2, "loss": 0.5})
-    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert written == [*({"epoch": epoch, "loss": 1.0} for epoch in range(2)), {"epoch": 2, "loss": 0.5}]
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert written == [*epoch(0), *epoch(1), epoch(2)[0], {"epoch": 2, "loss": 0.5}]
+
+
+def test_only_one_process_of_a_job_writes(tmp_path):
+    Log(tmp_path, 0, 0, write=False).write({"epoch": 0})
+    assert not list(tmp_path.iterdir())
