@@ -122,21 +122,22 @@ def loss(
 
     `student`: logits (2, B, C), the original views and the augmented ones; `teacher`: (B, 2, C), as a store decodes
     them; `target`: integer (B,). `name`: of `SOFT`; `options` go to that term. `weight`: w (B,) or one for all.
-    `valid`: bool (B,), pairs that count; what stands in the others, NaN too, touches neither loss nor gradient, and
-    they are not part of DIST's batch. `count`: the number of pairs that means divide by; None: those that count.
+    `valid`: bool, pairs (B,) or views (2, B) that count; what stands in the others, NaN too, touches neither loss nor
+    gradient, and they are not part of DIST's batch. `count`: the number of pairs, or half that of views, that means
+    divide by; None: those that count.
     """
-    teacher = teacher.detach()
-    if not isinstance(weight, Tensor):
-        weight = torch.full_like(student[0, :, 0], weight)
-    ones, weight = torch.ones_like(student[0, :, 0]), weight.detach().to(student.dtype)
+    teacher, ones = teacher.detach(), torch.ones_like(student[..., 0])
+    weight = weight.detach().to(ones.dtype) if isinstance(weight, Tensor) else ones[1] * weight
+    weight = torch.stack([ones[0], weight])
     if valid is not None:
-        student, teacher = student.where(valid[:, None], 0), teacher.where(valid[:, None, None], 0)
-        target, ones, weight = target.where(valid, 0), ones.where(valid, 0), weight.where(valid, 0)
+        valid = valid.expand_as(ones)
+        student, teacher = student.where(valid[..., None], 0), teacher.where(valid.T[..., None], 0)
+        target, ones, weight = target.where(valid.any(0), 0), ones.where(valid, 0), weight.where(valid, 0)
     if count is None:
-        count = len(target) if valid is None else valid.sum().clamp(min=1)
+        count = ones.sum().clamp(min=1) / 2
     hard = soft = student.new_zeros(())
-    for z, t, w in zip(student, teacher.unbind(1), (ones, weight), strict=True):
-        hard = hard + (ones * reference.cross_entropy(z, target, label_smoothing)).sum()
+    for z, t, one, w in zip(student, teacher.unbind(1), ones, weight, strict=True):
+        hard = hard + (one * reference.cross_entropy(z, target, label_smoothing)).sum()
         soft = soft + (w * SOFT[name](z, t, target, temperature, w, **options)).sum()
     hard_factor, soft_factor = reference.coefficients(temperature, alpha, kd_weight)
     return (hard_factor * hard + soft_factor * soft) / (2 * count)

@@ -28,6 +28,8 @@ class Means:
         if ranks.world() == 1:
             return {name: pair.cpu() for name, pair in self.sums.items()}
         names = sorted(set().union(*map(json.loads, ranks.everyone(json.dumps(sorted(self.sums))))))
+        if not names:
+            return {}
         table = torch.stack([self.sums.get(name, torch.zeros(2, dtype=torch.float64)).cpu() for name in names])
         return dict(zip(names, ranks.total(table), strict=True))
 

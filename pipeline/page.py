@@ -1,7 +1,7 @@
-"""The HTML page about a store.
+"""The HTML page about a store, and the parts that the page about a run shares with it.
 
-It stands alone: pictures and plots are inlined, nothing is loaded and no script runs. All of its text comes from files
-that are not trusted, and is escaped.
+A page stands alone: pictures and plots are inlined, nothing is loaded and no script runs. All of its text comes from
+files that are not trusted, and is escaped.
 """
 
 import base64
@@ -86,19 +86,23 @@ def render(store: Store, index: Index, there: list, looked: Looked, pairs: list[
         "What the code loses": _losses(manifest.fidelity),
         "Completeness": _completeness(store, there),
         "View pairs": _gallery(index, pairs),
-        "Distributions": _note(
+        "Distributions": note(
             f"{len(looked.weight):,} pairs, drawn at random from {looked.blocks:,} of {len(there):,} committed blocks."
         )
         + _plots(manifest.fidelity.get("budget"), looked),
         "Samples without labels": _without_labels(index, looked),
         "Manifest": _definitions({**fields, "codec": codec}),
     }
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>\n" for title, content in sections.items())
-    title = f"Soft labels of {manifest.teacher}"
     about = (
         f"{manifest.samples:,} samples, {manifest.views:,} views, {manifest.classes:,} classes; "
         f"policy {manifest.policy.get('name', '?')}, code {manifest.codec['name']}; store {store.path}"
     )
+    return document(f"Soft labels of {manifest.teacher}", about, sections)
+
+
+def document(title: str, about: str, sections: dict[str, str]) -> bytes:
+    """A whole page, UTF-8: `title` and `about` are text, `sections` HTML by heading; lone surrogates are spelt out."""
+    body = "".join(f"<section><h2>{heading}</h2>{content}</section>\n" for heading, content in sections.items())
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
 <meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head><body>
 <h1>{escape(title)}</h1><p>{escape(about)}</p>
@@ -131,7 +135,7 @@ def _sizes(store: Store, there: list) -> str:
         rows.append((name, *cells))
     head = ("", "per vector", f"view of {samples:,} pairs", f"{count:,} views", "smaller than fp16")
     scaled = "" if len(there) == count * store.manifest.blocks else " Scaled up from the blocks that are there."
-    return _table(head, rows) + _note(f"Memory holds one view at a time, two while the next loads.{scaled}")
+    return table(head, rows) + note(f"Memory holds one view at a time, two while the next loads.{scaled}")
 
 
 def _losses(fidelity: dict) -> str:
@@ -146,7 +150,7 @@ def _losses(fidelity: dict) -> str:
         ("the largest logit stays the largest", fidelity.get("agreement")),
         ("pairs measured", fidelity.get("pairs")),
     ]
-    return _table(("", ""), [(name, f"{v:.4g}" if isinstance(v, float) else v) for name, v in rows])
+    return table(("", ""), [(name, f"{v:.4g}" if isinstance(v, float) else v) for name, v in rows])
 
 
 def _completeness(store: Store, there: list) -> str:
@@ -157,7 +161,7 @@ def _completeness(store: Store, there: list) -> str:
         (f"view {view}", f"{count:,} of {blocks:,}", "complete" if count == blocks else "incomplete")
         for view, count in enumerate(committed.tolist())
     ]
-    return f"{head}<details><summary>per view</summary>{_table(('', 'blocks', ''), rows)}</details>"
+    return f"{head}<details><summary>per view</summary>{table(('', 'blocks', ''), rows)}</details>"
 
 
 def _gallery(index: Index, pairs: list[Pair]) -> str:
@@ -178,8 +182,8 @@ def _gallery(index: Index, pairs: list[Pair]) -> str:
             f'<article data-view="{pair.view}" data-row="{pair.row}"><h3>{escape(_class_name(index, label))}</h3>'
             f'<small>{escape(about)}</small><div class="two">{"".join(cells)}</div></article>'
         )
-    note = _note("What the student sees, and the softmax of its labels at T = 1; the true class is bold.")
-    return f'{note}<div class="pairs">{"".join(cards)}</div>'
+    above = note("What the student sees, and the softmax of its labels at T = 1; the true class is bold.")
+    return f'{above}<div class="pairs">{"".join(cards)}</div>'
 
 
 def _top(index: Index, title: str, logits: np.ndarray, label: int) -> str:
@@ -220,16 +224,20 @@ def _plots(budget: object, looked: Looked) -> str:
         (slope, per_block(slope, 1.0), "committed block", "slope of the labels; dashed: unbiased"),
     )
     drawn = [
-        f"<figure>{_svg(f'plot {number}', draw, below, beside)}</figure>"
+        f"<figure>{svg(f'plot {number}', draw, below, beside)}</figure>"
         for number, (values, draw, below, beside) in enumerate(plots)
         if np.isfinite(values).any()
     ]
     rows = [(view, block, f"{kl:.4g}", f"{slope:.4f}") for view, block, kl, slope in looked.fidelity]
-    table = _table(("view", "block", "KL(T = 4)", "slope"), rows)
-    return f'<div class="plots">{"".join(drawn)}</div><details><summary>blocks</summary>{table}</details>'
+    blocks = table(("view", "block", "KL(T = 4)", "slope"), rows)
+    return f'<div class="plots">{"".join(drawn)}</div><details><summary>blocks</summary>{blocks}</details>'
 
 
-def _svg(name: str, draw: Callable[[Any], None], below: str, beside: str) -> str:
+def svg(name: str, draw: Callable[[Any], None], below: str, beside: str) -> str:
+    """A plot that `draw` puts on matplotlib axes, with its two labels, in the colours of the page.
+
+    `name` makes its ids differ from those of the page's other plots. Raises UserError without matplotlib.
+    """
     try:
         import matplotlib  # a second that no other command need wait for
         from matplotlib.figure import Figure
@@ -278,14 +286,16 @@ def _without_labels(index: Index, looked: Looked) -> str:
 
 def _listed(head: tuple, rows: list, count: int) -> str:
     more = f"<p>and {count - _LISTED:,} more</p>" if count > _LISTED else ""
-    return f"<details><summary>which</summary>{_table(head, rows)}{more}</details>"
+    return f"<details><summary>which</summary>{table(head, rows)}{more}</details>"
 
 
-def _note(text: str) -> str:
+def note(text: str) -> str:
+    """A paragraph in small print; `text` is escaped."""
     return f'<p class="note">{escape(text)}</p>'
 
 
-def _table(head: Iterable, rows: Iterable[Iterable]) -> str:
+def table(head: Iterable, rows: Iterable[Iterable]) -> str:
+    """Cells are shown by `str` and escaped."""
     first = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
     others = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{first}</tr>{others}</table></div>'

@@ -65,7 +65,8 @@ def gather(name: str, value: str = "") -> list[str]:
 @cache
 def _store() -> Store:
     store, _, _ = next(iter(rendezvous("env://")))
-    return PrefixStore("jda-distill", store)
+    # What a job said before torchrun started it again is still there.
+    return PrefixStore(f"jda-distill.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def local_rank() -> int:
@@ -85,7 +86,10 @@ def group(device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    # A store by itself: in the one that torchrun keeps, a job that it started again would find its former addresses.
+    store = PrefixStore("group", _store())
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), device_id=device_id)
     try:
         yield
     finally:

@@ -1,0 +1,523 @@
+"""The page of a run says what its records say, draws what there is, and survives whatever a killed run left."""
+
+import json
+import math
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from test_inspect import CHROMIUM, HOSTILE, Node, section
+
+from cache import UserError
+from pipeline import checkpoint, run_page
+
+PLOTS = {
+    "Accuracy": ("top1", "top5"),
+    "Loss and its parts": ("loss", "ce", "kl_o", "kl_a"),
+    "Weight of the augmented views": ("w",),
+    "Agreement": ("agreement",),
+    "Entropies": ("student_entropy", "teacher_entropy"),
+    "Learning rate": ("lr",),
+    "Throughput": ("images_per_s",),
+    "Waiting for data": ("wait_share",),
+    "Time of a step": ("times",),
+}
+MEANS = [key for keys in list(PLOTS.values())[1:-1] for key in keys]
+TIMES = ("wait", "forward", "loss", "backward", "optimiser")
+PERCENT = {"top1", "top5", "agreement", "wait_share"}
+CONFIG = {
+    "student": "timm/resnet18",
+    "data": "data/train",
+    "loss": "ccd",
+    "epochs": 9,
+    "milestones": [3, 6],
+    "val": None,
+    "resume": False,
+}
+RUN = {
+    "command": ["/opt/bin/pipeline", "train-student", "--data", "my data/it's", "--out", "r"],
+    "versions": {"torch": "2.8.0", "timm": "1.0.20"},
+    "device": "NVIDIA H100",
+    "machine": "node7",
+    "started": "2026-11-21T10:00:00+00:00",
+    "world": 8,
+    "parameters": 11_689_512,
+    "teacher": "timm/resnet34",
+    "store": "s3://bucket/labels",
+}
+
+
+def records(epochs: int = 3, steps: int = 4, seed: int = 0) -> list[dict]:
+    """Step records at 1, 2, … of `steps`, then one of the epoch, all but the second validated; values are random."""
+    rng = np.random.default_rng(seed)
+
+    def values(*keys: str) -> dict:
+        return dict(zip(keys, rng.uniform(0.1, 0.9, len(keys)).tolist(), strict=True))
+
+    found = []
+    for epoch in range(epochs):
+        for step in range(1, steps + 1):
+            found.append({"epoch": epoch, "step": step, "steps": steps, **values(*MEANS, "scale")})
+        last = {"epoch": epoch, **values(*MEANS, "scale"), "seconds": 7.25 * epoch, "times": values(*TIMES)}
+        found.append(last if epoch == 1 else {**last, "val": {**values("top1", "top5", "loss"), "samples": 360_000}})
+    return found
+
+
+def written(out: Path, lines: list | bytes, config: object = CONFIG, run: object = RUN) -> Path:
+    """The page of a run with these records."""
+    out.mkdir(exist_ok=True)
+    text = lines if isinstance(lines, bytes) else "".join(json.dumps(line) + "\n" for line in lines).encode()
+    (out / "metrics.jsonl").write_bytes(text)
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "run.json").write_text(json.dumps(run))
+    assert run_page.write(out) == out / "report.html"
+    return out / "report.html"
+
+
+def plots(page: Node) -> dict[str, Node]:
+    return {figure.all("figcaption")[0].text(): figure for figure in page.all("figure")}
+
+
+def cells(node: Node) -> dict[str, list[str]]:
+    """Rows of tables by their first cell."""
+    return {row[0]: row[1:] for row in ([c.text() for c in tr.all("td")] for tr in node.all("tr")) if row}
+
+
+def by_id(figure: Node, pattern: str) -> dict[str, Node]:
+    found = {node.attributes["id"]: node for node in figure.all("g") if "id" in node.attributes}
+    return {name: node for name, node in found.items() if re.fullmatch(pattern, name)}
+
+
+def scale(figure: Node, axis: str) -> np.ndarray:
+    """What takes a coordinate of the SVG to a value, by the ticks: slope and intercept."""
+    ticks = by_id(figure, rf"{axis}tick_\d+").values()
+    at = [float(tick.all("use")[0].attributes[axis]) for tick in ticks]
+    return np.polyfit(at, [float(tick.all("text")[0].text().replace("−", "-")) for tick in ticks], 1)
+
+
+def line(figure: Node, name: str) -> np.ndarray:
+    """Values f64 (n, 2) that a line goes through, as a reader would take them off the axes."""
+    path = by_id(figure, name)[name].all("path")[0].attributes["d"]
+    points = np.array(re.findall(r"[ML] (\S+) (\S+)", path), float)
+    return np.stack([np.polyval(scale(figure, axis), points[:, i]) for i, axis in enumerate("xy")], 1)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return written(tmp_path_factory.mktemp("run") / "r", records())
+
+
+@pytest.fixture(scope="module")
+def page(file) -> Node:
+    return Node(file.read_text())
+
+
+def test_the_title_names_student_data_and_loss(page, tmp_path):
+    assert page.all("h1")[0].text() == page.all("title")[0].text() == "timm/resnet18 on data/train, ccd"
+    assert "3 of 9 epochs" in page.text()
+    teacher = Node(written(tmp_path / "t", [], {"teacher": "cifar/resnet8", "data": "d"}).read_text())
+    assert teacher.all("h1")[0].text() == "cifar/resnet8 on d, cross-entropy"
+
+
+def test_facts_and_options_are_those_of_the_run(page):
+    facts = cells(section(page, "Run"))
+    for key in ("device", "machine", "started", "teacher", "store"):
+        assert facts[key] == [RUN[key]]
+    assert facts["processes"] == ["8"] and facts["parameters"] == ["11,689,512"]
+    assert facts["versions"] == ["torch 2.8.0, timm 1.0.20"]
+    (options,) = section(page, "Run").all("details")
+    assert "open" not in options.attributes
+    shown = {name: value for name, (value,) in cells(options).items()}
+    assert shown == {name: v if isinstance(v, str) else json.dumps(v) for name, v in CONFIG.items()}
+
+
+def test_a_shell_takes_the_command_back_to_its_arguments(tmp_path):
+    """printf stands in for the program, and prints each argument that the shell gives it."""
+    arguments = ["a b", "it's", '"$HOME" `id` $(id)', "", "*", "two  spaces\nand a line", HOSTILE, "ünï", "--x=\\n"]
+    page = Node(written(tmp_path / "r", [], run={**RUN, "command": ["printf", "%s|", *arguments]}).read_text())
+    (command,) = section(page, "Run").all("pre")
+    pasted = "".join(command.children)
+    said = subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, check=True).stdout
+    assert said == "".join(f"{argument}|" for argument in arguments)
+    assert shlex.split(pasted)[2:] == arguments
+
+
+def test_figures_are_those_of_the_last_epoch(page):
+    last = records()[-1]
+    validation = section(page, "Validation")
+    head = [cell.text() for cell in validation.all("th")]
+    shown = dict(zip(head[1:], cells(validation)["last"], strict=True))
+    assert shown["after epochs"] == "3" and shown["samples"] == "360,000"
+    assert shown["top-1"] == f"{100 * last['val']['top1']:.2f} %"
+    assert shown["top-5"] == f"{100 * last['val']['top5']:.2f} %"
+    assert float(shown["loss, nats"]) == pytest.approx(last["val"]["loss"], rel=1e-4)
+    rows = cells(section(page, "Training"))
+    names = {
+        "loss": "loss",
+        "ce": "cross-entropy, nats",
+        "kl_o": "KL of the original views, nats",
+        "kl_a": "KL of the augmented views, nats",
+        "w": "mean w",
+        "student_entropy": "entropy of the student at T = 1, nats",
+        "teacher_entropy": "entropy of the teacher at T = 1, nats",
+        "lr": "learning rate",
+    }
+    for key, name in names.items():
+        assert [float(cell) for cell in rows[name]] == [pytest.approx(last[key], rel=1e-4)]
+    assert rows["views with the teacher's top class"] == [f"{100 * last['agreement']:.2f} %"]
+    assert rows["share of a step spent waiting for data"] == [f"{100 * last['wait_share']:.2f} %"]
+    assert rows["images/s"] == [f"{last['images_per_s']:.1f}"] and rows["seconds since the start"] == ["14.5"]
+    for part, seconds in last["times"].items():
+        assert float(rows[f"{part}, ms per step"][0]) == pytest.approx(1000 * seconds, rel=1e-4)
+
+
+def test_the_best_epoch_is_shown_beside_the_last(tmp_path):
+    lines = [{"epoch": e, "val": {"top1": top1}} for e, top1 in enumerate([math.nan, 0.5, 0.75, math.nan, 0.625])]
+    rows = cells(section(Node(written(tmp_path / "r", lines).read_text()), "Validation"))
+    assert rows["last"][:2] == ["5", "62.50 %"] and rows["best top-1"][:2] == ["3", "75.00 %"]
+
+
+def test_a_run_that_broke_down_after_its_last_epoch_shows_the_step(tmp_path):
+    lines = [*records(), {"epoch": 3, "step": 2, "steps": 4, "loss": math.nan}]
+    page = Node(written(tmp_path / "r", lines).read_text())
+    training = section(page, "Training")
+    assert [cell.text() for cell in training.all("th")] == ["", "epoch 3, mean", "epoch 4, step 2 of 4"]
+    assert cells(training)["loss"] == [f"{lines[-2]['loss']:.5g}", "nan"]
+    assert "3 of 9 epochs" in page.text()
+
+
+def test_every_line_goes_through_its_records(page):
+    """Read off the SVG by its ticks. An epoch's mean lies in the middle of the epoch, what holds at its end there.
+
+    Bound: coordinates have six decimals; ticks are exact numbers; 1e-4 of a range is a thirtieth of a pixel.
+    """
+    steps = [record for record in records() if "step" in record]
+    epochs = [record for record in records() if "step" not in record]
+    seen = 0
+    for title, keys in list(PLOTS.items())[:-1]:
+        figure = plots(page)[title]
+        assert set(by_id(figure, r".*-(steps|epochs)")) == {
+            f"{key}-{kind}" for key in keys for kind in (("steps", "epochs") if title != "Accuracy" else ("epochs",))
+        }
+        for key in keys:
+            factor = 100 if key in PERCENT else 1
+            if title == "Accuracy":
+                expected = {"epochs": [(r["epoch"] + 1, r["val"][key]) for r in epochs if "val" in r]}
+            else:
+                at = 1 if key == "lr" else 0.5
+                expected = {"epochs": [(r["epoch"] + at, r[key]) for r in epochs]}
+                expected["steps"] = [(r["epoch"] + r["step"] / 4, r[key]) for r in steps]
+            for kind, points in expected.items():
+                drawn = line(figure, f"{key}-{kind}")
+                np.testing.assert_allclose(drawn, np.array(points) * [1, factor], atol=1e-4 * 3 * factor)
+                seen += 1
+    assert seen == 2 + 2 * len(MEANS)
+
+
+def test_bars_stack_the_times_of_the_epochs(page):
+    figure = plots(page)["Time of a step"]
+    horizontal, vertical = scale(figure, "x"), scale(figure, "y")
+    epochs = [record for record in records() if "step" not in record]
+    below = np.zeros(len(epochs))
+    for part in TIMES:
+        bars = by_id(figure, f"times-{part}")[f"times-{part}"].all("path")
+        assert len(bars) == len(epochs)
+        corners = [np.array(re.findall(r"[ML] (\S+) (\S+)", bar.attributes["d"]), float).T for bar in bars]
+        for i, (x, y) in enumerate(corners):
+            left, right = sorted(np.polyval(horizontal, [x.min(), x.max()]))
+            assert i < left < right < i + 1
+            low, high = sorted(np.polyval(vertical, [y.min(), y.max()]))
+            top = below[i] + 1000 * epochs[i]["times"][part]
+            np.testing.assert_allclose([low, high], [below[i], top], atol=1)  # of up to 4,500 ms
+            below[i] = top
+
+
+def test_lines_are_named_and_bold_ones_are_bold(page):
+    figures = plots(page)
+    for words in (
+        ("top-1", "top-5"),
+        ("cross-entropy", "KL, original", "KL, augmented"),
+        ("student", "teacher"),
+        TIMES,
+    ):
+        assert any(all(word in figure.text() for word in words) for figure in figures.values())
+    widths = {}
+    for kind in ("steps", "epochs"):
+        style = by_id(figures["Throughput"], f"images_per_s-{kind}").popitem()[1].all("path")[0].attributes["style"]
+        widths[kind] = float(re.findall(r"stroke-width: ([\d.]+)", style)[0])
+    assert widths["epochs"] >= 2 * widths["steps"]
+
+
+def without(lines: list[dict], *keys: str) -> list[dict]:
+    """Records less some keys, at any depth."""
+    dicts = ({k: v for k, v in record.items() if k not in keys} for record in lines)
+    return [{k: without([v], *keys)[0] if isinstance(v, dict) else v for k, v in r.items()} for r in dicts]
+
+
+@pytest.mark.parametrize("title", PLOTS)
+def test_a_plot_is_there_if_and_only_if_its_data_are(title, page, tmp_path):
+    assert list(plots(page)) == list(PLOTS)
+    less = Node(written(tmp_path / "less", without(records(), *PLOTS[title])).read_text())
+    expected = set(PLOTS) - {title}
+    assert set(plots(less)) == expected
+    alone = without(records(), *(key for keys in PLOTS.values() for key in keys if keys != PLOTS[title]))
+    assert list(plots(Node(written(tmp_path / "alone", alone).read_text()))) == [title]
+    not_finite = [blank(record, PLOTS[title]) for record in records()]
+    assert set(plots(Node(written(tmp_path / "nan", not_finite).read_text()))) == expected
+
+
+def blank(record: dict, keys: tuple[str, ...]) -> dict:
+    """NaN and infinities for these keys."""
+    bad = {"times": dict.fromkeys(TIMES, math.inf)}
+    found: dict = {k: bad.get(k, math.nan) if k in keys else v for k, v in record.items()}
+    return {**found, "val": blank(found["val"], keys)} if "val" in found else found
+
+
+def test_a_line_of_two_keys_needs_only_one(tmp_path):
+    figures = plots(Node(written(tmp_path / "r", without(records(), "kl_a", "ce")).read_text()))
+    assert set(by_id(figures["Loss and its parts"], ".*-epochs")) == {"loss-epochs", "kl_o-epochs"}
+
+
+def test_a_gap_of_nan_does_not_hide_the_rest(tmp_path):
+    lines = [{"epoch": e, "loss": math.nan if e == 2 else e / 8} for e in range(6)]
+    drawn = line(plots(Node(written(tmp_path / "r", lines).read_text()))["Loss and its parts"], "loss-epochs")
+    np.testing.assert_allclose(drawn[[0, -1]], [[0.5, 0], [5.5, 0.625]], atol=1e-3)
+
+
+def test_one_record_is_a_mark(tmp_path):
+    figure = plots(Node(written(tmp_path / "r", [{"epoch": 0, "step": 1, "steps": 4, "loss": 2.5}]).read_text()))
+    (group,) = by_id(figure["Loss and its parts"], "loss-steps").values()
+    assert len(group.all("use")) == 1, "a line through one point is invisible"
+
+
+def test_of_many_steps_the_spikes_are_drawn_and_the_page_stays_small(tmp_path):
+    """Thinned to 800 points of at most 26 bytes each per line; 11 lines, and as much again for axes and styles."""
+    rng = np.random.default_rng(0)
+    lines = [{"epoch": e, "step": s, "steps": 2000, **dict.fromkeys(MEANS, 0.5)} for e in range(5) for s in range(2000)]
+    for record, noise in zip(lines, rng.uniform(0, 0.1, len(lines)), strict=True):
+        record.update({key: record[key] + noise for key in MEANS})
+    lines[6789]["loss"] = 3.0
+    lines[1234]["loss"] = -2.0
+    file = written(tmp_path / "r", lines)
+    drawn = line(plots(Node(file.read_text()))["Loss and its parts"], "loss-steps")
+    for at, value in ((6789, 3.0), (1234, -2.0)):
+        x = lines[at]["epoch"] + lines[at]["step"] / 2000
+        assert np.abs(drawn - [x, value]).max(1).min() < 0.01
+    assert len(drawn) <= 800 and file.stat().st_size < 2 * 11 * 800 * 26
+
+
+GARBAGE = {
+    "half a line": b'{"epoch": 2, "loss": 0.1, "va',
+    "a list": b"[1, 2]",
+    "null": b"null",
+    "text": b'"epoch"',
+    "nothing": b"",
+    "no epoch": b'{"loss": 0.5, "val": {"top1": 1.0}}',
+    "an epoch of text": b'{"epoch": "<b>9</b>", "loss": 0.5}',
+    "a true epoch": b'{"epoch": true, "loss": 0.5}',
+    "epoch NaN": b'{"epoch": NaN, "loss": 0.5}',
+    "an infinite epoch": b'{"epoch": Infinity, "loss": 0.5}',
+    "an endless epoch": b'{"epoch": 1' + b"0" * 400 + b', "loss": 0.5}',
+    "an epoch of too many digits": b'{"epoch": 1' + b"0" * 5000 + b', "loss": 0.5}',
+    "no step": b'{"epoch": 8, "step": null, "steps": 4, "loss": 0.5}',
+    "not UTF-8": b'\xff\xfe{"epoch": 8}',
+    "zero bytes": bytes(64),
+    "too deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_a_malformed_line_is_as_good_as_none(name, file, tmp_path):
+    bad, lines = GARBAGE[name], [json.dumps(record).encode() for record in records()]
+    found = written(tmp_path / "r", b"\n".join([bad, *lines[:7], bad, *lines[7:], bad]))
+    assert found.read_text().replace(str(found.parent), "") == file.read_text().replace(str(file.parent), "")
+
+
+@pytest.mark.parametrize("bad", [None, True, "0.5", "<b>", [], [0.5], {}, {"top1": "x"}], ids=repr)
+def test_a_malformed_value_is_as_good_as_none(bad, tmp_path):
+    """Every key but that which says where a record belongs."""
+    keys = {"steps", "seconds", "scale", "val", "times", *MEANS}
+    kept = [
+        record if i % 2 else {k: bad if k in keys else v for k, v in record.items()}
+        for i, record in enumerate(records())
+    ]
+    gone = [record if i % 2 else without([record], *keys)[0] for i, record in enumerate(records())]
+    texts = [written(tmp_path / "r", lines).read_text() for lines in (kept, gone)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e308, -1e308, 10**400, -(10**400), 1e30, 5e-324, 0, -1])
+def test_wild_numbers_are_survived(value, tmp_path):
+    """Alone, and beside ordinary ones; warnings are errors here."""
+
+    def wild(record: dict) -> dict:
+        return {
+            k: wild(v) if isinstance(v, dict) else v if k in ("epoch", "step") else value for k, v in record.items()
+        }
+
+    alone = [wild(record) for record in records()]
+    assert "<h1>" in written(tmp_path / "r", [*records()[:5], *alone[5:]]).read_text()
+    page = Node(written(tmp_path / "r", alone).read_text())
+    for text in re.findall(r"<svg.*?</svg>", (tmp_path / "r" / "report.html").read_text(), re.DOTALL):
+        assert not re.search(r"\b(nan|inf)\b", ElementTree.canonicalize(text))
+    assert cells(section(page, "Training"))["loss"] == [
+        format(float(str(value).replace("1" + 400 * "0", "inf")), ",.5g")
+    ]
+
+
+@pytest.mark.parametrize("there", [(), ("config.json",), ("run.json",), ("metrics.jsonl",)])
+@pytest.mark.parametrize("otherwise", [None, b"", b"{", b"[]", b"7", b"\xff\x00"])
+def test_missing_and_damaged_files_are_left_out(there, otherwise, tmp_path):
+    written(tmp_path / "r", records()[:1] if "metrics.jsonl" in there else [])
+    for name in {"config.json", "run.json", "metrics.jsonl"} - set(there):
+        (tmp_path / "r" / name).unlink()
+        if otherwise is not None:
+            (tmp_path / "r" / name).write_bytes(otherwise)
+    page = Node(run_page.write(tmp_path / "r").read_text())
+    assert bool(plots(page)) == ("metrics.jsonl" in there)
+    assert bool(page.all("details")) == ("config.json" in there)
+    assert bool(page.all("pre")) == ("run.json" in there)
+
+
+@pytest.mark.parametrize("bad", [None, True, 7, "text", [], {}, [None, 1], {"a": None}], ids=repr)
+def test_facts_of_another_kind_are_survived(bad, tmp_path):
+    file = written(tmp_path / "r", [], dict.fromkeys(CONFIG, bad), dict.fromkeys(RUN, bad))
+    assert Node(file.read_text()).all("h1")
+
+
+def test_of_a_step_or_epoch_logged_again_the_last_counts(file, tmp_path):
+    """A killed run has logged steps beyond the checkpoint that it resumed from."""
+    lines = records()
+    stale = records(seed=9)
+    again = written(tmp_path / "r", [*lines[:5], stale[8], *stale[5:8], *lines[5:]])
+    assert again.read_text().replace(str(again.parent), "") == file.read_text().replace(str(file.parent), "")
+
+
+def test_the_same_records_make_the_same_page(file):
+    before = file.read_bytes()
+    assert run_page.write(file.parent).read_bytes() == before
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    file = written(tmp_path / "r", [])
+    before = file.read_bytes()
+    (tmp_path / "r/metrics.jsonl").write_text(json.dumps(records()[0]))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"cannot write .*report\.html"):
+        patched.setattr(checkpoint.os, "replace", full)
+        run_page.write(tmp_path / "r")
+    assert file.read_bytes() == before and sorted(path.name for path in file.parent.iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "report.html",
+        "run.json",
+    ]
+    assert run_page.write(tmp_path / "r").read_bytes() != before
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> Path:
+    """Every text that a run's files can hold, and the folder's name, would like to be HTML."""
+    bad = HOSTILE
+    config = {**{key: f"{bad}{key}" for key in CONFIG}, bad: bad, "nested": {bad: [bad]}, "surrogate": "\udcff"}
+    run = {
+        **{key: f"{bad}{key}" for key in RUN},
+        "command": [f"{bad}argument"],
+        "versions": {f"{bad}name": f"{bad}number"},
+    }
+    lines = [{**record, bad: bad} for record in records()]
+    for record in lines:
+        for inner in ("val", "times"):
+            if inner in record:
+                record[inner] = {**record[inner], bad: 0.5}
+    return written(tmp_path_factory.mktemp("hostile") / bad.replace("/", "").replace(".", ""), lines, config, run)
+
+
+def test_hostile_text_is_shown_as_text(hostile):
+    page = Node(hostile.read_text())
+    assert not page.all("script") and not page.all("img")
+    text = page.text()
+    assert page.all("h1")[0].text() == f"{HOSTILE}student on {HOSTILE}data, {HOSTILE}loss"
+    assert f"of {HOSTILE}epochs epochs; run" in text and hostile.parent.name in text
+    facts, options = cells(section(page, "Run")), cells(section(page, "Run").all("details")[0])
+    for key in ("device", "machine", "started", "teacher", "store"):
+        assert facts[key] == [f"{HOSTILE}{key}"]
+    for key in CONFIG:
+        assert options[key] == [f"{HOSTILE}{key}"]
+    assert options[HOSTILE] == [HOSTILE] and options["surrogate"] == ["\\udcff"]
+    assert facts["versions"] == [f"{HOSTILE}name {HOSTILE}number"]
+    (command,) = page.all("pre")
+    assert shlex.split("".join(command.children)) == [f"{HOSTILE}argument"]
+    assert list(plots(page)) == list(PLOTS)
+
+
+@pytest.mark.parametrize("name", ["file", "hostile"])
+def test_nothing_is_loaded_from_elsewhere(name, request):
+    file = request.getfixturevalue(name)
+    for node in Node(file.read_text()).all():
+        assert node.tag not in ("script", "link", "iframe", "object", "base", "form", "img")
+        for attribute, value in node.attributes.items():
+            assert not attribute.startswith("on")
+            if attribute in ("src", "href", "xlink:href", "srcset", "action"):
+                assert value.startswith("#")
+    assert not re.search(r"url\((?!#)|@import", file.read_text())
+
+
+def test_svgs_are_well_formed_and_follow_the_pages_colours(file):
+    found = re.findall(r"<svg.*?</svg>", file.read_text(), re.DOTALL)
+    for text in found:
+        ElementTree.fromstring(text)
+        assert "currentColor" in text and "#000000" not in text
+    assert len(found) == len(PLOTS)
+
+
+def browsed(source: str, folder: Path) -> tuple[dict, list[str]]:
+    """What a page looks like on a narrow screen, and what the console said."""
+    probe = """<head><script>
+        const failed = [];
+        addEventListener("error", event => failed.push(event.message || event.target.outerHTML), true);
+        addEventListener("load", () => {
+            const sides = node => { const box = node.getBoundingClientRect(); return [box.width, box.height]; };
+            const all = found => [...document.querySelectorAll(found)].map(sides);
+            const result = {failed, plots: all(".plots svg"), lines: all('[id$="-epochs"]'), title: document.title,
+                wide: document.documentElement.scrollWidth - document.documentElement.clientWidth};
+            document.body.innerHTML = "";
+            document.body.dataset.result = JSON.stringify(result);
+        })</script>"""
+    folder.mkdir(exist_ok=True)
+    (folder / "page.html").write_text(source.replace("<head>", probe))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
+    command += [f"file://{folder / 'page.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    dumped = done.stdout[done.stdout.index("<body") : done.stdout.index("</html>")]
+    result = json.loads(Node(dumped).all("body")[0].attributes["data-result"])
+    return result, [said for said in done.stderr.splitlines() if "CONSOLE" in said]
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+@pytest.mark.parametrize("name", ["file", "hostile"])
+def test_a_browser_shows_every_plot(name, request, tmp_path):
+    """On a phone: each has a size, as have its lines; nothing runs, fails to load, or is wider than the screen."""
+    result, console = browsed(request.getfixturevalue(name).read_text(), tmp_path)
+    assert len(result["plots"]) == len(PLOTS)
+    assert all(width > 200 and height > 100 for width, height in result["plots"])
+    assert len(result["lines"]) == 2 + len(MEANS)
+    assert all(width > 10 and height > 1 for width, height in result["lines"])
+    assert result["title"] == Node(request.getfixturevalue(name).read_text()).all("title")[0].text()
+    assert result["wide"] <= 0 and not result["failed"] and not console
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+def test_a_browser_would_have_said_what_fails(file, tmp_path):
+    """The control of the test above."""
+    source = file.read_text().replace("<h1>", '<img src="gone.png" onerror="gone()"><h1>')
+    result, (console,) = browsed(source, tmp_path)
+    assert "gone.png" in result["failed"][0] and "gone is not defined" in console
