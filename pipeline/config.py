@@ -254,10 +254,10 @@ class Demo(Machine):
 class Bench:
     """Time this package against its alternatives: interleaved, with medians and their spread."""
 
-    suite: Annotated[Literal["loader", "kernels", "store", "codec-transfer"], tyro.conf.Positional]
-    """What to time; codec-transfer trains small students on each label format."""
+    suite: Annotated[Literal["loader", "kernels", "store", "end-to-end", "codec-transfer", "claims"], tyro.conf.Positional]
+    """What to time; codec-transfer trains small students on each label format, claims tries what the paper claims."""
     data: Path | None = None
-    """Prepared data set; without it synthetic:512, prepared once and kept in WORK."""
+    """Prepared data set; without it synthetic:512 (claims: the digits), prepared once and kept in WORK."""
     work: Path | None = None
     """Folder for what is made once; without it jda-distill/bench in the user's cache folder."""
     arms: str | None = None
@@ -278,10 +278,18 @@ class Bench:
     """store: teacher logits as .npz to compare formats on; without them the simulated teacher's."""
     samples: int = 0
     """store: rows of the plane, by default as many as ImageNet-1k has; codec-transfer: pairs per view (40,000)."""
-    seeds: int = 3
-    """codec-transfer: students per format."""
+    seeds: int = 5
+    """codec-transfer, claims: students per format or setting."""
     steps: int = 1000
     """codec-transfer: optimiser steps per student."""
+    teacher: str | None = None
+    """claims: teacher as NAME@WEIGHTS; NAME is trained twice, without and with JDA. By default the demo's."""
+    student: str | None = None
+    """claims: student NAME, by default the demo's."""
+    policy: str | None = None
+    """claims: imagenet, cifar10, cifar100 or a YAML file, by default the demo's."""
+    epochs: int = 8
+    """claims: epochs of a student, each on views of its own."""
 
 
 def recipe_flags(path: Path, command: str, schema: type, commands: tuple[str, ...]) -> list[str]:

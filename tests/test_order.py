@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache import UserError
 from pipeline import order
 
 SEEDS, EPOCHS = st.integers(0, 2**64 - 1), st.integers(0, 1000)
@@ -88,3 +89,25 @@ def test_orders_are_the_same_for_ever(window):
     rows = np.arange(8)
     expected = {0: [4, 3, 2, 7, 5, 1, 0, 6], 2: [4, 3, 2, 5, 7, 1, 0, 6]}[window]
     assert order.permutation(7, 3, rows, rows // 2, window).tolist() == expected
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_few_shot_takes_its_share_of_every_class(share):
+    rng = np.random.default_rng(3)
+    rows, labels = np.arange(0, 3000, 3), rng.choice(10, 1000, p=np.arange(1, 11) / 55)
+    few = order.few_shot(rows, labels, share)
+    assert set(few) <= set(rows) and len(set(few)) == len(few)
+    for label in range(10):
+        assert np.isin(few, rows[labels == label]).sum() == max(round(share * (labels == label).sum()), 1)
+    more = order.few_shot(rows, labels, min(share + 0.25, 1.0))
+    assert set(few) <= set(more)  # a smaller share is a part of a larger one
+    np.testing.assert_array_equal(order.few_shot(rows, labels, share), few)
+
+
+def test_few_shot_leaves_every_class_a_sample_and_refuses_no_share():
+    labels = np.repeat([0, 1], [100, 1])
+    assert set(labels[order.few_shot(np.arange(101), labels, 0.01)]) == {0, 1}
+    np.testing.assert_array_equal(order.few_shot(np.arange(101), labels, 1), np.arange(101))
+    for share in (0, -1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="--few-shot out of range"):
+            order.few_shot(np.arange(101), labels, share)

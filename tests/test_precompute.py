@@ -138,14 +138,15 @@ def finished(target, config) -> float:
     return time.monotonic() - started
 
 
-def killed(target, config, delay: float) -> bool:
-    """Run in a child and SIGKILL it after `delay` seconds; was it still running?"""
+def killed(target, config, delay: float, number: int = signal.SIGKILL) -> bool:
+    """Run in a child and send it a signal after `delay` seconds; did it end of that?"""
     child = FORK.Process(target=target, args=(config,))
     child.start()
     child.join(delay)
-    child.kill()  # SIGKILL; nothing happens to a child that has ended
+    if child.is_alive():
+        os.kill(child.pid, number)
     child.join()
-    return child.exitcode == -signal.SIGKILL
+    return child.exitcode in (-number, 128 + number)
 
 
 def changed(options, **fields):
