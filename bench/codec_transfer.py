@@ -120,7 +120,10 @@ def _arms() -> dict[str, Make]:
         arms |= {name: of(make), f"{name}-renorm": of(make, tail="zero"), f"{name}-t1": of(make, temperature=1.0)}
     arms |= {"distillkit-50": of(peers.DistillKit), "distillkit-50-uniform": of(peers.DistillKit, tail="uniform")}
     arms |= {f"rskd-{draws}": of(peers.Sampled, draws) for draws in (100, 400)}
-    return arms | {f"subspace-{kl}": partial(codec.fit, "subspace", kl=kl) for kl in (0.01, 0.03, 0.05, 0.06, 0.1, 0.2)}
+    return arms | {
+        f"subspace-{kl}": partial(codec.fit, "subspace", kl=kl)
+        for kl in (0.01, 0.03, 0.04, 0.05, 0.06, 0.1, 0.2, 0.21, 0.4, 1.0)
+    }
 
 
 ARMS = _arms()
