@@ -28,7 +28,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 from bench import harness, peers, simulated
@@ -392,7 +391,3 @@ def _names(chosen: str | None) -> list[str]:
         if name not in ARMS:
             raise UserError(f"unknown arm {name}", fix=did_you_mean(name, ARMS))
     return list(names)
-
-
-if __name__ == "__main__":
-    compare(tyro.cli(Options, description=Options.__doc__))

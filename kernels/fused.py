@@ -68,7 +68,7 @@ def launch_options(classes: int) -> dict[str, Any]:
         "BLOCK": block,
         "ROWS": rows,
         "num_warps": warps,
-        "maxnreg": min(2048 // warps, 168),
+        "maxnreg": min(2048 // warps, 255),
         "enable_fp_fusion": True,
     }
 

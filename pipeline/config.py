@@ -254,7 +254,9 @@ class Demo(Machine):
 class Bench:
     """Time this package against its alternatives: interleaved, with medians and their spread."""
 
-    suite: Annotated[Literal["loader", "kernels", "store", "end-to-end", "codec-transfer", "claims"], tyro.conf.Positional]
+    suite: Annotated[
+        Literal["loader", "kernels", "store", "end-to-end", "codec-transfer", "claims"], tyro.conf.Positional
+    ]
     """What to time; codec-transfer trains small students on each label format, claims tries what the paper claims."""
     data: Path | None = None
     """Prepared data set; without it synthetic:512 (claims: the digits), prepared once and kept in WORK."""
@@ -309,6 +311,8 @@ def recipe_flags(path: Path, command: str, schema: type, commands: tuple[str, ..
     known = [field.name for field in dataclasses.fields(schema) if tyro.conf.Positional not in get_args(field.type)]
     flags = []
     for key, value in options.items():
+        if key == "policy" and isinstance(value, str) and (path.parent / value).is_file():
+            value = path.parent / value  # a file beside the recipe, wherever it is read from
         name = str(key).replace("-", "_")
         if name not in known:
             raise UserError(f"unknown recipe key {key} in {path}", fix=did_you_mean(name, known))

@@ -359,8 +359,8 @@ def _nested(found: dict[str, float]) -> dict:
 
 
 def _line(record: dict[str, float]) -> str:
-    """What stands beside the bar."""
-    shown = {"loss": ".3f", "ce": ".3f", "kl_o": ".3f", "kl_a": ".3f", "agreement": ".0%"}
+    """What stands below the bar."""
+    shown = {"loss": ".3f", "ce": ".3f", "kl_o": ".3f", "kl_a": ".3f", "w": ".2f", "agreement": ".0%"}
     parts = [f"{name} {record[name]:{form}}" for name, form in shown.items() if name in record]
     return " ".join([*parts, f"{record['images_per_s']:,.0f} img/s", f"wait {record['wait_share']:.0%}"])
 

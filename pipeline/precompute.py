@@ -42,6 +42,8 @@ def run(config: PrecomputeTeacher) -> None:
     """Create, complete or extend a store. Raises UserError for anything in it that contradicts the options."""
     if config.views < 1:
         raise UserError("too few views", found=config.views, expected="at least 1")
+    if "@" not in config.teacher:
+        raise UserError("the teacher has no weights", found=config.teacher, expected="NAME@WEIGHTS or NAME@pretrained")
     device = devices.pick(config)
     index = devices.open_data(config, config.data, "train")
     policy = policies.load(config.policy)

@@ -2,10 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,13 +29,24 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or 0:,.1f} {task.fields['unit']}/s")
 
 
+class _Noted(Progress):
+    """A bar with a line below it."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.note:
+            yield Text(self.note, style="dim")
+
+
 @contextmanager
 def progress(
     description: str, total: int, unit: str, completed: int = 0, *, show: bool = True
 ) -> Iterator[Callable[..., None]]:
     """A bar on stderr, gone when done; none without `show`. Yields `advance(count, note)`.
 
-    A note stands beside the bar until the next. Without a terminal there is no bar, and now and then a note becomes a
+    A note stands below the bar until the next. Without a terminal there is no bar, and now and then a note becomes a
     line.
     """
     columns = (
@@ -45,21 +56,17 @@ def progress(
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
     )
     plain = show and not _console_err.is_terminal
     done, said = completed, time.monotonic()
-    with Progress(
-        *columns, console=_console_err, transient=True, disable=not (show and _console_err.is_terminal)
-    ) as bar:
-        task = bar.add_task(description, total=total, completed=completed, unit=unit, note="")
+    with _Noted(*columns, console=_console_err, transient=True, disable=not (show and _console_err.is_terminal)) as bar:
+        task = bar.add_task(description, total=total, completed=completed, unit=unit)
 
         def advance(count: int, note: str = "") -> None:
             nonlocal done, said
             done += count
+            bar.note = note or bar.note
             bar.advance(task, count)
-            if note:
-                bar.update(task, note=note)
             if plain and note and time.monotonic() - said > _PLAIN_SECONDS:
                 said = time.monotonic()
                 print(f"{description} {done:,}/{total:,} {unit}: {note}", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from images import jpeg
 import cache
 from pipeline import cli, models
 from pipeline.demo import POLICY
+from pipeline.config import Evaluate, recipe_flags
 from pipeline.index import Index
 
 MAIN = "import sys; from pipeline.cli import main; sys.exit(main())"  # what the console script does
@@ -83,6 +84,14 @@ def test_the_four_commands_from_images_to_a_student(digits, teacher, tmp_path, c
         "--policy", POLICY, "--epochs", 1, "--no-jda",
     )  # fmt: skip
     assert code == 0 and (tmp_path / "t" / "model.safetensors").exists()
+
+
+def test_a_policy_beside_the_recipe_is_found_from_anywhere(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("policy: mine.yaml\n")
+    assert recipe_flags(recipe, "evaluate", Evaluate, ()) == ["--policy", "mine.yaml"]
+    (tmp_path / "mine.yaml").touch()
+    assert recipe_flags(recipe, "evaluate", Evaluate, ()) == ["--policy", str(tmp_path / "mine.yaml")]
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults(digits, labels, tmp_path, capsys):

@@ -290,6 +290,12 @@ def test_a_store_of_another_teacher_is_refused(whole, tmp_path):
         precompute.run(changed(whole, teacher=f"cifar/resnet8@{path}"))
 
 
+def test_a_teacher_without_weights_is_refused(whole, tmp_path):
+    with pytest.raises(UserError, match="the teacher has no weights; found cifar/resnet8, expected NAME@WEIGHTS"):
+        precompute.run(changed(whole, teacher="cifar/resnet8", store=tmp_path / "s"))
+    assert not (tmp_path / "s").exists()
+
+
 def test_non_finite_logits_are_refused(whole, tmp_path):
     network = models.create("cifar/resnet8", 10, seed=3).module
     with torch.no_grad():
