@@ -15,8 +15,8 @@ from images import jpeg
 
 import cache
 from pipeline import cli, models
-from pipeline.demo import POLICY
 from pipeline.config import Evaluate, recipe_flags
+from pipeline.demo import POLICY
 from pipeline.index import Index
 
 MAIN = "import sys; from pipeline.cli import main; sys.exit(main())"  # what the console script does
