@@ -202,7 +202,7 @@ def _arms(batch: int, classes: int) -> tuple[dict[str, Step], int]:
         return reference.ccd_loss(o, a, t_o, t_a, target, weight=weight, **_OPTIONS)
 
     def decoded(o, a, encoded):
-        scale, offset = encoded[:, :16].contiguous().view(torch.float32).view(batch, 2, 2, 1).unbind(1)
+        scale, offset = encoded[:, :16].flatten().view(torch.float32).view(batch, 2, 2, 1).unbind(1)
         rows = encoded[:, 16:].contiguous().view(torch.int8).view(batch, 2, classes) * scale + offset
         return plain(o, a, rows[:, 0], rows[:, 1])
 

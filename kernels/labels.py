@@ -36,7 +36,8 @@ def decode(rows: torch.Tensor, stream: torch.Tensor, decoder: Decoder) -> torch.
     if decoder.kind == "fp16":
         return rows.contiguous().view(torch.float16).float().view(batch, 2, decoder.classes)
     if decoder.kind == "int8":
-        scale, offset = rows[:, :16].contiguous().view(torch.float32).view(batch, 2, 2, 1).unbind(1)
+        # Flat, as the header of a single row keeps the row's stride, which may be no multiple of 4.
+        scale, offset = rows[:, :16].flatten().view(torch.float32).view(batch, 2, 2, 1).unbind(1)
         return rows[:, 16:].contiguous().view(torch.int8).view(batch, 2, decoder.classes) * scale + offset
     assert decoder.kind == "subspace" and decoder.beta is not None
     assert decoder.basis is not None and decoder.scale is not None and decoder.mean is not None
