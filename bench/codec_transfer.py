@@ -374,7 +374,11 @@ def plot(found: dict, out: Path) -> None:
         line = "-" if family == "subspace" else "none"
         axes.errorbar(x, y, sd, fmt="o", markersize=4, linestyle=line, capsize=2)
         for at, (name, _) in zip(zip(x, y, strict=True), members, strict=True):
-            axes.annotate(name, at, textcoords="offset points", xytext=(4, 3), fontsize=7)
+            ours = family == "subspace"  # many points close together: their budget alone, below them
+            text, place = (name.removeprefix("subspace-"), (-4, -12)) if ours else (name, (4, 3))
+            axes.annotate(text, at, textcoords="offset points", xytext=place, fontsize=7)
+        if family == "subspace":
+            axes.annotate("subspace, by budget", (x[0], y[0]), textcoords="offset points", xytext=(10, 2), fontsize=8)
     reference = found["arms"][found["reference"]]["accuracy"]["mean"]
     axes.axhline(reference, color="gray", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
