@@ -1,0 +1,163 @@
+"""What `bench.claims` trains and compares: settings of students, and differences of their accuracies."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+PLAIN, JDA = "without JDA", "with JDA"
+"""What a teacher was trained on."""
+FULL, ROTATE = "full", "rotate 30°"
+"""Policies: as given; one operation that always fires, as some of a full policy's nearly always do."""
+PROBABILITIES = (0.0, 0.1, 0.3, 0.6)
+SHARES = (0.25, 0.5, 0.75, 1.0)
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A student but for its seed; `setting` makes them."""
+
+    loss: str
+    teacher: str = PLAIN
+    policy: str = FULL
+    share: float = 1.0
+    """Of the training samples."""
+    fraction: float = 0.5
+    """Of augmented views."""
+
+    def __str__(self) -> str:
+        parts = [self.loss]
+        if self.teacher != PLAIN:
+            parts.append(f"teacher {self.teacher}")
+        if self.policy != FULL:
+            parts.append(self.policy)
+        if self.share != 1:
+            parts.append(f"{self.share:.0%} of the data")
+        if self.fraction != 0.5:
+            parts.append(f"{self.fraction:.0%} augmented" if self.fraction else "originals alone")
+        return ", ".join(parts)
+
+
+def setting(loss: str, **changes) -> Setting:
+    """The setting, or the one that is the same student under another name, so that it is trained once."""
+    made = Setting(loss, **changes)
+    if made.fraction == 0:
+        made = dataclasses.replace(made, policy=FULL)
+        if loss in ("ccd", "ccd-mean"):  # w weighs augmented views alone
+            made = dataclasses.replace(made, loss="kd")
+    return dataclasses.replace(made, teacher=PLAIN) if loss == "ce" else made
+
+
+Contrast = tuple[tuple[Setting, int], ...]
+"""Settings with their signs: what is tested is the signed sum of their accuracies, seed by seed."""
+
+
+def less(one: Setting, other: Setting) -> Contrast:
+    return (one, 1), (other, -1)
+
+
+def more(one: Contrast, other: Contrast) -> Contrast:
+    """The difference of two differences."""
+    return one + tuple((which, -sign) for which, sign in other)
+
+
+@dataclass(frozen=True)
+class Study:
+    settings: tuple[Setting, ...]
+    contrasts: Mapping[str, Contrast]
+
+
+def losses(both: bool) -> Study:
+    names = ("ce", "kd", "ccd", "ccd-mean")
+    settings, contrasts = [setting("ce")], {}
+    for trained in (PLAIN, JDA)[: 1 + both]:
+        ce, kd, ccd, mean = (setting(name, teacher=trained) for name in names)
+        settings += [kd, ccd, mean]
+        for name, contrast in (
+            ("kd − ce", less(kd, ce)),
+            ("ccd − ce", less(ccd, ce)),
+            ("ccd − kd", less(ccd, kd)),
+            ("ccd − ccd-mean", less(ccd, mean)),
+        ):
+            contrasts[f"{name}, teacher {trained}"] = contrast
+    if both:
+        for name in names[1:]:
+            pair = less(setting(name, teacher=JDA), setting(name))
+            contrasts[f"{name}, teacher {JDA} − {PLAIN}"] = pair
+    return Study(tuple(settings), contrasts)
+
+
+def fraction() -> Study:
+    made = {name: [setting(name, fraction=part) for part in FRACTIONS] for name in ("kd", "ccd")}
+    contrasts = {}
+    for name, settings in made.items():
+        for part, mine in zip(FRACTIONS[1:], settings[1:], strict=True):
+            contrasts[f"{name}, {part:.0%} − 0% augmented"] = less(mine, settings[0])
+        contrasts[f"{name}, 50% − 100% augmented"] = less(settings[2], settings[-1])
+    return Study(tuple(dict.fromkeys((*made["kd"], *made["ccd"]))), contrasts)
+
+
+def few_shot() -> Study:
+    settings, contrasts = [], {}
+    gains: dict[str, list[Contrast]] = {}
+    for share in SHARES:
+        ce, kd, ccd = (setting(name, share=share) for name in ("ce", "kd", "ccd"))
+        plain = setting("kd", share=share, fraction=0.0)
+        settings += [ce, plain, kd, ccd]
+        for name, contrast in (
+            ("kd − ce", less(kd, ce)),
+            ("ccd − ce", less(ccd, ce)),
+            ("ccd − kd", less(ccd, kd)),
+            ("kd with JDA − originals alone", less(kd, plain)),
+        ):
+            gains.setdefault(name, []).append(contrast)
+    for name, found in gains.items():
+        contrasts |= {f"{name}, {share:.0%} of the data": gain for share, gain in zip(SHARES, found, strict=True)}
+        contrasts[f"{name}, {SHARES[0]:.0%} − 100% of the data"] = more(found[0], found[-1])
+    return Study(tuple(settings), contrasts)
+
+
+def policy(probability: float) -> Study:
+    """`probability` is the full policy's own."""
+    none = setting("ccd", fraction=0.0)
+    by_p = {p: setting("ccd", policy=FULL if p == probability else f"p = {p:g}") for p in PROBABILITIES}
+    by_p[probability] = full = setting("ccd")
+    rotated = setting("ccd", policy=ROTATE)
+    contrasts = {
+        "full − originals alone": less(full, none),
+        "full − two crops (p = 0)": less(full, by_p[0.0]),
+        "full − rotation": less(full, rotated),
+        "rotation − originals alone": less(rotated, none),
+        "rotation − two crops (p = 0)": less(rotated, by_p[0.0]),
+        "two crops (p = 0) − originals alone": less(by_p[0.0], none),
+    }
+    for p, mine in by_p.items():
+        if 0 < p != probability:
+            contrasts[f"p = {p:g} − full"] = less(mine, full)
+    return Study((none, rotated, *(by_p[p] for p in sorted(by_p))), contrasts)
+
+
+def others() -> Study:
+    settings, contrasts = [], {}
+    for name in ("kd", "dkd", "dist", "standardised"):
+        pairs, plain = setting(name), setting(name, fraction=0.0)
+        settings += [plain, pairs]
+        contrasts[f"{name} with JDA − originals alone"] = less(pairs, plain)
+        if name != "kd":
+            contrasts[f"{name} − kd, both with JDA"] = less(pairs, setting("kd"))
+    return Study(tuple(settings), contrasts)
+
+
+STUDIES: tuple[str, ...] = ("losses", "fraction", "few-shot", "policy", "others")
+
+
+def studies(names: Iterable[str], probability: float, both: bool) -> dict[str, Study]:
+    """By name; `both`: whether there is a teacher trained with JDA."""
+    makes: dict[str, Callable[[], Study]] = {
+        "losses": lambda: losses(both),
+        "fraction": fraction,
+        "few-shot": few_shot,
+        "policy": lambda: policy(probability),
+        "others": others,
+    }
+    return {name: makes[name]() for name in names}

@@ -1,0 +1,215 @@
+"""The claims are compared within a seed, by a test that is exact, on students that are trained once."""
+
+import dataclasses
+import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from bench import claims
+from bench.claims import sign_flip_p
+from bench.claims_studies import FULL, JDA, PLAIN, STUDIES, less, more, policy, setting, studies
+from cache import UserError
+from pipeline import train
+from pipeline.config import Bench, TrainStudent
+from pipeline.demo import POLICY
+
+
+@pytest.fixture
+def options(digits, teacher, tmp_path) -> Bench:
+    return Bench(
+        suite="claims",
+        data=digits,
+        teacher=teacher,
+        student="cifar/resnet8",
+        policy=POLICY,
+        work=tmp_path / "work",
+        seeds=2,
+        epochs=1,
+        threads=2,
+        arms="losses",
+    )
+
+
+@pytest.fixture
+def taught(monkeypatch) -> list[TrainStudent]:
+    """Students are made up, here and now; the list grows by whatever should have been trained."""
+    asked = []
+
+    def made_up(config: TrainStudent) -> dict:
+        asked.append(config)
+        config.out.mkdir()
+        return {"val": {"top1": 0.5 + 0.1 * config.seed + 0.01 * len(config.loss), "loss": 1.0}}
+
+    monkeypatch.setattr(train, "run", made_up)
+    monkeypatch.setattr(claims, "_pool", lambda: ThreadPoolExecutor(1))
+    return asked
+
+
+def test_the_test_is_fishers():
+    """His example, The Design of Experiments, section 21: of Darwin's 15 pairs, 863 of 2^15 choices on one side."""
+    pairs = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
+    assert sign_flip_p(pairs) == 2 * 863 / 2**15
+    rng = np.random.default_rng(0)
+    for count in range(1, 8):
+        values = rng.integers(-3, 4, count) / 3.6  # points are multiples of 1/3.6; many sums tie
+        sums = [sum(np.multiply(values, signs)) for signs in itertools.product((1, -1), repeat=count)]
+        expected = np.mean([abs(total) > abs(sum(values)) - 1e-6 for total in sums])
+        assert sign_flip_p(values) == expected == sign_flip_p(-values)
+    assert sign_flip_p([0.1, 0.2, 0.3, 0.1, 0.4]) == 2 / 2**5  # no five seeds can say more
+    assert sign_flip_p([0.0, 0.0]) == 1
+
+
+def test_differences_are_taken_within_a_seed():
+    a, b, c, d = (setting(name) for name in ("kd", "ccd", "dkd", "dist"))
+    results = {
+        which: [{"top1": value / 100} for value in values]
+        for which, values in ((a, (90, 80, 85)), (b, (89, 78, 82)), (c, (50, 50, 50)), (d, (50, 50, 51)))
+    }
+    found = claims.compared(less(b, a), results)
+    assert found["seeds"] == pytest.approx([-1, -2, -3]) and found["mean"] == pytest.approx(-2)
+    assert found["se"] == pytest.approx(1 / 3**0.5) and found["p"] == 0.25
+    twice = claims.compared(more(less(b, a), less(c, d)), results)
+    assert twice["seeds"] == pytest.approx([-1, -2, -2])
+    one = claims.compared(less(a, b), {which: values[:1] for which, values in results.items()})
+    assert one["se"] is None and one["p"] == 1
+
+
+def test_a_study_compares_what_it_trains():
+    for both in (True, False):
+        for name, study in studies(STUDIES, 0.3, both).items():
+            compared = {which for contrast in study.contrasts.values() for which, _ in contrast}
+            assert compared == set(study.settings), name
+            assert all(sum(sign for _, sign in contrast) == 0 for contrast in study.contrasts.values())
+            assert len({str(which) for which in study.settings}) == len(study.settings)
+            assert both or all(which.teacher == PLAIN for which in study.settings)
+    # At its own probability the policy is the full one; another is a policy of its own.
+    assert len(policy(0.3).settings) + 1 == len(policy(0.5).settings)
+
+
+def test_a_student_under_two_names_is_one(digits, labels, tmp_path):
+    """Without augmented views nothing is weighted by w, and ce asks no teacher: down to the last bit."""
+    plain = setting("kd", fraction=0.0)
+    assert setting("ccd", fraction=0.0, policy="p = 0") == setting("ccd-mean", fraction=0.0) == plain
+    assert setting("ce", teacher=JDA) == setting("ce") and setting("ccd", teacher=JDA) != setting("ccd")
+    found = [
+        train.run(
+            TrainStudent(
+                data=digits,
+                val=digits,
+                out=tmp_path / loss,
+                store=str(labels),
+                student="cifar/resnet8",
+                loss=loss,
+                augmented_fraction=0.0,
+                epochs=1,
+            )
+        )
+        for loss in ("kd", "ccd")
+    ]
+    assert found[0]["loss"] == found[1]["loss"] and found[0]["val"] == found[1]["val"]
+
+
+def test_processes_teach_students_and_the_document_says_how_they_did(options, tmp_path, capsys):
+    chosen = dataclasses.replace(options, json=tmp_path / "found.json", out=tmp_path / "plots")
+    found = claims.run(chosen)
+    assert list(found["arms"]) == ["ce", "kd", "ccd", "ccd-mean"] and found["suite"] == "claims"
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"losses.png", "losses.svg"}
+    for arm in found["arms"].values():
+        # Shares of the 45 images of the val part.
+        shares = np.array(arm["top1"]["seeds"]) * 45 / 100
+        assert len(shares) == 2 and shares == pytest.approx(shares.round())
+    loss = {name: arm["cross_entropy"]["seeds"] for name, arm in found["arms"].items()}
+    assert len({tuple(values) for values in loss.values()}) == 4 and loss["kd"][0] != loss["kd"][1]
+    teacher = found["tables"]["teachers"][0]
+    assert len(found["tables"]["teachers"]) == 1 and 0 < teacher["mean w"] < 2
+    text = capsys.readouterr().out
+    assert "ccd − ccd-mean" in text and "at least 0.5" in text and "training" not in text
+    work = tmp_path / "work" / "claims"
+    assert not list(work.glob("student-*")) and len(json.loads((work / "students.json").read_text())) == 8
+
+    # A process of another number of threads comes to the same: here, with one thread of torch.
+    (work / "students.json").unlink()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(claims, "_pool", lambda: ThreadPoolExecutor(1))
+            again = claims.run(dataclasses.replace(options, threads=1, seeds=1, arms="losses"))
+    finally:
+        torch.set_num_threads(before)
+    for name, arm in again["arms"].items():
+        assert arm["cross_entropy"]["seeds"] == loss[name][:1]
+
+
+def test_an_interrupted_benchmark_continues_and_shares_what_is_finished(options, taught, monkeypatch):
+    made_up = train.run
+
+    def broken(config: TrainStudent) -> dict:
+        if len(taught) == 3:
+            raise KeyboardInterrupt
+        return made_up(config)
+
+    monkeypatch.setattr(train, "run", broken)
+    with pytest.raises(KeyboardInterrupt):
+        claims.run(options)
+    monkeypatch.setattr(train, "run", made_up)
+    first = claims.run(options)
+    runs = [(config.loss, config.seed) for config in taught]
+    assert sorted(runs) == sorted(itertools.product(("ce", "kd", "ccd", "ccd-mean"), (0, 1)))  # each once
+    assert claims.run(options)["arms"] == first["arms"] and len(taught) == 8
+
+    others = claims.run(dataclasses.replace(options, arms="others,losses", seeds=3))
+    kinds = {(config.loss, config.augmented_fraction, config.seed) for config in taught[8:]}
+    third = {(loss, 0.5, 2) for loss in ("ce", "kd", "ccd", "ccd-mean")}
+    new = {(loss, 0.0, seed) for loss in ("kd", "dkd", "dist", "standardised") for seed in range(3)}
+    new |= {(loss, 0.5, seed) for loss in ("dkd", "dist", "standardised") for seed in range(3)}
+    assert kinds == third | new and len(taught[8:]) == len(kinds)
+    assert others["tables"]["losses"][0]["seeds"][:2] == first["tables"]["losses"][0]["seeds"]
+
+    # Another recipe is another student.
+    claims.run(dataclasses.replace(options, batch_size=32, seeds=1))
+    assert len(taught) == 8 + len(kinds) + 4
+
+
+def test_policies_have_stores_and_teachers_weights_of_their_own(options, taught, monkeypatch):
+    monkeypatch.setattr(claims, "TEACHER_EPOCHS", 1)
+    chosen = dataclasses.replace(options, teacher="cifar/resnet8", arms="losses,policy", seeds=1)
+    found = claims.run(chosen)
+    stores = {store: cache_of(store) for store in {config.store for config in taught}}
+    assert len(stores) == 6  # the whole policy with either teacher; rotation and p = 0, 0.1, 0.6 with one
+    weights = {manifest.teacher_weights for manifest in stores.values()}
+    assert len(weights) == 2 and {manifest.views for manifest in stores.values()} == {1}
+    rotation = [manifest.policy for manifest in stores.values() if manifest.policy["name"] == "rotate"]
+    assert [(policy["probability"], policy["ops"]) for policy in rotation] == [(1.0, [["rotate", 30.0]])]
+    assert sorted(m.policy["probability"] for m in stores.values()) == [0.0, 0.1, 0.3, 0.3, 0.6, 1.0]
+    assert [row["trained"] for row in found["tables"]["teachers"]] == [PLAIN, JDA]
+    trained = [json.loads(path.read_text()) for path in (options.work / "claims").glob("teacher-*/config.json")]
+    assert sorted(config["jda"] for config in trained) == [False, True]
+    differ = {key for key in trained[0] if trained[0][key] != trained[1][key]}
+    assert differ == {"jda", "out"}
+    assert FULL not in json.dumps([manifest.policy for manifest in stores.values()])
+
+
+def cache_of(store: str):
+    import cache
+
+    return cache.open(store).manifest
+
+
+def test_what_a_user_gets_wrong_is_an_error(options, digits):
+    for change, message in (
+        ({"arms": "losses,few-shots"}, "unknown arm few-shots; fix: did you mean few-shot"),
+        ({"seeds": 0}, "--seeds out of range; found 0, expected 1 to 20"),
+        ({"seeds": 21}, "--seeds out of range"),
+        ({"epochs": 0}, "--epochs out of range"),
+        ({"data": digits / "train"}, "has no val part"),
+        ({"student": "cifar/resnet9"}, "resnet9"),
+        ({"json": digits / "none" / "found.json"}, "no folder for"),
+    ):
+        with pytest.raises(UserError, match=message):
+            claims.run(dataclasses.replace(options, **change))
