@@ -36,6 +36,8 @@ class Case:
     gradient: bool = True
     masked: bool = False
     """With a validity mask, a device count, label smoothing and T = 3: everything that can be switched on."""
+    decoded: bool = False
+    """The teacher's rows were decoded by the launch before, which spares that of the sum."""
     padded: bool = False
     """Rows of students, gradients and dense teachers lie a multiple of 8 logits apart."""
 
@@ -46,7 +48,8 @@ class Compiled:
     spilled_bytes: int
     load_bits: dict[str, int]
     """Widest load of student and teacher rows, in bits."""
-    atomics: bool
+    atomics: list[str]
+    """Atomic instructions."""
     ptx: str
 
 
@@ -59,6 +62,8 @@ def cases(classes: tuple[int, ...] = CLASSES) -> Iterator[Case]:
                     yield Case(arch, count, student, teacher)
             yield Case(arch, count, "bf16", "int8", cosine=True, masked=True)
             yield Case(arch, count, "fp32", "fp32", gradient=False)
+            for student in DTYPES:
+                yield Case(arch, count, student, "fp32", decoded=True)
             if count % 8:
                 yield Case(arch, count, "bf16", "bf16", padded=True)
 
@@ -118,7 +123,11 @@ def compile_loss(case: Case) -> Compiled:
         "parts": "*fp32",
         "grad_o": f"*{case.student}" if case.gradient else None,
         "grad_a": f"*{case.student}" if case.gradient else None,
+        "ticket": "*i32" if case.decoded else None,
+        "shares": "*fp32",
+        "loss": "*fp32",
         "batch": "i32",
+        "pairs": "i32",
         "parts_stride": "i32",
         **dict.fromkeys(("inverse_t", "hard", "soft", "same_weight", "smoothing"), "fp32"),
     }
@@ -144,6 +153,7 @@ def compile_decode(arch: int, classes: int, dims: int, wide: int) -> Compiled:
         "stream": "*i64",
         "basis": "*i8",
         **dict.fromkeys(("scale", "beta", "mean", "out"), "*fp32"),
+        "ticket": "*i32",
         "vectors": "i32",
         "unit": "fp32",
     }
@@ -172,7 +182,7 @@ def _compile(kernel: Any, types: dict, constants: dict, arch: int, options: dict
         registers=registers,
         spilled_bytes=spilled,
         load_bits={name: _load_bits(ptx, pointers.index(name)) for name in watched},
-        atomics=bool(re.search(r"\b(atom|red)\.", ptx)),
+        atomics=re.findall(r"\b(?:atom|red)\.[.\w]+", ptx),
         ptx=ptx,
     )
 

@@ -96,8 +96,7 @@ def _operators() -> list[dict]:
         loss.backward()
     return [
         {"path": "eager PyTorch", "forward": forward.launches, "backward": backward.launches},
-        {"path": "these kernels, dense or int8", "forward": 2, "backward": 1},
-        {"path": "these kernels, subspace rows", "forward": 3, "backward": 1},
+        {"path": "these kernels", "forward": 2, "backward": 1},
     ]
 
 

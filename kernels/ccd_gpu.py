@@ -3,6 +3,10 @@
 `one_pass` holds whole rows in registers; `two_pass` reads them twice, the second time from L2. Both work on tiles
 (rows, classes), so that their terms, `kernels.terms_gpu`, look alike. Teachers are dense in any dtype, or int8 rows
 with a header of scale and offset; `OFFSET_*` is where a view's logits start behind an aligned pointer.
+
+Every sum has one order, so that the same bits come out every run. The pairs' shares of the loss are added by
+`total_of`, or, where `ticket` is given, by the program that draws its last number: an integer, the only thing that
+programs touch at once.
 """
 
 # pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -11,14 +15,24 @@ with a header of scale and offset; `OFFSET_*` is where a view's logits start beh
 import triton
 import triton.language as tl
 
-from kernels.terms_gpu import cosine, header_fields, load, row_factors, store_parts, unit, view, whole_rows
+from kernels.terms_gpu import (
+    add_shares,
+    cosine,
+    header_fields,
+    load,
+    row_factors,
+    store_parts,
+    unit,
+    view,
+    whole_rows,
+)
 
 
 @triton.jit
 def one_pass(
     student_o, student_a, teacher_o, teacher_a, header, target, weight, valid, count, loss_scale,
-    parts, grad_o, grad_a,
-    batch, parts_stride, inverse_t, hard, soft, same_weight, smoothing,
+    parts, grad_o, grad_a, ticket, shares, loss,
+    batch, pairs, parts_stride, inverse_t, hard, soft, same_weight, smoothing,
     STRIDE_STUDENT_O: tl.constexpr, STRIDE_STUDENT_A: tl.constexpr,
     STRIDE_TEACHER_O: tl.constexpr, STRIDE_TEACHER_A: tl.constexpr,
     STRIDE_HEADER: tl.constexpr, OFFSET_O: tl.constexpr, OFFSET_A: tl.constexpr,
@@ -32,7 +46,8 @@ def one_pass(
     Rows may be read up to `READ_*` and gradients written up to `WRITE` columns: where the distance between rows leaves
     room, multiples of 8, so that an odd C is still read and written in vectors.
     `hard`, `soft`: factors of one row's CE and KL, times the number of pairs if that comes in `count`. w is `weight`,
-    the cosine of the teacher's rows if `COSINE`, else `same_weight`.
+    the cosine of the teacher's rows if `COSINE`, else `same_weight`. With a `ticket`, 0 so far, the last
+    program adds the `pairs` `shares` up.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     here = row < batch
@@ -87,13 +102,17 @@ def one_pass(
         d_a = tl.where(inside, hard * hard_a + by_t * w * soft_a, 0.0)
         tl.store(grad_o + row * STRIDE_GRAD_O + columns, d_o.to(grad_o.dtype.element_ty), mask=stored)
         tl.store(grad_a + row * STRIDE_GRAD_A + columns, d_a.to(grad_a.dtype.element_ty), mask=stored)
+    if ticket is not None:
+        tl.debug_barrier()  # every thread's share is written
+        if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            add_shares(shares, loss, pairs)
 
 
 @triton.jit
 def two_pass(
     student_o, student_a, teacher_o, teacher_a, header, target, weight, valid, count, loss_scale,
-    parts, grad_o, grad_a,
-    batch, parts_stride, inverse_t, hard, soft, same_weight, smoothing,
+    parts, grad_o, grad_a, ticket, shares, loss,
+    batch, pairs, parts_stride, inverse_t, hard, soft, same_weight, smoothing,
     STRIDE_STUDENT_O: tl.constexpr, STRIDE_STUDENT_A: tl.constexpr,
     STRIDE_TEACHER_O: tl.constexpr, STRIDE_TEACHER_A: tl.constexpr,
     STRIDE_HEADER: tl.constexpr, OFFSET_O: tl.constexpr, OFFSET_A: tl.constexpr,
@@ -142,16 +161,16 @@ def two_pass(
     total = hard * (ce_o + ce_a) + soft * (kl_o + w * kl_a)
     total = tl.where((label >= 0) & (label < CLASSES), total, float("nan"))
     store_parts(parts, row, parts_stride, here, live, total, ce_o, ce_a, kl_o, kl_a, w, agree_o, agree_a)
+    if ticket is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            add_shares(shares, loss, pairs)
 
 
 @triton.jit
-def total_of(parts, loss, batch, BLOCK: tl.constexpr):
-    """The loss, f32, as a float64 sum of the pairs' shares in one order: the same bits every run. One program."""
-    sums = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, batch, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        sums += tl.load(parts + at, mask=at < batch, other=0.0).to(tl.float64)
-    tl.store(loss, tl.sum(sums, 0))
+def total_of(shares, loss, pairs):
+    """The loss where no ticket is used. One program."""
+    add_shares(shares, loss, pairs)
 
 
 @triton.jit

@@ -79,14 +79,19 @@ def forward(student_o: Tensor, student_a: Tensor, task: Task, grads: list[Tensor
     compute = torch.float64 if student_o.dtype == torch.float64 else torch.float32
     parts = student_o.new_empty((len(PARTS), batch), dtype=compute)
     loss = student_o.new_empty((), dtype=compute)
-    size = max(_SCRATCH // (2 * classes), 1) if task.kind == "subspace" else batch
+    size, ticket = batch, None
+    if task.kind == "subspace":  # the product before the loss prepares a ticket, which spares `total_of`'s launch
+        size = max(_SCRATCH // (2 * classes), 1)
+        ticket = torch.empty((), dtype=torch.int32, device=student_o.device)
     with torch.cuda.device_of(student_o):
         for start in range(0, batch, size):
             part = slice(start, start + size)
-            dense = _teacher(task, part, classes)
-            _launch(student_o[part], student_a[part], _part(task, part), dense, parts, start, grads)
-        total: Any = ccd_gpu.total_of[(1,)]
-        total(parts, loss, batch, BLOCK=1024, num_warps=4)
+            drawn = ticket if start + size >= batch else None
+            dense = _teacher(task, part, classes, drawn)
+            _launch(student_o[part], student_a[part], _part(task, part), dense, grads, parts, start, loss, drawn)
+        if ticket is None:
+            total: Any = ccd_gpu.total_of[(1,)]
+            total(parts, loss, batch, num_warps=4)
     return loss, parts
 
 
@@ -99,7 +104,9 @@ def _part(task: Task, part: slice) -> Task:
     )
 
 
-def _teacher(task: Task, part: slice, classes: int) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
+def _teacher(
+    task: Task, part: slice, classes: int, ticket: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
     """Pointers of both views, aligned, the header of int8 rows, and where the views' logits start."""
     if task.kind == "dense":
         return task.teacher[0][part], task.teacher[1][part], None, (0, 0)
@@ -111,11 +118,12 @@ def _teacher(task: Task, part: slice, classes: int) -> tuple[Tensor, Tensor, Ten
         q = rows.view(torch.int8)
         return q, q, rows.view(torch.int16), (16, 16 + classes)
     stream, basis, scale, beta, mean = task.teacher[1:]
-    logits = decode_subspace(rows, stream[part], basis, scale, beta, mean, task.wide, task.unit)
+    logits = decode_subspace(rows, stream[part], basis, scale, beta, mean, task.wide, task.unit, ticket)
     return logits[:, 0], logits[:, 1], None, (0, 0)
 
 
-def _launch(student_o, student_a, task: Task, teacher, parts: Tensor, start: int, grads: list[Tensor] | None) -> None:
+def _launch(student_o, student_a, task: Task, teacher, grads, parts: Tensor, start: int, loss, ticket) -> None:
+    """Pairs from `start` on, of as many as `parts` has room for; with a ticket the last program adds up `loss`."""
     teacher_o, teacher_a, header, offsets = teacher
     batch, classes = student_o.shape
     grad_o, grad_a = (None, None) if grads is None else (grad[start : start + batch] for grad in grads)
@@ -136,7 +144,11 @@ def _launch(student_o, student_a, task: Task, teacher, parts: Tensor, start: int
         parts=parts[:, start:],
         grad_o=grad_o,
         grad_a=grad_a,
+        ticket=ticket,
+        shares=parts,
+        loss=loss,
         batch=batch,
+        pairs=parts.shape[1],
         parts_stride=parts.shape[1],
         inverse_t=1 / task.temperature,
         hard=task.hard,

@@ -36,11 +36,17 @@ def _philox(call, view, low, high):
 
 @triton.jit
 def decode(
-    rows, stream, basis, scale, beta, mean, out, vectors, unit,
+    rows, stream, basis, scale, beta, mean, out, ticket, vectors, unit,
     ROW_BYTES: tl.constexpr, SEGMENT: tl.constexpr, WIDE: tl.constexpr, DIMS: tl.constexpr, CLASSES: tl.constexpr,
     STRIDE_BASIS: tl.constexpr, VECTORS: tl.constexpr, COLUMNS: tl.constexpr, CALLS: tl.constexpr,
 ):  # fmt: skip
-    """`VECTORS` logits by `COLUMNS` classes of out f32 (B, 2, C); vector v is view v % 2 of row v / 2."""
+    """`VECTORS` logits by `COLUMNS` classes of out f32 (B, 2, C); vector v is view v % 2 of row v / 2.
+
+    `ticket`, an i32 scalar or None, is set to 0 for the loss that follows.
+    """
+    if ticket is not None:
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(ticket, 0)
     number = tl.program_id(1).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)[:, None]
     there = number < vectors
     row, view = number // 2, (number % 2).to(tl.uint32)
@@ -96,8 +102,9 @@ def decode_subspace(
     mean: Tensor,
     wide: int,
     unit: float,
+    ticket: Tensor | None = None,
 ) -> Tensor:
-    """Rows u8 (B, row_bytes), keys i64 (B,) and a `Decoder`'s fields -> logits f32 (B, 2, C)."""
+    """Rows u8 (B, row_bytes), keys i64 (B,) and a `Decoder`'s fields -> logits f32 (B, 2, C); `ticket` becomes 0."""
     batch, row_bytes = rows.shape
     dims, classes = len(scale), len(mean)
     out = torch.empty((batch, 2, classes), dtype=torch.float32, device=rows.device)
@@ -112,6 +119,7 @@ def decode_subspace(
         beta,
         mean,
         out,
+        ticket,
         2 * batch,
         unit,
         ROW_BYTES=row_bytes,

@@ -143,6 +143,16 @@ def store_parts(parts, row, stride, mask, live, total, ce_o, ce_a, kl_o, kl_a, w
 
 
 @triton.jit
+def add_shares(shares, loss, pairs, BLOCK: tl.constexpr = 1024):
+    """The loss, f32, as a float64 sum of the pairs' shares in one order."""
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, pairs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        sums += tl.load(shares + at, mask=at < pairs, other=0.0).to(tl.float64)
+    tl.store(loss, tl.sum(sums, 0))
+
+
+@triton.jit
 def whole_rows(
     z, t, is_target, inside, inverse_t, smoothing, CLASSES: tl.constexpr, POWER: tl.constexpr, SMOOTH: tl.constexpr
 ):

@@ -91,6 +91,14 @@ MUTATIONS = {
         *("labels_gpu", "sums = tl.dot(fine, directions, sums)", "sums = sums"),
         "test_subspace_rows_are_decoded_by_a_product[40-24-8-40]",
     ),
+    "nobody draws the last number": (
+        *("ccd_gpu", "== tl.num_programs(0) - 1", "== tl.num_programs(0)"),
+        "test_subspace_rows_are_decoded_by_a_product[40-24-8-40]",
+    ),
+    "the ticket starts at one": (
+        *("labels_gpu", "tl.store(ticket, 0)", "tl.store(ticket, 1)"),
+        "test_subspace_rows_are_decoded_by_a_product[40-24-8-40]",
+    ),
     "smoothing is not in the gradient": (
         *("terms_gpu", "hard = hard + smoothing *", "hard = hard + 0 *"),
         "test_every_size_meets_float64[{'label_smoothing': 0.1, 'temperature': 2.0}-10]",
