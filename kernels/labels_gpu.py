@@ -45,8 +45,7 @@ def decode(
     `ticket`, an i32 scalar or None, is set to 0 for the loss that follows.
     """
     if ticket is not None:
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.store(ticket, 0)
+        tl.store(ticket, 0, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
     number = tl.program_id(1).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)[:, None]
     there = number < vectors
     row, view = number // 2, (number % 2).to(tl.uint32)

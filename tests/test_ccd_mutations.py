@@ -96,7 +96,7 @@ MUTATIONS = {
         "test_subspace_rows_are_decoded_by_a_product[40-24-8-40]",
     ),
     "the ticket starts at one": (
-        *("labels_gpu", "tl.store(ticket, 0)", "tl.store(ticket, 1)"),
+        *("labels_gpu", "tl.store(ticket, 0,", "tl.store(ticket, 1,"),
         "test_subspace_rows_are_decoded_by_a_product[40-24-8-40]",
     ),
     "smoothing is not in the gradient": (
