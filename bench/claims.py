@@ -352,7 +352,8 @@ def _each(pool: Executor, jobs: Mapping):
             running[pool.submit(function, *arguments)] = name
         if not running:
             return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
+        done = wait(running, return_when=FIRST_COMPLETED).done
+        for future in sorted(done, key=lambda future: future.exception() is not None):  # what is finished is kept
             try:
                 yield running.pop(future), future.result()
             except BrokenProcessPool:

@@ -42,12 +42,13 @@ def run(config: PrecomputeTeacher) -> None:
     """Create, complete or extend a store. Raises UserError for anything in it that contradicts the options."""
     if config.views < 1:
         raise UserError("too few views", found=config.views, expected="at least 1")
-    if "@" not in config.teacher:
-        raise UserError("the teacher has no weights", found=config.teacher, expected="NAME@WEIGHTS or NAME@pretrained")
     device = devices.pick(config)
     index = devices.open_data(config, config.data, "train")
     policy = policies.load(config.policy)
-    teacher = Teacher(models.create(config.teacher, index.classes), policy, device, config.precision)
+    network = models.create(config.teacher, index.classes)
+    if "@" not in config.teacher:
+        raise UserError("the teacher has no weights", found=config.teacher, expected="NAME@WEIGHTS or NAME@pretrained")
+    teacher = Teacher(network, policy, device, config.precision)
     if config.dry_run:
         _show_plan(config, index, calibrate(config, index, policy, teacher))
         return

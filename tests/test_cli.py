@@ -178,8 +178,15 @@ def test_unknown_networks(name, message, digits, labels, tmp_path, capsys):
     assert not (tmp_path / "r").exists() and not (tmp_path / "s.zarr").exists()
 
 
+def test_a_teacher_needs_weights(digits, tmp_path, capsys):
+    assert "the teacher has no weights" in refused(capsys, *precompute(digits, "cifar/resnet8", tmp_path / "s.zarr"))
+    assert not (tmp_path / "s.zarr").exists()
+
+
 def test_a_network_for_another_size_of_image(digits, tmp_path, capsys):
-    arguments = precompute(digits, "timm/vit_tiny_patch16_224", tmp_path / "s.zarr")
+    name, weights = "timm/vit_tiny_patch16_224", tmp_path / "weights.safetensors"
+    models.save_weights(models.create(name, 10).module, weights)
+    arguments = precompute(digits, f"{name}@{weights}", tmp_path / "s.zarr")
     assert "does not take images of 32 x 32 pixels" in refused(capsys, *arguments)
     assert not (tmp_path / "s.zarr").exists()
 
@@ -231,7 +238,7 @@ def test_an_image_folder_with_one_bad_file(tmp_path, capsys):
     assert len(Index.open(tmp_path / "out").good) == 6
 
 
-def test_an_output_that_exists(digits, labels, tmp_path, capsys):
+def test_an_output_that_exists(digits, labels, teacher, tmp_path, capsys):
     exists = tmp_path / "there"
     exists.mkdir()
     (exists / "mine").write_text("precious")
@@ -239,7 +246,7 @@ def test_an_output_that_exists(digits, labels, tmp_path, capsys):
     assert "exists; fix: pass --resume" in refused(capsys, *student(digits, labels, exists))
     arguments = ["--data", digits, "--teacher", "cifar/resnet8", "--policy", POLICY, "--out", exists]
     assert "exists; fix: pass --resume" in refused(capsys, "train-teacher", *arguments)
-    assert "is not a store" in refused(capsys, *precompute(digits, "cifar/resnet8", exists))
+    assert "is not a store" in refused(capsys, *precompute(digits, teacher, exists))
     assert [path.name for path in exists.iterdir()] == ["mine"]
 
 

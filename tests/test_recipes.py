@@ -45,6 +45,12 @@ def commands(name: str) -> list[list[str]]:
     return [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("#   pipeline ")]
 
 
+def policy_of(name: str, section: dict) -> str:
+    """A file lies beside the recipe."""
+    beside = RECIPES[name].parent / section["policy"]
+    return str(beside.relative_to(Path.cwd())) if beside.is_file() else section["policy"]
+
+
 @every_recipe
 def test_the_commands_of_the_header_are_commands_and_cover_every_section(name):
     sections = yaml.safe_load(RECIPES[name].read_text())
@@ -56,6 +62,8 @@ def test_the_commands_of_the_header_are_commands_and_cover_every_section(name):
         given[command] = cli._parse(command, cli.COMMANDS[command][0], arguments)
     assert sections.keys() - {"verify"} <= given.keys()
     for command, options in sections.items():
+        if "policy" in options:
+            options["policy"] = policy_of(name, options)
         schema = cli.COMMANDS[command][0]
         parsed = given.get(command) or cli._parse(command, schema, ["--config", str(RECIPES[name]), "s", "--data", "d"])
         for key, value in options.items():
@@ -124,7 +132,7 @@ def test_two_steps_as_the_recipe_says(name, data, tmp_path, monkeypatch, capsys)
     """Dry runs write nothing; teacher, store and student are made; what is exported answers like what was trained."""
     sections = yaml.safe_load(RECIPES[name].read_text())
     student, teacher = (sections["train-student"][key] for key in ("student", "teacher"))
-    size = policies.load(sections["train-student"]["policy"]).base.size
+    size = policies.load(policy_of(name, sections["train-student"])).base.size
     batch = 8 if size == 32 else 4
     images = data(2 * batch)
     shared = ("--config", RECIPES[name], "--data", images, "--batch-size", batch, "--device", "cpu")
