@@ -255,9 +255,14 @@ class Bench:
     """Time this package against its alternatives: interleaved, with medians and their spread."""
 
     suite: Annotated[
-        Literal["loader", "kernels", "store", "end-to-end", "codec-transfer", "claims"], tyro.conf.Positional
+        Literal[
+            "all", "loader", "kernels", "store", "end-to-end", "plan", "gpu-acceptance", "codec-transfer", "claims"
+        ],
+        tyro.conf.Positional,
     ]
-    """What to time; codec-transfer trains small students on each label format, claims tries what the paper claims."""
+    """What to time. all: loader, store, kernels and end-to-end, with a page; plan: `pipeline plan` against runs;
+    gpu-acceptance: what a GPU machine has to show, in nine minutes; codec-transfer trains small students on each label
+    format, claims tries what the paper claims."""
     data: Path | None = None
     """Prepared data set; without it synthetic:512 (claims: the digits), prepared once and kept in WORK."""
     work: Path | None = None
