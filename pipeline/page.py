@@ -241,18 +241,21 @@ def svg(name: str, draw: Callable[[Any], None], below: str, beside: str) -> str:
     try:
         import matplotlib  # a second that no other command need wait for
         from matplotlib.figure import Figure
+        from matplotlib.ticker import ScalarFormatter
     except ImportError:
         raise UserError("plots need matplotlib", found="none installed", fix="pip install matplotlib") from None
     colours = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, **dict.fromkeys(colours, _GREY)}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(4.4, 2.6), layout="constrained")
-        axes = figure.subplots()
+        axes: Any = figure.subplots()
         draw(axes)
         axes.set(xlabel=below, ylabel=beside)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.locator_params(nbins=6)
-        axes.ticklabel_format(useOffset=False)
+        for along, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+            if type(axis.get_major_formatter()) is ScalarFormatter:  # neither names nor powers of ten
+                axes.locator_params(along, nbins=6)
+                axes.ticklabel_format(axis=along, useOffset=False)
         file = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
