@@ -2,35 +2,26 @@
 
 URLs are s3://bucket/prefix (gs:// and az:// too), configured by the usual variables: AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_SKIP_SIGNATURE=true for public buckets, AWS_ENDPOINT_URL for other servers of
-the protocol (http:// is allowed). obstore repeats requests that met a 5xx or 429, a broken connection or a time-out;
-what it gives up on or does not see (a broken body, an outage of seconds) is repeated here. A put is atomic
-everywhere; in a folder it is a file ``name#1`` that is renamed, and a kill may leave one behind.
+the protocol (http:// is allowed). Requests are repeated (`cache.patience`). A put is atomic everywhere; in a folder it
+is a file ``name#1`` that is renamed, and a kill may leave one behind.
 """
 
 import contextlib
-import random
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import google_crc32c
 import numpy as np
 import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    NotSupportedError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
 from obstore.store import LocalStore, from_url
 
+from cache import patience
 from cache.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,23 +29,6 @@ if TYPE_CHECKING:
 
 CRC_BYTES = 4
 _URL = re.compile(r"(s3|gs|az)://[^/?#]+(/[^?#]*)?")
-_TRIES, _FIRST_WAIT_S, _MAX_WAIT_S = 7, 0.25, 8.0  # waits double: a server that is down costs some 15 s
-_PATIENCE_S = 60  # no try begins later, so that a server that hangs is given up as well
-_CLIENT: dict[str, Any] = {
-    "client_options": {
-        "allow_http": True,
-        "connect_timeout": timedelta(seconds=10),
-        "read_timeout": timedelta(seconds=20),  # without a single byte
-        "timeout": timedelta(seconds=300),
-    },
-    "retry_config": {
-        "max_retries": 3,
-        "retry_timeout": timedelta(seconds=60),
-        "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=1)},
-    },
-}
-
-_jitter = random.Random()  # the shared generator is the training's
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -172,19 +146,17 @@ class Files:
         What says something about the object is raised as it is: FileNotFoundError, AlreadyExistsError,
         NotSupportedError.
         """
-        start, tries = time.monotonic(), 0
-        while True:
-            try:
-                return request()
-            except (FileNotFoundError, AlreadyExistsError, NotSupportedError):
-                raise
-            except (BaseError, OSError) as error:
-                tries += 1
-                late = tries == _TRIES or time.monotonic() - start > _PATIENCE_S
-                if isinstance(self.place, Path) or late or _is_final(error):
-                    raise failed(verb, self.place, error) from error
-            # Half of it random: workers that failed together should not come back together.
-            time.sleep(min(_FIRST_WAIT_S * 2 ** (tries - 1), _MAX_WAIT_S) * _jitter.uniform(0.5, 1))
+
+        def about_the_object(error: Exception) -> bool:
+            answers = FileNotFoundError, AlreadyExistsError, NotSupportedError
+            return isinstance(error, answers) or not isinstance(error, (BaseError, OSError))
+
+        try:
+            return patience.patiently(request, lambda e: isinstance(self.place, Path) or about_the_object(e))
+        except patience.GaveUp as gave_up:
+            if about_the_object(gave_up.error):
+                raise gave_up.error from None
+            raise failed(verb, self.place, gave_up.error) from gave_up.error
 
 
 def place_of(path: str | Path) -> Path | str:
@@ -202,7 +174,7 @@ def connect(place: Path | str, *, make: bool = False) -> Files:
     try:
         if isinstance(place, Path):
             return Files(place, LocalStore(place, mkdir=make))
-        return Files(place, from_url(place, **_CLIENT))
+        return Files(place, from_url(place, **patience.CLIENT))
     except (BaseError, OSError, ValueError) as error:
         raise failed("write" if make else "read", place, error) from error
 
@@ -217,37 +189,7 @@ def failed(verb: str, place: Path | str, error: Exception) -> UserError:
     fix = "check --store and its permissions"
     if verb == "write":
         fix = "free space or mend the path, then run precompute-teacher again, it resumes"
-    return UserError(f"cannot {verb} store {place}", found=cause(error), fix=fix)
-
-
-def _is_final(error: Exception) -> bool:
-    """Would the same request fail again?"""
-    status = re.search(r"status code: ([0-9]{3})", str(error))
-    refused = status is not None and 300 <= int(status[1]) < 500 and status[1] not in ("408", "429")
-    return refused or isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or _no_credentials(error)
-
-
-def _no_credentials(error: Exception) -> bool:
-    """Without any, the S3 client asks the metadata service of a cloud machine for them."""
-    return re.search(r"/latest/api/token|Missing (AccessKeyId|SecretAccessKey)", str(error)) is not None
-
-
-def cause(error: Exception) -> str:
-    """A few words on an error of obstore's, whose own text is a page of nested structures."""
-    text = str(error)
-    if found := re.search(r"([^:\n]+) \(os error [0-9]+\)", text):
-        return found[1].strip()
-    if _no_credentials(error):
-        return "no AWS credentials"
-    if found := re.search(r"<Code>(\w+)</Code>", text):
-        return found[1]
-    if found := re.search(r"status code: ([0-9]{3}[A-Za-z \-]*)", text):
-        return f"HTTP {found[1].strip()}"
-    if "TimedOut" in text:
-        return "time-out"
-    if messages := re.findall(r'(?:message|error): "([^"\n]+)"', text):
-        return messages[-1]  # the innermost
-    return text.partition("\n")[0]
+    return UserError(f"cannot {verb} store {place}", found=patience.cause(error), fix=fix)
 
 
 def each(function: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Generator[_R, None, None]:

@@ -3,17 +3,12 @@
 S3 is configured by the usual variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION,
 AWS_SKIP_SIGNATURE=true for public buckets, AWS_ENDPOINT_URL for other servers of the protocol (http:// is allowed).
 
-Two layers retry. obstore repeats requests that met a 5xx or 429, a broken connection or a time-out, and resumes a
-broken body, but that only from servers that send an ETag. What it gives up on or does not see (a body broken without
-ETag, a short body, an outage of seconds) is repeated here. A client does not survive a fork: its threads stay behind.
+Requests are repeated (`cache.patience`). A client does not survive a fork: its threads stay behind.
 """
 
 import itertools
-import random
 import re
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import lru_cache
 from glob import has_magic
 from pathlib import PurePosixPath
@@ -21,19 +16,12 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import obstore
-from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError, NotSupportedError
 from obstore.store import HTTPStore, S3Store
 
+from cache import patience
 from cache.errors import UserError
 
-_CONNECT_S = 10
-_STALL_S = 20  # without a single byte
-_REQUEST_S = 120
-_QUICK_RETRIES, _QUICK_WAIT_S = 3, 0.1  # of obstore; the waits double up to a second
-_TRIES, _FIRST_WAIT_S, _MAX_WAIT_S = 7, 0.25, 8.0  # waits double: a server that is down costs some 15 s
-_PATIENCE_S = 60  # no try begins later, so that a server that hangs is given up as well
-
-_jitter = random.Random()  # the shared generator is the training's
 _T = TypeVar("_T")
 
 
@@ -66,7 +54,7 @@ class Remote:
                 found = obstore.get(self._store(root), path, options={"range": (offset, offset + size)})
                 data = found.bytes().to_bytes()
             except BaseError as error:
-                if _status(error) == 416 or "StartTooLarge" in str(error):
+                if patience.status(error) == 416 or "StartTooLarge" in str(error):
                     return b""
                 raise
             promised = min(size, found.meta["size"] - offset)
@@ -94,21 +82,10 @@ class Remote:
 
 def _store(root: str) -> S3Store | HTTPStore:
     """The client of one bucket or host."""
-    options: dict[str, Any] = {
-        "client_options": {
-            "allow_http": True,
-            "connect_timeout": timedelta(seconds=_CONNECT_S),
-            "read_timeout": timedelta(seconds=_STALL_S),
-            "timeout": timedelta(seconds=_REQUEST_S),
-        },
-        "retry_config": {
-            "max_retries": _QUICK_RETRIES,
-            "retry_timeout": timedelta(seconds=_PATIENCE_S),
-            "backoff": {"init_backoff": timedelta(seconds=_QUICK_WAIT_S), "max_backoff": timedelta(seconds=1)},
-        },
-    }
     # Not obstore's from_url, which takes https://….amazonaws.com for S3 and then wants credentials.
-    return S3Store(root.removeprefix("s3://"), **options) if root.startswith("s3://") else HTTPStore(root, **options)
+    if root.startswith("s3://"):
+        return S3Store(root.removeprefix("s3://"), **patience.CLIENT)
+    return HTTPStore(root, **patience.CLIENT)
 
 
 def split(url: str) -> tuple[str, str]:
@@ -128,60 +105,20 @@ def split(url: str) -> tuple[str, str]:
 
 def _patiently(shard: str, offset: int | None, request: Callable[[], _T]) -> _T:
     """`request()`, repeated with growing waits while its error may pass; else Unreadable."""
-    start, tries = time.monotonic(), 0
-    while True:
-        try:
-            return request()
-        except (BaseError, OSError, ValueError) as error:
-            tries += 1
-            if tries == _TRIES or time.monotonic() - start > _PATIENCE_S or _is_final(error):
-                cause = _cause(error) + (f" ({tries} tries)" if tries > 1 else "")
-                raise Unreadable(shard, offset, cause, _fix(shard, error)) from None
-        # Half of it random: workers that failed together should not come back together.
-        time.sleep(min(_FIRST_WAIT_S * 2 ** (tries - 1), _MAX_WAIT_S) * _jitter.uniform(0.5, 1))
-
-
-def _status(error: Exception) -> int | None:
-    """HTTP status in an error of obstore's, which has it in its text alone."""
-    match = re.search(r"status code: ([0-9]{3})", str(error))
-    return int(match[1]) if match else None
-
-
-def _no_credentials(error: Exception) -> bool:
-    """Without any, the S3 client asks the metadata service of a cloud machine for them."""
-    return re.search(r"/latest/api/token|Missing (AccessKeyId|SecretAccessKey)", str(error)) is not None
-
-
-def _is_final(error: Exception) -> bool:
-    """Would the same request fail again?"""
-    kinds = (FileNotFoundError, PermissionDeniedError, UnauthenticatedError, NotSupportedError, ValueError)
-    status = _status(error) or 0
-    return isinstance(error, kinds) or _no_credentials(error) or (300 <= status < 500 and status not in (408, 429))
-
-
-def _cause(error: Exception) -> str:
-    """A few words on an error of obstore's, whose own text is a page of nested structures."""
-    text = str(error)
-    if _no_credentials(error):
-        return "no AWS credentials"
-    if code := re.search(r"<Code>(\w+)</Code>", text):
-        return code[1]
-    if status := re.search(r"status code: ([0-9]{3}[A-Za-z \-]*)", text):
-        hint = ": no such object, or no such bucket" if isinstance(error, FileNotFoundError) else ""
-        return f"HTTP {status[1].strip()}{hint}"
-    if "TimedOut" in text:
-        return "time-out"
-    if messages := re.findall(r'(?:message|error): "([^"\n]+)"', text):
-        return messages[-1]  # the innermost
-    if "IncompleteBody" in text:
-        return "connection closed within the body"
-    if isinstance(error, NotSupportedError):
-        return "a server without range requests"
-    return text.partition("\n")[0]
+    try:
+        return patience.patiently(request, lambda error: not isinstance(error, (BaseError, OSError)))
+    except patience.GaveUp as gave_up:
+        error, tries = gave_up.error, gave_up.tries
+        if not isinstance(error, (BaseError, OSError, ValueError)):
+            raise error from None
+        unranged = isinstance(error, NotSupportedError)
+        cause = "a server without range requests" if unranged else patience.cause(error)
+        cause += f" ({tries} tries)" if tries > 1 else ""
+        raise Unreadable(shard, offset, cause, _fix(shard, error)) from None
 
 
 def _fix(shard: str, error: Exception) -> str:
-    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or _no_credentials(error):
+    if patience.is_refusal(error):
         if shard.startswith("s3://"):
             return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
         return "make it readable without a login"

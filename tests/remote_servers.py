@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
@@ -24,12 +25,22 @@ import obstore
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 
+from cache import patience
+
 KINDS = ("reset", "503", "slow", "short", "cut", "reset in body")
 """Connection reset before the answer; status 503; first byte late by `slow_s`; a body half as long as its range, with
 a length that fits; a body that ends early; a connection reset in its middle. On request only, "no ranges": the whole
 object in answer to a range."""
 
 _buckets = count()
+
+
+def hurry(monkeypatch) -> None:
+    """As many retries as ever, without their waits."""
+    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(patience, "MAX_WAIT_S", 0.01)
+    backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5)}
+    monkeypatch.setitem(patience.CLIENT["retry_config"], "backoff", backoff)
 
 
 @dataclass

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from remote_servers import KINDS, serve
+from remote_servers import KINDS, hurry, serve
 from safetensors.torch import load_file
 
 import cache
-from pipeline import precompute, prepare, remote, train
+from pipeline import precompute, prepare, train
 from pipeline.config import PrecomputeTeacher, TrainStudent
 from pipeline.demo import POLICY
 from pipeline.index import Index
@@ -25,8 +25,7 @@ def job(data, teacher, out, **options):
 @pytest.mark.parametrize("protocol", ["s3", "http"])
 def test_store_and_student_are_those_of_local_shards(digits, teacher, tmp_path, monkeypatch, protocol):
     """A fifth of the requests fail in some way; the order of the samples decides the weights to the last bit."""
-    for name, seconds in (("_FIRST_WAIT_S", 0.001), ("_QUICK_WAIT_S", 0.001), ("_MAX_WAIT_S", 0.01)):
-        monkeypatch.setattr(remote, name, seconds)
+    hurry(monkeypatch)
     expected_store, expected = job(digits, teacher, tmp_path / "local")
     with serve(digits.parent, fault_rate=0.2) as servers:
         servers.faults.slow_s = 0.02

@@ -4,7 +4,6 @@ import logging
 import os
 import urllib.request
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -14,13 +13,12 @@ import pytest
 import zarr
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store, from_url
-from remote_servers import Remote, serve
+from remote_servers import Remote, hurry, serve
 from stores import VIEWS, assert_exact, content, files, fill, key_hash, make, manifest, status, zipped
 from zarr.storage import ObjectStore
 
 import cache
-from cache import UserError
-from cache import files as store_files
+from cache import UserError, patience
 from pipeline import precompute, train
 from pipeline.config import PrecomputeTeacher, TrainStudent
 from pipeline.demo import POLICY
@@ -107,7 +105,7 @@ def test_a_server_without_conditional_writes_will_do(server, monkeypatch):
 @pytest.fixture
 def at_once(monkeypatch) -> None:
     """No error may be waited for that the next try would meet again."""
-    monkeypatch.setattr(store_files.time, "sleep", lambda seconds: pytest.fail("tried again"))
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: pytest.fail("tried again"))
 
 
 def test_what_is_missing_on_a_server_is_named(server, at_once):
@@ -144,10 +142,7 @@ def remote(tmp_path_factory) -> Iterator[Remote]:
 
 @pytest.fixture
 def impatient(monkeypatch) -> None:
-    """As many retries, without the waits."""
-    backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5)}
-    monkeypatch.setitem(store_files._CLIENT["retry_config"], "backoff", backoff)
-    monkeypatch.setattr(store_files, "_FIRST_WAIT_S", 0.001)
+    hurry(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["reset", "503", "short", "cut", "reset in body"])
@@ -180,7 +175,7 @@ def test_no_credentials_are_said_to_be_missing(server, monkeypatch, at_once):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setitem(store_files._CLIENT["retry_config"], "max_retries", 0)
+    monkeypatch.setitem(patience.CLIENT["retry_config"], "max_retries", 0)
     with pytest.raises(UserError, match=r"cannot read store s3://.*; found no AWS credentials; fix: "):
         cache.open(f"{BUCKET}/x")
 
