@@ -40,7 +40,6 @@ from pipeline.index import Index
 from pipeline.loader import Batch, Request, load
 from pipeline.objectives import CrossEntropy, Distillation, Objective
 from pipeline.policy import POLICIES
-from pipeline.report import progress
 from pipeline.suggest import did_you_mean
 
 STUDENT, TEACHER, LARGE = "timm/resnet18", "timm/resnet34", "timm/resnet101"
@@ -75,7 +74,7 @@ def run(config: Bench) -> dict:
         arms = {name: job.arm(name) for name in names}
         passes = {name: job.teacher_pass(teacher) for name, teacher in job.teachers.items() if name in names}
         steps = {**{name: arm.step for name, arm in arms.items()}, **{f"{name}: pass": p for name, p in passes.items()}}
-        laps = _interleaved(steps, config.rounds)
+        laps = harness.compare(steps, config.rounds)
         read, teachers = job.bytes_per_pair(), {name: teacher.name for name, teacher in job.teachers.items()}
     rows = _rows({name: laps[name] for name in names}, arms, batch_size, read, device)
     tables = {"step": rows}
@@ -98,19 +97,6 @@ def run(config: Bench) -> dict:
     if config.json:
         harness.write(config.json, found)
     return found
-
-
-def _interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Seconds of each phase, by arm and round; the first round compiles and allocates, and is dropped."""
-    laps: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
-    with progress("end-to-end", (rounds + 1) * len(steps), "steps") as advance:
-        for number in range(rounds + 1):
-            for name, step in steps.items():
-                split = step()
-                if number:
-                    laps[name].append(split)
-                advance(1)
-    return laps
 
 
 @dataclass(frozen=True)

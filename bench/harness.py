@@ -26,6 +26,7 @@ from functools import wraps
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 from rich.table import Table
@@ -35,6 +36,7 @@ from pipeline.report import console_out, progress
 
 _PACKAGES = re.compile(r"torch|torchvision|nvidia-dali-cuda\d+|numpy|numba|pillow|zarr|triton")
 _TICKS = os.sysconf("SC_CLK_TCK")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ def measure(
     return Slot(items, seconds, cpu_after - cpu_before, spent, *memory_bytes())
 
 
-def compare(arms: Mapping[str, Callable[[], Slot]], rounds: int) -> dict[str, list[Slot]]:
-    """`rounds` slots of each arm, interleaved. One more round goes first and is dropped: it fills caches."""
-    slots: dict[str, list[Slot]] = {name: [] for name in arms}
+def compare(arms: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """What each arm gives in each of `rounds`, interleaved. One more round goes first and is dropped: it fills caches."""
+    slots: dict[str, list[T]] = {name: [] for name in arms}
     with progress("bench", (rounds + 1) * len(arms), "slots") as advance:
         for number in range(rounds + 1):
             for name, arm in arms.items():
