@@ -86,7 +86,7 @@ def measure(
 
 
 def compare(arms: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What each arm gives in each of `rounds`, interleaved. One more round goes first and is dropped: it fills caches."""
+    """What each arm gives in each of `rounds`, interleaved. One more goes first, to fill caches, and is dropped."""
     slots: dict[str, list[T]] = {name: [] for name in arms}
     with progress("bench", (rounds + 1) * len(arms), "slots") as advance:
         for number in range(rounds + 1):
