@@ -29,7 +29,8 @@ def run(config: Evaluate) -> None:
     module = devices.place(network.module, device)
     precision = devices.arithmetic(config.precision, device)
     result = evaluate(module, normalise, index, policy, config.batch_size, config, precision)
-    summary("evaluation", {"model": config.model, "data": Path(config.data), **shown(result)})
+    seen = f"{policy.base.size} pixels, as policy {policy.name} has them"
+    summary("evaluation", {"model": config.model, "data": Path(config.data), "images": seen, **shown(result)})
 
 
 def shown(result: dict) -> dict:

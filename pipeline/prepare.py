@@ -26,7 +26,7 @@ from pipeline import index
 from pipeline.config import Prepare
 from pipeline.decode import Undecodable, decode
 from pipeline.remote import is_remote
-from pipeline.report import progress, summary
+from pipeline.report import decimal, progress, summary
 from pipeline.shards import Reader
 from pipeline.sources import Scan, Source, cifar, digits, duplicate_key, imagefolder, scan
 from pipeline.synthetic import synthetic
@@ -42,9 +42,11 @@ _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xae\x42\x60\x82"
 def run(config: Prepare) -> None:
     """Prepare a data set and print what is in it; see `build`."""
     facts = build(config.source, config.out, classes=config.classes, shard_size=config.shard_size, seed=config.seed)
+    counts = {name: f"{facts[name]:,}" for name in ("classes", "samples", "good", "quarantined", "shards")}
     for name in ("causes", "splits"):
-        facts[name] = ", ".join(f"{key}: {count:,}" for key, count in facts[name].items()) or "none"
-    summary("prepared", facts | {"seconds": f"{facts['seconds']:.1f}"})
+        counts[name] = ", ".join(f"{key}: {count:,}" for key, count in facts[name].items()) or "none"
+    images, seconds = decimal(facts["image_bytes"]), f"{facts['seconds']:.1f}"
+    summary("prepared", {"out": facts["out"], **counts, "images": images, "seconds": seconds})
 
 
 def build(
