@@ -209,7 +209,7 @@ def _arms(batch: int, classes: int) -> tuple[dict[str, Step], int]:
     keys = np.arange(batch, dtype=np.uint64)
     int8 = codecs.make("int8", classes=classes)
     encoded = {"int8": (int8, torch.from_numpy(int8.encode(pairs, keys)).cuda())}
-    if classes >= 2 * _DIRECTIONS or classes == 1000:
+    if _DIRECTIONS < classes <= 4096:  # a code for more classes takes minutes to fit
         rng = np.random.default_rng(0)
         basis = np.linalg.qr(rng.normal(size=(classes, _DIRECTIONS)))[0].T
         fitted = (rng.normal(size=(1024, 2, _DIRECTIONS)) @ basis * 3).astype(np.float32)
