@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": (config.Evaluate, "pipeline.evaluate"),
     "verify": (config.Verify, "pipeline.verify"),
     "inspect": (config.Inspect, "pipeline.inspect"),
+    "plan": (config.Plan, "pipeline.plan"),
     "demo": (config.Demo, "pipeline.demo"),
     "bench": (config.Bench, "bench"),
 }

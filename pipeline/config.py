@@ -241,6 +241,40 @@ class Inspect(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan(Machine):
+    """Hours, bytes and GPU-hours of teacher pass and students on 1 to 64 GPUs, from rates measured on this machine."""
+
+    teacher: str
+    """Network NAME or NAME@WEIGHTS; weights do not matter to the time."""
+    student: str
+    """Network NAME."""
+    views: int
+    """Augmented views per sample that the teacher is to look at."""
+    epochs: int
+    """Passes of a student over the data."""
+    images: int | None = None
+    """Training images; by default those of DATA."""
+    classes: int | None = None
+    """By default those of DATA, or 1000."""
+    students: int = 1
+    """Students to train on the same labels."""
+    policy: str = "imagenet"
+    """imagenet, cifar10, cifar100 or a YAML file."""
+    batch_size: int = 128
+    """Pairs per step of each GPU."""
+    precision: Precision = "auto"
+    """Arithmetic of both networks; auto: bf16 on a GPU that has it, else fp32."""
+    data: Path | None = None
+    """Prepared data set to measure on; without it a few synthetic photographs of ImageNet's size."""
+    rates: Path | None = None
+    """File that an earlier --json wrote, on the machine that is planned for; nothing is measured then."""
+    read_mb_s: float | None = None
+    """Megabytes (10⁶ B) per second that storage reads for all GPUs together; by default no limit."""
+    json: Path | None = None
+    """File to write the rates and the plan to."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo(Machine):
     """The whole job on scikit-learn's handwritten digits, ending in a table. Rerun to resume."""
 
