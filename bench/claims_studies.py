@@ -84,6 +84,10 @@ def losses(both: bool) -> Study:
         for name in names[1:]:
             pair = less(setting(name, teacher=JDA), setting(name))
             contrasts[f"{name}, teacher {JDA} − {PLAIN}"] = pair
+    for name in names:  # without augmented views every kind of KD is kd
+        settings.append(plain := setting(name, fraction=0.0))
+        contrasts[f"{name} with JDA − originals alone"] = less(setting(name), plain)
+    settings = list(dict.fromkeys(settings))
     return Study(tuple(settings), contrasts)
 
 

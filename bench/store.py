@@ -88,7 +88,7 @@ def compare(makes: dict[str, Make], fit: np.ndarray, held: np.ndarray) -> list[d
     rows = []
     for name, make in makes.items():
         coder = make(fit)
-        if coder is None:
+        if coder is None or getattr(coder, "k", 0) > held.shape[2]:  # exact, or more top classes than there are
             continue
         encoded = coder.encode(held, stream)
         found = measure(coder, held, stream, encoded)  # pyright: ignore[reportArgumentType]

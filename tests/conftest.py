@@ -1,16 +1,15 @@
 """Data sets that several tests read; each is prepared once, by the product, from real encoded images."""
 
 import io
-import os
 import tarfile
 from pathlib import Path
+
+import pipeline  # noqa: F401, before torch and NumPy are imported here and in child processes  # isort: skip
 
 import numpy as np
 import pytest
 from images import jpeg, png
 from PIL import Image
-
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as pipeline.cli, before torch is imported here and in child processes
 
 from pipeline import models, precompute, prepare
 from pipeline.config import PrecomputeTeacher

@@ -37,6 +37,11 @@ def test_a_run_writes_figures_and_plots(teacher, tmp_path, monkeypatch, capsys):
     assert "subspace-0.05" in capsys.readouterr().out
 
 
+def test_formats_of_more_top_classes_than_there_are_are_left_out():
+    makes = {name: store.ARMS[name] for name in ("tinyvit-100", "apple-10", "fkd-5")}
+    assert [row["format"] for row in store.compare(makes, logits(16, 0), logits(16, 1))] == ["apple-10", "fkd-5"]
+
+
 def test_every_reader_reads_the_same_rows(tmp_path):
     made, _ = storage._written(tmp_path / "s", 9000)
     expected = made.load_plane(0).encoded

@@ -116,7 +116,8 @@ def test_a_student_under_two_names_is_one(digits, labels, tmp_path):
 def test_processes_teach_students_and_the_document_says_how_they_did(options, tmp_path, capsys):
     chosen = dataclasses.replace(options, json=tmp_path / "found.json", out=tmp_path / "plots")
     found = claims.run(chosen)
-    assert list(found["arms"]) == ["ce", "kd", "ccd", "ccd-mean"] and found["suite"] == "claims"
+    assert list(found["arms"]) == ["ce", "kd", "ccd", "ccd-mean", "ce, originals alone", "kd, originals alone"]
+    assert found["suite"] == "claims"
     assert json.loads((tmp_path / "found.json").read_text()) == found
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"losses.png", "losses.svg"}
     for arm in found["arms"].values():
@@ -124,13 +125,13 @@ def test_processes_teach_students_and_the_document_says_how_they_did(options, tm
         shares = np.array(arm["top1"]["seeds"]) * 45 / 100
         assert len(shares) == 2 and shares == pytest.approx(shares.round())
     loss = {name: arm["cross_entropy"]["seeds"] for name, arm in found["arms"].items()}
-    assert len({tuple(values) for values in loss.values()}) == 4 and loss["kd"][0] != loss["kd"][1]
+    assert len({tuple(values) for values in loss.values()}) == 6 and loss["kd"][0] != loss["kd"][1]
     teacher = found["tables"]["teachers"][0]
     assert len(found["tables"]["teachers"]) == 1 and 0 < teacher["mean w"] < 2
     text = capsys.readouterr().out
     assert "ccd − ccd-mean" in text and "at least 0.5" in text and "training" not in text
     work = tmp_path / "work" / "claims"
-    assert not list(work.glob("student-*")) and len(json.loads((work / "students.json").read_text())) == 8
+    assert not list(work.glob("student-*")) and len(json.loads((work / "students.json").read_text())) == 12
 
     # A process of another number of threads comes to the same: here, with one thread of torch.
     (work / "students.json").unlink()
@@ -159,16 +160,17 @@ def test_an_interrupted_benchmark_continues_and_shares_what_is_finished(options,
         claims.run(options)
     monkeypatch.setattr(train, "run", made_up)
     first = claims.run(options)
-    runs = [(config.loss, config.seed) for config in taught]
-    assert sorted(runs) == sorted(itertools.product(("ce", "kd", "ccd", "ccd-mean"), (0, 1)))  # each once
-    assert claims.run(options)["arms"] == first["arms"] and len(taught) == 8
+    runs = [(config.loss, config.augmented_fraction, config.seed) for config in taught]
+    arms = [(loss, 0.5) for loss in ("ce", "kd", "ccd", "ccd-mean")] + [("ce", 0.0), ("kd", 0.0)]
+    assert sorted(runs) == sorted((*arm, seed) for arm in arms for seed in (0, 1))  # each once
+    assert claims.run(options)["arms"] == first["arms"] and len(taught) == 12
 
     others = claims.run(dataclasses.replace(options, arms="others,losses", seeds=3))
-    kinds = {(config.loss, config.augmented_fraction, config.seed) for config in taught[8:]}
-    third = {(loss, 0.5, 2) for loss in ("ce", "kd", "ccd", "ccd-mean")}
-    new = {(loss, 0.0, seed) for loss in ("kd", "dkd", "dist", "standardised") for seed in range(3)}
+    kinds = {(config.loss, config.augmented_fraction, config.seed) for config in taught[12:]}
+    third = {(*arm, 2) for arm in arms}
+    new = {(loss, 0.0, seed) for loss in ("dkd", "dist", "standardised") for seed in range(3)}
     new |= {(loss, 0.5, seed) for loss in ("dkd", "dist", "standardised") for seed in range(3)}
-    assert kinds == third | new and len(taught[8:]) == len(kinds)
+    assert kinds == third | new and len(taught[12:]) == len(kinds)
     assert others["tables"]["losses"][0]["seeds"][:2] == first["tables"]["losses"][0]["seeds"]
 
     # Another recipe is another student.
