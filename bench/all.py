@@ -1,7 +1,7 @@
 """`pipeline bench all`: loader, store, kernels and end to end in one go, one JSON file and one page.
 
-Every suite interleaves its arms; here each takes few rounds, so that two cores need less than twenty minutes. Called
-by its own name a suite takes more. `--data` is what loader and students read, `--arms` chooses suites.
+Every suite interleaves its arms. `--data` is what loader and students read, `--arms` chooses suites, `--rounds` is for
+all of them.
 """
 
 import dataclasses
@@ -16,12 +16,8 @@ from pipeline.config import Bench
 from pipeline.report import console_out
 from pipeline.suggest import did_you_mean
 
-SUITES: dict[str, dict[str, Any]] = {
-    "end-to-end": {"rounds": 9},
-    "loader": {"rounds": 5, "pairs": 512},
-    "store": {"rounds": 3, "samples": 200_000},
-    "kernels": {"rounds": 7},
-}
+SUITES = {"end-to-end": 15, "loader": 7, "store": 5, "kernels": 7}
+"""Rounds, for two cores to need less than twenty minutes."""
 _OUT = Path("benchmark")
 
 
@@ -40,7 +36,8 @@ def run(config: Bench) -> dict:
     machine = harness.machine()
     found: dict[str, Any] = {}
     for name in names:
-        chosen = dataclasses.replace(config, suite=name, arms=None, json=None, out=None, **settings(config, name))
+        rounds = SUITES[name] if config.rounds == Bench.rounds else config.rounds
+        chosen = dataclasses.replace(config, suite=name, rounds=rounds, arms=None, json=None, out=None)
         found[name] = import_module(f"bench.{name.replace('-', '_')}").run(chosen)
         harness.write(path, document(machine, config, found))
     whole = document(machine, config, found)
@@ -48,11 +45,6 @@ def run(config: Bench) -> dict:
     write_atomically(page, all_page.render(whole))
     console_out.print(f"page: {page}; figures: {path}", highlight=False)
     return whole
-
-
-def settings(config: Bench, name: str) -> dict[str, Any]:
-    """A suite's own; whatever was asked for is a limit."""
-    return {key: min(getattr(config, key) or value, value) for key, value in SUITES[name].items()}
 
 
 def document(machine: dict, config: Bench, found: dict[str, Any]) -> dict:

@@ -175,7 +175,7 @@ def test_an_interrupted_benchmark_continues_and_shares_what_is_finished(options,
 
     # Another recipe is another student.
     claims.run(dataclasses.replace(options, batch_size=32, seeds=1))
-    assert len(taught) == 8 + len(kinds) + 4
+    assert len(taught) == 12 + len(kinds) + 6
 
 
 def test_policies_have_stores_and_teachers_weights_of_their_own(options, taught, monkeypatch):
