@@ -150,6 +150,8 @@ def _fit(job: Job, device: torch.device, asked: stop.Requests, stack: ExitStack)
         if first:
             saver(trainee.state() | {"epoch": epoch, "step": step, "means": found})
 
+    start = epoch, step  # the loader may ask for the plan when this function has moved on
+
     def plan() -> Iterator[Request]:
         shards, window = index.records["shard"][rows], config.shuffle_window
         for at, part in order.steps(
@@ -157,7 +159,7 @@ def _fit(job: Job, device: torch.device, asked: stop.Requests, stack: ExitStack)
             rows,
             config.batch_size,
             config.epochs,
-            (epoch, step),
+            start,
             shards=shards,
             window=window,
             rank=ranks.rank(),

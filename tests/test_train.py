@@ -16,7 +16,7 @@ from test_precompute import finished, killed
 
 import cache
 from cache import UserError, philox
-from pipeline import loop, models, train
+from pipeline import loader, loop, models, stop, train
 from pipeline.config import TrainStudent
 from pipeline.demo import POLICY
 from pipeline.device import Normalise
@@ -113,6 +113,25 @@ def test_a_signal_saves_the_step_under_way(whole, tmp_path):
     lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in lines if "step" in record][-1]
     assert (state["epoch"], state["step"]) in ((last["epoch"], last["step"]), (last["epoch"] + 1, 0))
+
+
+def test_a_run_that_was_stopped_after_an_epochs_last_step_goes_on_with_the_next_epoch(whole, tmp_path, monkeypatch):
+    """Its loader starts late, when the epoch without steps is over: the batches are still those of the next one."""
+    run = dataclasses.replace(whole, out=tmp_path / "run", resume=True)
+    with monkeypatch.context() as patch:
+        asked = iter([None] * 11 + [signal.SIGINT])
+        patch.setattr(stop.Requests, "now", lambda self: next(asked))
+        with pytest.raises(SystemExit):
+            train.run(run)
+    state = torch.load(run.out / "checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (0, 12)
+
+    def late(*arguments, **options):
+        yield from loader.load(*arguments, **options)
+
+    monkeypatch.setattr(loop, "load", late)
+    train.run(run)
+    assert_same_weights(run, whole)
 
 
 @pytest.fixture(scope="module")
