@@ -343,7 +343,7 @@ def _start() -> None:
 
 
 def _each(pool: Executor, jobs: Mapping):
-    """(name, result) of every job (function, *arguments) as it ends; no more are handed out than run."""
+    """(name, result) of every job (function, *arguments) as it ends, failed ones last; only what runs is handed out."""
     running = {}
     todo = iter(jobs.items())
     while True:
@@ -352,8 +352,7 @@ def _each(pool: Executor, jobs: Mapping):
             running[pool.submit(function, *arguments)] = name
         if not running:
             return
-        done = wait(running, return_when=FIRST_COMPLETED).done
-        for future in sorted(done, key=lambda future: future.exception() is not None):  # what is finished is kept
+        for future in sorted(wait(running, return_when=FIRST_COMPLETED).done, key=lambda f: f.exception() is not None):
             try:
                 yield running.pop(future), future.result()
             except BrokenProcessPool:

@@ -1,0 +1,53 @@
+"""Calls of the loss kernels in Triton's interpreter, and what they are held against."""
+
+import numpy as np
+import torch
+from test_ccd import DEFAULTS
+from test_subspace import coded, reference_decode, streams
+
+from kernels import ccd_loss, ccd_loss_encoded, reference
+from pipeline.labels import decoder_of
+
+CPU = torch.device("cpu")
+TOLERANCE = 5e-7
+
+
+def students(batch: int, classes: int, seed: int = 0, scale: float = 3.0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn(2, batch, classes, generator=generator) * scale)
+
+
+def call(logits, target, teacher, **options):
+    """Loss and gradients: `teacher` are two tensors, or rows, stream and decoder."""
+    rows = [row.detach().requires_grad_() for row in logits]
+    function = ccd_loss if len(teacher) == 2 else ccd_loss_encoded
+    loss = function(*rows, *teacher, target, impl="triton", **options)
+    return loss.detach(), *torch.autograd.grad(loss, rows)
+
+
+def exact(logits, target, teacher, **options):
+    """float64 autograd of the specification."""
+    rows = [row.detach().double().requires_grad_() for row in logits]
+    weight = options.get("weight")
+    if isinstance(weight, torch.Tensor):
+        options["weight"] = weight.double()
+    loss = reference.ccd_loss(*rows, *(row.double() for row in teacher), target, **DEFAULTS | options)
+    return loss.detach(), *torch.autograd.grad(loss, rows)
+
+
+def assert_close(found, expected, loss=TOLERANCE):
+    assert abs(found[0].double() - expected[0]) <= loss * abs(expected[0])
+    for actual, true in zip(found[1:], expected[1:], strict=True):
+        assert (actual.double() - true).abs().max() <= 1e-7 + 1e-6 * true.abs().max()
+        assert (actual.double().sum(1).abs() <= 1e-6 * true.abs().sum(1).clamp(min=1)).all()
+
+
+def subspace(classes: int, dims: int, wide: int, batch: int, seed: int = 0):
+    """Rows, their keys and decoder, and the float64 logits that they mean."""
+    codec = coded(classes, dims, wide, seed, scale=np.geomspace(1, 0.05, dims) / 127)
+    rng = np.random.default_rng(seed)
+    stream = streams(batch, seed)
+    rows = codec.encode((rng.normal(size=(batch, 2, classes)) * 4).astype(np.float32), stream)
+    truth, _ = reference_decode(codec, rows, stream)
+    keys = torch.from_numpy(stream.view(np.int64))
+    return (torch.from_numpy(rows), keys, decoder_of(codec, CPU)), torch.from_numpy(truth)
