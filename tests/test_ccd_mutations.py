@@ -136,14 +136,20 @@ def main(folder: Path) -> None:
     import triton  # noqa: F401, loaded here once
 
     torch.set_num_threads(1)  # before forking
-    exits = {}
-    for number, (name, (*_, test)) in enumerate(MUTATIONS.items()):
+    exits, running = {}, {}
+    todo = list(enumerate(MUTATIONS.items()))
+    while todo or running:
+        if not todo or len(running) == len(os.sched_getaffinity(0)):
+            child, status = os.wait()
+            exits[running.pop(child)] = os.waitstatus_to_exitcode(status)
+            continue
+        number, (name, (*_, test)) = todo.pop()
         if (child := os.fork()) == 0:
             sys.path.insert(0, str(folder / str(number)))
             code = pytest.main(["-xq", "-p", "no:cacheprovider", f"{TESTS / 'interpreted_ccd.py'}::{test}"])
             sys.stdout.flush()
             os._exit(code)
-        exits[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        running[child] = name
     (folder / "exits").write_text(json.dumps(exits))
 
 

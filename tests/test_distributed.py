@@ -73,7 +73,7 @@ def alone(digits, labels, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_losses_do_not_depend_on_the_number_of_processes(world, alone, digits, labels, tmp_path):
     """Of 180 samples in batches of 32 the last is of 20; batch statistics are those of the global batch."""
     found, expected = run(tmp_path / "run", digits, labels, CALM, world=world), records(alone)

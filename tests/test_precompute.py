@@ -164,7 +164,7 @@ def test_sigkill_at_twenty_random_moments(whole, tmp_path):
         hit = killed(precompute.run, run, moments.uniform(0, duration))
         kills += hit
         kept = {}
-        if run.store.exists():
+        if cache.exists(run.store):
             missing = cache.open(run.store).missing_blocks()
             blocks = {(view, block) for view in range(whole.views) for block in range(blocks_of(whole))}
             partial += 0 < len(missing) < len(blocks)

@@ -44,7 +44,9 @@ SIZES = dict(samples=96, block_rows=4, views=2)
 def write(path, part, parts):
     try:
         store = make(path, **SIZES)
-    except cache.UserError:  # the other writer was first
+    except cache.UserError:  # the other writer was first; the store is there when its manifest is
+        while not cache.exists(path):
+            pass
         store = cache.open(path)
     for view, block in store.missing_blocks():
         if block % parts == part:
