@@ -124,11 +124,8 @@ def compile_loss(case: Case) -> Compiled:
         "grad_o": f"*{case.student}" if case.gradient else None,
         "grad_a": f"*{case.student}" if case.gradient else None,
         "ticket": "*i32" if case.decoded else None,
-        "shares": "*fp32",
         "loss": "*fp32",
         "batch": "i32",
-        "pairs": "i32",
-        "parts_stride": "i32",
         **dict.fromkeys(("inverse_t", "hard", "soft", "same_weight", "smoothing"), "fp32"),
     }
     return _compile(kernel, types, constants, case.arch, launch, ("student_o", "teacher_o"))

@@ -85,8 +85,8 @@ def ccd_loss_encoded(
 
     `rows`: u8 (B, row_bytes), gathered from a plane; `stream`: i64 (B,), their dither keys (the bits of a u64);
     `decoder`: of the codec. `weight` None takes the cosine of the decoded logits, which `subspace`, whose logits are
-    centred, does not have: give it the stored w. No dense teacher is made: int8 and fp16 are decoded in registers,
-    subspace in parts of at most 32 MB. Everything else as in `ccd_loss`.
+    centred, does not have: give it the stored w. int8 and fp16 are decoded in registers, subspace by a product right
+    before the loss, whose 8·B·C bytes live until the loss has read them. Everything else as in `ccd_loss`.
     """
     options = _Options(
         temperature, alpha, kd_weight, weight, label_smoothing, valid, count, loss_scale, inplace, parts, impl

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from kernels.terms_gpu import (
     add_shares,
+    add_shares_last,
     cosine,
     header_fields,
     load,
@@ -31,8 +32,8 @@ from kernels.terms_gpu import (
 @triton.jit
 def one_pass(
     student_o, student_a, teacher_o, teacher_a, header, target, weight, valid, count, loss_scale,
-    parts, grad_o, grad_a, ticket, shares, loss,
-    batch, pairs, parts_stride, inverse_t, hard, soft, same_weight, smoothing,
+    parts, grad_o, grad_a, ticket, loss,
+    batch, inverse_t, hard, soft, same_weight, smoothing,
     STRIDE_STUDENT_O: tl.constexpr, STRIDE_STUDENT_A: tl.constexpr,
     STRIDE_TEACHER_O: tl.constexpr, STRIDE_TEACHER_A: tl.constexpr,
     STRIDE_HEADER: tl.constexpr, OFFSET_O: tl.constexpr, OFFSET_A: tl.constexpr,
@@ -47,7 +48,7 @@ def one_pass(
     room, multiples of 8, so that an odd C is still read and written in vectors.
     `hard`, `soft`: factors of one row's CE and KL, times the number of pairs if that comes in `count`. w is `weight`,
     the cosine of the teacher's rows if `COSINE`, else `same_weight`. With a `ticket`, 0 so far, the last
-    program adds the `pairs` `shares` up.
+    program adds the pairs' shares up.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     here = row < batch
@@ -91,7 +92,7 @@ def one_pass(
     hard, soft = row_factors(count, hard, soft)
     total = hard * (ce_o + ce_a) + soft * (kl_o + w * kl_a)
     total = tl.where((label >= 0) & (label < CLASSES), total, float("nan"))
-    store_parts(parts, row, parts_stride, here, live, total, ce_o, ce_a, kl_o, kl_a, w, agree_o, agree_a)
+    store_parts(parts, row, batch, here, live, total, ce_o, ce_a, kl_o, kl_a, w, agree_o, agree_a)
     if grad_o is not None:
         if loss_scale is not None:
             scale = tl.load(loss_scale).to(tl.float32)
@@ -103,16 +104,14 @@ def one_pass(
         tl.store(grad_o + row * STRIDE_GRAD_O + columns, d_o.to(grad_o.dtype.element_ty), mask=stored)
         tl.store(grad_a + row * STRIDE_GRAD_A + columns, d_a.to(grad_a.dtype.element_ty), mask=stored)
     if ticket is not None:
-        tl.debug_barrier()  # every thread's share is written
-        if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            add_shares(shares, loss, pairs)
+        add_shares_last(ticket, parts, loss, batch)
 
 
 @triton.jit
 def two_pass(
     student_o, student_a, teacher_o, teacher_a, header, target, weight, valid, count, loss_scale,
-    parts, grad_o, grad_a, ticket, shares, loss,
-    batch, pairs, parts_stride, inverse_t, hard, soft, same_weight, smoothing,
+    parts, grad_o, grad_a, ticket, loss,
+    batch, inverse_t, hard, soft, same_weight, smoothing,
     STRIDE_STUDENT_O: tl.constexpr, STRIDE_STUDENT_A: tl.constexpr,
     STRIDE_TEACHER_O: tl.constexpr, STRIDE_TEACHER_A: tl.constexpr,
     STRIDE_HEADER: tl.constexpr, OFFSET_O: tl.constexpr, OFFSET_A: tl.constexpr,
@@ -160,11 +159,9 @@ def two_pass(
     )  # fmt: skip
     total = hard * (ce_o + ce_a) + soft * (kl_o + w * kl_a)
     total = tl.where((label >= 0) & (label < CLASSES), total, float("nan"))
-    store_parts(parts, row, parts_stride, here, live, total, ce_o, ce_a, kl_o, kl_a, w, agree_o, agree_a)
+    store_parts(parts, row, batch, here, live, total, ce_o, ce_a, kl_o, kl_a, w, agree_o, agree_a)
     if ticket is not None:
-        tl.debug_barrier()
-        if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            add_shares(shares, loss, pairs)
+        add_shares_last(ticket, parts, loss, batch)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Launching the fused loss: which kernel for which size, under autograd and as an operator of torch.compile."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ PARTS = ("total", "ce_o", "ce_a", "kl_o", "kl_a", "w", "agree_o", "agree_a")
 _WHOLE = 4096  # classes of a row that registers hold; beyond this two passes
 _TILE = 1024  # logits of a program where rows are shorter
 _VECTOR = 8  # logits per thread and access
-_SCRATCH = 8 << 20  # decoded logits at a time, 32 MB in float32: they are read again before they leave the L2 cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,38 +78,22 @@ def forward(student_o: Tensor, student_a: Tensor, task: Task, grads: list[Tensor
     compute = torch.float64 if student_o.dtype == torch.float64 else torch.float32
     parts = student_o.new_empty((len(PARTS), batch), dtype=compute)
     loss = student_o.new_empty((), dtype=compute)
-    size, ticket = batch, None
+    ticket = None
     if task.kind == "subspace":  # the product before the loss prepares a ticket, which spares `total_of`'s launch
-        size = max(_SCRATCH // (2 * classes), 1)
         ticket = torch.empty((), dtype=torch.int32, device=student_o.device)
     with torch.cuda.device_of(student_o):
-        for start in range(0, batch, size):
-            part = slice(start, start + size)
-            drawn = ticket if start + size >= batch else None
-            dense = _teacher(task, part, classes, drawn)
-            _launch(student_o[part], student_a[part], _part(task, part), dense, grads, parts, start, loss, drawn)
+        _launch(student_o, student_a, task, _teacher(task, classes, ticket), grads, parts, loss, ticket)
         if ticket is None:
             total: Any = ccd_gpu.total_of[(1,)]
             total(parts, loss, batch, num_warps=4)
     return loss, parts
 
 
-def _part(task: Task, part: slice) -> Task:
-    return replace(
-        task,
-        target=task.target[part],
-        weight=None if task.weight is None else task.weight[part],
-        valid=None if task.valid is None else task.valid[part],
-    )
-
-
-def _teacher(
-    task: Task, part: slice, classes: int, ticket: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
+def _teacher(task: Task, classes: int, ticket: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
     """Pointers of both views, aligned, the header of int8 rows, and where the views' logits start."""
     if task.kind == "dense":
-        return task.teacher[0][part], task.teacher[1][part], None, (0, 0)
-    rows = task.teacher[0][part]
+        return task.teacher[0], task.teacher[1], None, (0, 0)
+    rows = task.teacher[0]
     if task.kind == "fp16":
         rows = rows.view(torch.float16)
         return rows, rows, None, (0, classes)
@@ -118,15 +101,15 @@ def _teacher(
         q = rows.view(torch.int8)
         return q, q, rows.view(torch.int16), (16, 16 + classes)
     stream, basis, scale, beta, mean = task.teacher[1:]
-    logits = decode_subspace(rows, stream[part], basis, scale, beta, mean, task.wide, task.unit, ticket)
+    logits = decode_subspace(rows, stream, basis, scale, beta, mean, task.wide, task.unit, ticket)
     return logits[:, 0], logits[:, 1], None, (0, 0)
 
 
-def _launch(student_o, student_a, task: Task, teacher, grads, parts: Tensor, start: int, loss, ticket) -> None:
-    """Pairs from `start` on, of as many as `parts` has room for; with a ticket the last program adds up `loss`."""
+def _launch(student_o, student_a, task: Task, teacher, grads, parts: Tensor, loss, ticket) -> None:
+    """Fill `parts` and `grads`; with a ticket the last program adds up `loss`."""
     teacher_o, teacher_a, header, offsets = teacher
     batch, classes = student_o.shape
-    grad_o, grad_a = (None, None) if grads is None else (grad[start : start + batch] for grad in grads)
+    grad_o, grad_a = (None, None) if grads is None else grads
     options = launch_options(classes)
     write = classes if grads is None else min(_room(grad_o, classes), _room(grad_a, classes))
     kernel: Any = ccd_gpu.one_pass if classes <= _WHOLE else ccd_gpu.two_pass
@@ -141,15 +124,12 @@ def _launch(student_o, student_a, task: Task, teacher, grads, parts: Tensor, sta
         valid=None if task.valid is None else task.valid.view(torch.uint8),
         count=task.count,
         loss_scale=task.loss_scale,
-        parts=parts[:, start:],
+        parts=parts,
         grad_o=grad_o,
         grad_a=grad_a,
         ticket=ticket,
-        shares=parts,
         loss=loss,
         batch=batch,
-        pairs=parts.shape[1],
-        parts_stride=parts.shape[1],
         inverse_t=1 / task.temperature,
         hard=task.hard,
         soft=task.soft,

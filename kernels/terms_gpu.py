@@ -153,6 +153,14 @@ def add_shares(shares, loss, pairs, BLOCK: tl.constexpr = 1024):
 
 
 @triton.jit
+def add_shares_last(ticket, shares, loss, pairs):
+    """`add_shares` by the program that finds the others' done: the one that draws the last number of the `ticket`."""
+    tl.debug_barrier()  # every thread's share is written
+    if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        add_shares(shares, loss, pairs)
+
+
+@triton.jit
 def whole_rows(
     z, t, is_target, inside, inverse_t, smoothing, CLASSES: tl.constexpr, POWER: tl.constexpr, SMOOTH: tl.constexpr
 ):

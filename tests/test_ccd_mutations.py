@@ -92,7 +92,7 @@ MUTATIONS = {
         "test_subspace_rows_are_decoded_by_a_product[40-24-8-40]",
     ),
     "nobody draws the last number": (
-        *("ccd_gpu", "== tl.num_programs(0) - 1", "== tl.num_programs(0)"),
+        *("terms_gpu", "== tl.num_programs(0) - 1", "== tl.num_programs(0)"),
         "test_subspace_rows_are_decoded_by_a_product[40-24-8-40]",
     ),
     "the ticket starts at one": (
