@@ -19,7 +19,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 class Prepare:
     """Turn a source of images into WebDataset shards and an index; every image is decoded once."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """imagefolder:PATH, cifar10:PATH, cifar100:PATH, webdataset:PATTERN, digits or synthetic:N. A pattern is a path, an
     s3:// or an https:// URL with {braces} and, but for https, wildcards."""
     out: Path
@@ -209,7 +209,7 @@ class Evaluate(Machine):
 class Verify(Machine):
     """Make a random share of a store's rows again, name whatever differs and its cause; exits 1 if anything does."""
 
-    store: Annotated[str, tyro.conf.Positional]
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """Store to verify."""
     data: Path
     """Prepared data set that it was made for."""
@@ -228,7 +228,7 @@ class Verify(Machine):
 class Inspect(Machine):
     """One HTML page about a store: sizes, view pairs with their top classes, histograms, what the code loses."""
 
-    store: Annotated[str, tyro.conf.Positional]
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """Store to look at."""
     data: Path
     """Prepared data set that it was made for."""

@@ -25,7 +25,7 @@ from pipeline.loader import Batch, Request, load
 from pipeline.metrics import Log, Means, means
 from pipeline.objectives import Objective, Seen, entropy
 from pipeline.policy import Policy
-from pipeline.report import progress, summary
+from pipeline.report import duration, progress, summary
 from pipeline.run_record import Writers, describe
 from pipeline.skipped import Skipped
 
@@ -369,13 +369,13 @@ def _line(record: dict[str, float]) -> str:
 
 def _estimate(config: Training, samples: int, steps: int, timed: list[float], device: torch.device) -> dict:
     seconds = float(np.median(timed[_SETTLING:] or timed))
-    hours = seconds * steps * config.epochs / 3600
+    training = seconds * steps * config.epochs
     summary(
         "dry run: nothing was written",
         {
             "samples, steps per epoch, epochs": f"{samples:,}, {steps:,}, {config.epochs}",
             "step": f"{1e3 * seconds:.1f} ms on {device}, {ranks.world()} process(es)",
-            "training": f"{hours:.3g} hours without evaluation",
+            "training": f"{duration(training)} without evaluation",
         },
     )
-    return {"step_s": seconds, "hours": hours}
+    return {"step_s": seconds, "hours": training / 3600}

@@ -30,7 +30,7 @@ from pipeline.config import PrecomputeTeacher
 from pipeline.index import Index
 from pipeline.loader import Batch, Request, load
 from pipeline.policy import Policy
-from pipeline.report import decimal, progress, summary
+from pipeline.report import decimal, duration, progress, summary
 from pipeline.skipped import Skipped
 
 _CHECKED = 1024  # pairs per block whose labels are decoded again and compared
@@ -280,6 +280,6 @@ def _show_plan(config, index: Index, found: Calibration) -> None:
             "one plane in memory": decimal(samples * found.codec.row_bytes),
             "pairs to compute": f"{left:,}",
             "rate": f"{found.pairs_per_second:,.0f} pairs/s in this process",
-            "time": f"{left / found.pairs_per_second / 3600:,.2f} h" if found.pairs_per_second else "-",
+            "time": duration(left / found.pairs_per_second) if found.pairs_per_second else "-",
         },
     )

@@ -89,3 +89,11 @@ def decimal(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people, to three digits: 41.3 s, 12.5 min, 127 h."""
+    if seconds < 99.95:
+        return f"{seconds:.3g} s"
+    minutes = seconds / 60
+    return f"{minutes:.3g} min" if minutes < 99.95 else f"{float(f'{minutes / 60:.3g}'):,g} h"

@@ -18,6 +18,7 @@ from pipeline import cli, models
 from pipeline.config import Evaluate, recipe_flags
 from pipeline.demo import POLICY
 from pipeline.index import Index
+from pipeline.report import duration
 
 MAIN = "import sys; from pipeline.cli import main; sys.exit(main())"  # what the console script does
 IMAGE = jpeg(np.random.default_rng(0), 48, 40)
@@ -351,3 +352,12 @@ def test_a_full_disk_while_a_checkpoint_is_written(digits, labels, tmp_path, cap
     assert run.stderr.strip().count("\n") == 0
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
     assert command(capsys, *student(digits, labels, tmp_path / "r", "--resume"))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.5, "0.5 s"), (41.26, "41.3 s"), (99.9, "99.9 s"), (99.96, "1.67 min"), (5996, "99.9 min"), (457_200, "127 h")]
+    + [(5998, "1.67 h"), (3.6e6, "1,000 h"), (44_446_000, "12,300 h")],
+)
+def test_durations_have_three_digits(seconds, said):
+    assert duration(seconds) == said
