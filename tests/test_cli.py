@@ -356,8 +356,17 @@ def test_a_full_disk_while_a_checkpoint_is_written(digits, labels, tmp_path, cap
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.5, "0.5 s"), (41.26, "41.3 s"), (99.9, "99.9 s"), (99.96, "1.67 min"), (5996, "99.9 min"), (457_200, "127 h")]
-    + [(5998, "1.67 h"), (3.6e6, "1,000 h"), (44_446_000, "12,300 h")],
+    [
+        (0.5, "0.5 s"),
+        (41.26, "41.3 s"),
+        (99.9, "99.9 s"),
+        (99.96, "1.67 min"),
+        (5996, "99.9 min"),
+        (457200, "127 h"),
+        (5998, "1.67 h"),
+        (3600000.0, "1,000 h"),
+        (44446000, "12,300 h"),
+    ],
 )
 def test_durations_have_three_digits(seconds, said):
     assert duration(seconds) == said
