@@ -16,7 +16,7 @@ demo: install
 	$(BIN)/pipeline demo
 
 test: install
-	$(BIN)/python -m pytest --quiet
+	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
