@@ -62,9 +62,6 @@ def run(config: Bench) -> dict:
     for name in names:
         if name not in ARMS:
             raise UserError(f"unknown arm {name}", expected=", ".join(ARMS), fix=did_you_mean(name, ARMS))
-    for name in ("rounds", "batch_size"):
-        if (value := getattr(config, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} out of range", found=value, expected="at least 1")
     machine, device = harness.machine(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = config.batch_size if device.type == "cuda" else min(config.batch_size, _ON_CPU)
     folder = harness.work(config.work)

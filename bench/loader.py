@@ -33,11 +33,6 @@ _STAGES = {"decode": "decode()", "pair kernel": "pair()", "reading": "read"}  # 
 def run(config: Bench) -> dict:
     """Run the loader benchmark, print its tables, write `config.json`; returns the document."""
     names = _names(config.arms)
-    for name, low in (("rounds", 1), ("pairs", 1), ("batch_size", 1), ("threads", 0)):
-        if (value := getattr(config, name)) < low:
-            raise UserError(f"--{name.replace('_', '-')} out of range", found=value, expected=f"at least {low}")
-    if config.json and not config.json.absolute().parent.is_dir():
-        raise UserError(f"no folder for {config.json}", fix="create it")
     index = Index.open(config.data, split="train") if config.data else _synthetic(config.work)
     job = Job(index.path, config.batch_size, config.threads or len(os.sched_getaffinity(0)))
     # A DataLoader starts with two batches on their way per worker, and DALI with two more than this loader has asked

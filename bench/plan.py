@@ -61,8 +61,6 @@ def run(config: Bench) -> dict:
     names = list(dict.fromkeys(config.arms.split(","))) if config.arms else list(SETTINGS)
     if unknown := set(names) - SETTINGS.keys():
         raise UserError(f"unknown arm {min(unknown)}", expected=" or ".join(SETTINGS))
-    if config.json and not config.json.absolute().parent.is_dir():
-        raise UserError(f"no folder for {config.json}", fix="create it")
     machine, work = harness.machine(), harness.work(config.work)
     work.mkdir(parents=True, exist_ok=True)
     rows, measured = [], {}

@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 
 from cache import UserError
-from pipeline import config
+from pipeline import config, ranges
 from pipeline.suggest import did_you_mean
 
 # The functions are named, not imported: `--help` need not wait for torch and DALI.
@@ -41,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"unknown command {command}", fix=did_you_mean(command, COMMANDS))
         schema, module = COMMANDS[command]
         options = _parse(command, schema, rest)
+        ranges.check(options)
+        if (path := getattr(options, "json", None)) and not path.absolute().parent.is_dir():
+            raise UserError(f"no folder for {path}", fix="create it")  # now, and not after an hour
         importlib.import_module(module).run(options)
     except UserError as error:
         return _fail(str(error))

@@ -9,6 +9,7 @@ import tyro
 import yaml
 
 from cache import UserError
+from pipeline.ranges import Count, CountOrNone, NotNegative, Part, Positive, Range, Seed, Share
 from pipeline.suggest import did_you_mean
 
 Loss = Literal["ce", "kd", "ccd", "ccd-mean", "dkd", "dist", "standardised"]
@@ -24,11 +25,11 @@ class Prepare:
     s3:// or an https:// URL with {braces} and, but for https, wildcards."""
     out: Path
     """Folder to create. digits and cifar fill OUT/train and OUT/val."""
-    classes: int | None = None
+    classes: Annotated[int | None, Range(1, 2**31 - 1)] = None
     """Number of classes of a webdataset source; by default the largest label + 1."""
-    shard_size: int = 4096
+    shard_size: Count = 4096
     """Samples per shard."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of synthetic images and of the digits split."""
 
 
@@ -38,13 +39,13 @@ class Machine:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs; auto takes a GPU if there is one."""
-    threads: int = 0
+    threads: CountOrNone = 0
     """Threads that decode and as many that augment; 0: one per core."""
-    max_bad: float = 0.001
+    max_bad: Share = 0.001
     """Largest share of the samples that may turn out unreadable during a run; they are skipped and named."""
     shard_cache: Path | None = None
     """Folder that keeps samples of remote shards (s3://, https://); processes may share it."""
-    shard_cache_gb: float = 50.0
+    shard_cache_gb: Positive = 50.0
     """Size that the folder may grow to."""
 
 
@@ -60,45 +61,45 @@ class Training(Machine):
     """Run folder to create: config, metrics, checkpoint, weights."""
     resume: bool = False
     """Continue the run in OUT from its last checkpoint (or start it)."""
-    epochs: int = 200
+    epochs: Count = 200
     """Passes over the data."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images per step; with pairs the network sees twice as many views."""
-    lr: float = 0.1
+    lr: NotNegative = 0.1
     """Peak learning rate of SGD."""
     schedule: Literal["step", "cosine"] = "step"
     """step: ×0.1 at each milestone; cosine: to zero."""
-    milestones: tuple[int, ...] = (60, 120, 180)
+    milestones: Annotated[tuple[int, ...], Range(0)] = (60, 120, 180)
     """Epochs at which the step schedule drops."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: NotNegative = 0.0
     """Linear warm-up from zero."""
-    weight_decay: float = 1e-4
-    momentum: float = 0.9
+    weight_decay: NotNegative = 1e-4
+    momentum: Share = 0.9
     nesterov: bool = False
-    clip: float = 0.0
+    clip: NotNegative = 0.0
     """Clip the gradient norm; 0: never."""
-    label_smoothing: float = 0.0
-    accumulate: int = 1
+    label_smoothing: Share = 0.0
+    accumulate: Count = 1
     """Parts that a step's images pass the network in, where memory does not hold them at once."""
     precision: Precision = "auto"
     """Arithmetic of the network; auto: bf16 on a GPU that has it, else fp32. Losses are always fp32; fp16 is scaled."""
     compile: bool = False
     """Compile the network with torch.compile."""
-    ema: float = 0.0
+    ema: Share = 0.0
     """Keep an exponential moving average of the weights with this decay, evaluate and export it; 0: none."""
     sync_bn: bool = True
     """With several processes, batch statistics over all of them: results do not depend on their number."""
-    few_shot: float = 1.0
+    few_shot: Part = 1.0
     """Share of the training samples to use, of each class alike (claim d of the paper)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights, the order and (without a store) the views."""
-    shuffle_window: int = 0
+    shuffle_window: CountOrNone = 0
     """Shuffle within windows of so many shards, for storage that hates random reads; 0: the whole set."""
-    checkpoint_steps: int = 500
+    checkpoint_steps: Count = 500
     """Steps between checkpoints; one is also written after each epoch."""
-    eval_epochs: int = 1
+    eval_epochs: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
-    log_steps: int = 50
+    log_steps: Count = 50
     """Steps between records of loss, its parts, rate and waiting in metrics.jsonl; each waits for the GPU once."""
     tensorboard: bool = False
     """Also write TensorBoard events to OUT/tensorboard."""
@@ -118,7 +119,7 @@ class TrainTeacher(Training):
     """Train on the original and the augmented view; otherwise on the original alone."""
     policy: str = "imagenet"
     """imagenet, cifar10, cifar100 or a YAML file."""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,21 +132,21 @@ class PrecomputeTeacher(Machine):
     """Network as NAME@WEIGHTS; NAME@pretrained takes timm's own weights."""
     store: str
     """Store to create, to complete, or to extend to more views or shards: a folder or an s3:// URL."""
-    views: int
+    views: Count
     """Augmented views per sample; epoch e of a student uses view e mod VIEWS."""
     policy: str = "imagenet"
     """imagenet, cifar10, cifar100 or a YAML file."""
     codec: Literal["auto", "subspace", "int8", "fp16"] = "auto"
     """How a pair of logit vectors is kept; auto takes the smallest that is unbiased and within the budget."""
-    kl_budget: float | None = None
+    kl_budget: Annotated[float | None, Range(0, above=True)] = None
     """Mean KL(T = 4) in nats that the code may add to a label; by default 0.05, or that of an existing store."""
     dry_run: bool = False
     """Measure codec, size and time on some pairs, print them and write nothing."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the views."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images per forward pass."""
-    block_rows: int = 8192
+    block_rows: Count = 8192
     """Rows per block: the unit of commit and resume."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the teacher."""
@@ -171,19 +172,22 @@ class TrainStudent(Training):
     online way."""
     check_teacher: str | None = None
     """Teacher NAME@WEIGHTS to compare the stored labels with, every so often."""
-    check_steps: int = 1000
+    check_steps: Count = 1000
     """Steps between these comparisons."""
-    augmented_fraction: float = 0.5
+    augmented_fraction: Share = 0.5
     """Share of augmented views among those that the network sees (claim c of the paper)."""
-    temperature: float = 4.0
-    alpha: float = 0.5
+    temperature: Positive = 4.0
+    alpha: Share = 0.5
     """Share of the hard loss."""
-    kd_weight: float = 2.0
+    kd_weight: NotNegative = 2.0
     """Factor on the whole loss."""
+    kd_warmup_epochs: CountOrNone = 0
+    """Epochs over which the teacher's term fades in: epoch n, from 1, has n / this of it. DKD's authors take 20 on
+    CIFAR, 1 on ImageNet."""
     plane: Literal["auto", "gpu", "pinned", "mmap"] = "auto"
     """Where an epoch's labels lie: GPU memory, page-locked memory, or a file in OUT that the system pages; auto takes
     the first that they fit."""
-    check_share: float = 0.001
+    check_share: Share = 0.001
     """Share of each epoch's samples whose pixels are compared with what the teacher saw."""
     policy: str | None = None
     """Refuse the store unless it was made with this policy; without a store, the policy (imagenet)."""
@@ -201,7 +205,7 @@ class Evaluate(Machine):
     """Network as NAME@WEIGHTS."""
     policy: str = "imagenet"
     """Whose base transform decides size, crop and normalisation."""
-    batch_size: int = 128
+    batch_size: Count = 128
     precision: Precision = "fp32"
 
 
@@ -215,11 +219,11 @@ class Verify(Machine):
     """Prepared data set that it was made for."""
     teacher: str | None = None
     """Teacher as NAME@WEIGHTS; without it pixels and integrity are verified, but not what the teacher said."""
-    fraction: float = 0.001
+    fraction: Part = 0.001
     """Share of the rows of every view; at least 64 rows in all."""
-    seed: int = 0
+    seed: Seed = 0
     """Which rows."""
-    batch_size: int = 128
+    batch_size: Count = 128
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the teacher; take that of the teacher pass."""
 
@@ -236,7 +240,7 @@ class Inspect(Machine):
     """File to write."""
     teacher: str | None = None
     """Teacher as NAME@WEIGHTS: pictures then also show its top classes before coding."""
-    samples: int = 12
+    samples: Annotated[int, Range(0, 1000)] = 12
     """View pairs to show."""
 
 
@@ -248,19 +252,19 @@ class Plan(Machine):
     """Network NAME or NAME@WEIGHTS; weights do not matter to the time."""
     student: str
     """Network NAME."""
-    views: int
+    views: Count
     """Augmented views per sample that the teacher is to look at."""
-    epochs: int
+    epochs: Count
     """Passes of a student over the data."""
-    images: int | None = None
+    images: Annotated[int | None, Range(1)] = None
     """Training images; by default those of DATA."""
-    classes: int | None = None
+    classes: Annotated[int | None, Range(1)] = None
     """By default those of DATA, or 1000."""
-    students: int = 1
+    students: Count = 1
     """Students to train on the same labels."""
     policy: str = "imagenet"
     """imagenet, cifar10, cifar100 or a YAML file."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Range(1, 2**16)] = 128
     """Pairs per step of each GPU."""
     precision: Precision = "auto"
     """Arithmetic of both networks; auto: bf16 on a GPU that has it, else fp32."""
@@ -268,7 +272,7 @@ class Plan(Machine):
     """Prepared data set to measure on; without it a few synthetic photographs of ImageNet's size."""
     rates: Path | None = None
     """File that an earlier --json wrote, on the machine that is planned for; nothing is measured then."""
-    read_mb_s: float | None = None
+    read_mb_s: Annotated[float | None, Range(0, above=True)] = None
     """Megabytes (10⁶ B) per second that storage reads for all GPUs together; by default no limit."""
     json: Path | None = None
     """File to write the rates and the plan to."""
@@ -280,7 +284,7 @@ class Demo(Machine):
 
     out: Path = Path("demo")
     """Folder for data, store, runs and report."""
-    seeds: int = 3
+    seeds: Count = 3
     """Students per loss."""
 
 
@@ -303,13 +307,13 @@ class Bench:
     """Folder for what is made once; without it jda-distill/bench in the user's cache folder."""
     arms: str | None = None
     """Arms to run, separated by commas; without it all."""
-    rounds: int = 7
+    rounds: Count = 7
     """Timed rounds; each runs every arm once. One more goes first and is not counted."""
-    pairs: int = 1024
+    pairs: Count = 1024
     """Pairs per arm and round, rounded up to whole batches of every worker."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Pairs per batch."""
-    threads: int = 0
+    threads: CountOrNone = 0
     """Threads that decode and as many that augment, or DataLoader workers; 0: one per core."""
     json: Path | None = None
     """File to write every figure to."""
@@ -317,11 +321,11 @@ class Bench:
     """Folder for plots."""
     logits: tuple[Path, ...] = ()
     """store: teacher logits as .npz to compare formats on; without them the simulated teacher's."""
-    samples: int = 0
+    samples: CountOrNone = 0
     """store: rows of the plane, by default as many as ImageNet-1k has; codec-transfer: pairs per view (40,000)."""
-    seeds: int = 5
+    seeds: Count = 5
     """codec-transfer, claims: students per format or setting."""
-    steps: int = 1000
+    steps: Count = 1000
     """codec-transfer: optimiser steps per student."""
     teacher: str | None = None
     """claims: teacher as NAME@WEIGHTS; NAME is trained twice, without and with JDA. By default the demo's."""
@@ -329,7 +333,7 @@ class Bench:
     """claims: student NAME, by default the demo's."""
     policy: str | None = None
     """claims: imagenet, cifar10, cifar100 or a YAML file, by default the demo's."""
-    epochs: int = 8
+    epochs: Count = 8
     """claims: epochs of a student, each on views of its own."""
 
 

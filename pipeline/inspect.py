@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 import cache
-from cache import Store, UserError
+from cache import Store
 from pipeline import device as devices
 from pipeline import models, page, views
 from pipeline.answers import Teacher
@@ -28,8 +28,6 @@ _SAMPLED = 20_000
 
 def run(config: Inspect) -> None:
     """Write the page. Raises UserError if store, data and teacher do not belong together, or a block is damaged."""
-    if config.samples < 0:
-        raise UserError("--samples out of range", found=config.samples, expected="at least 0")
     index = devices.open_data(config, config.data, "train")
     store = cache.open(config.store)
     manifest = store.manifest

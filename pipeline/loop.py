@@ -129,8 +129,8 @@ def _fit(job: Job, device: torch.device, asked: stop.Requests, stack: ExitStack)
     val = devices.open_data(config, config.val, "val") if config.val else None
     if val and val.classes != index.classes:
         raise UserError("--val has other classes", found=val.classes, expected=index.classes, fix="check --val")
-    if config.accumulate < 1:
-        raise UserError("--accumulate out of range", found=config.accumulate, expected="at least 1")
+    if config.nesterov and not config.momentum:
+        raise UserError("--nesterov without momentum", found="--momentum 0", fix="give a momentum or --no-nesterov")
 
     trainee, forward = prepare(config, job.network, device, precision)
     epoch, step, sums = 0, 0, Means()

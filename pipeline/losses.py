@@ -38,7 +38,7 @@ def dkd(
     the other classes, softmax at T without y; KD is TCKD + (1 − p_y) · NCKD, p_y of the teacher. The defaults are those
     of the authors' code for CIFAR-100, at T = 4 (for some pairs it takes a smaller beta: 2 for R56→R20, 6 for
     W40-2→W16-2); for ImageNet it takes beta = 0.5, T = 1. It adds the term to 1 · CE, as alpha = 0.5 and kd_weight = 2
-    of `loss` do, and fades it in over 20 epochs (ImageNet: 1), which `loss` does not.
+    of `loss` do, and fades it in over 20 epochs (ImageNet: 1), as --kd-warmup-epochs does.
     """
     own = target.long()[:, None]
     others = torch.arange(student.shape[1] - 1, device=student.device)

@@ -96,6 +96,7 @@ class Distillation:
         self._config, self._labels, self._teacher, self._checks = config, labels, teacher, checks
         self._choose = choice(config.augmented_fraction, config.seed, epoch)
         self._mean_w = float(np.nanmean(labels.plane.weight)) if labels and config.loss == "ccd-mean" else 0.0
+        self._factors = _factors(config, epoch)
 
     def wants(self, batch: Batch) -> np.ndarray:
         """Views without labels are left out: a quarantined sample costs nothing."""
@@ -124,11 +125,10 @@ class Distillation:
             seen.batch.labels[torch.from_numpy(np.flatnonzero(some))].to(logits.device),
             weight,
             temperature=config.temperature,
-            alpha=config.alpha,
-            kd_weight=config.kd_weight,
             label_smoothing=config.label_smoothing,
             valid=valid,
             count=seen.count / 2,
+            **self._factors,
         )
         return loss, _agreement(student, teacher, valid) if seen.parts else {}
 
@@ -140,10 +140,9 @@ class Distillation:
         target = (target if some.all() else target[torch.from_numpy(np.flatnonzero(some))]).to(device)
         options = {
             "temperature": config.temperature,
-            "alpha": config.alpha,
-            "kd_weight": config.kd_weight,
             "label_smoothing": config.label_smoothing,
             "count": seen.count / 2,
+            **self._factors,
             "loss_scale": seen.loss_scale if device.type == "cuda" else None,
             "parts": seen.parts,
         }
@@ -180,6 +179,13 @@ class Distillation:
         if self._config.loss == "ccd":
             return torch.from_numpy(w).to(device, non_blocking=True)
         return self._mean_w if self._config.loss == "ccd-mean" else 1.0
+
+
+def _factors(config: TrainStudent, epoch: int) -> dict[str, float]:
+    """alpha and kd_weight that leave the hard term as it is and fade the soft one in."""
+    part = (epoch + 1) / config.kd_warmup_epochs if epoch + 1 < config.kd_warmup_epochs else 1.0
+    shares = config.alpha + (1 - config.alpha) * part
+    return {"alpha": config.alpha / shares, "kd_weight": config.kd_weight * shares}
 
 
 def _agreement(student: Tensor, teacher: Tensor, valid: Tensor) -> dict[str, Tensor]:

@@ -21,8 +21,6 @@ _UNKNOWN_KL = 0.05  # what a code may add where a store does not say
 
 def run(config: TrainStudent) -> dict:
     """Train a student; returns the last log record. Raises UserError if store, data and options disagree."""
-    if not 0 <= config.augmented_fraction <= 1:
-        raise UserError("--augmented-fraction out of range", found=config.augmented_fraction, expected="a share")
     index = devices.open_data(config, config.data, "train")
     store = cache.open(config.store) if config.store else None
     policy, decoder = _check(config, index, store) if store else (policies.load(config.policy or "imagenet"), None)

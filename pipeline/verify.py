@@ -92,10 +92,6 @@ def run(config: Verify) -> None:
 
 def verify(config: Verify) -> Report:
     """Verify a store. Raises UserError for wrong options, or a store that cannot be opened or holds nothing yet."""
-    if not 0 < config.fraction <= 1:
-        raise UserError("--fraction out of range", found=config.fraction, expected="above 0, at most 1")
-    if config.batch_size < 1:
-        raise UserError("--batch-size out of range", found=config.batch_size, expected="at least 1")
     index = devices.open_data(config, config.data, "train")
     store = cache.open(config.store)
     manifest, report = store.manifest, Report(index, store)

@@ -256,7 +256,7 @@ def test_what_a_user_gets_wrong_is_one_line(small, tmp_path, capsys):
     assert "unknown arm pilow; fix: did you mean pillow?" in line("--data", small, "--arms", "jda-distill,pilow")
     assert "unknown arm ; fix: choose from jda-distill" in line("--data", small, "--arms", "")
     assert "no data set at" in line("--data", tmp_path / "none")
-    assert "--rounds out of range; found 0, expected at least 1" in line("--rounds", 0)
+    assert "--rounds out of range; found 0, expected 1 to 1,000,000,000" in line("--rounds", 0)
     assert "--threads out of range" in line("--threads", -1)
     assert "no folder for" in line("--data", small, "--json", tmp_path / "none" / "found.json")
     assert "invalid choice" in refused(capsys, "bench", "loder")

@@ -206,12 +206,9 @@ def cache_of(store: str):
 def test_what_a_user_gets_wrong_is_an_error(options, digits):
     for change, message in (
         ({"arms": "losses,few-shots"}, "unknown arm few-shots; fix: did you mean few-shot"),
-        ({"seeds": 0}, "--seeds out of range; found 0, expected 1 to 20"),
-        ({"seeds": 21}, "--seeds out of range"),
-        ({"epochs": 0}, "--epochs out of range"),
+        ({"seeds": 21}, "--seeds out of range; found 21, expected 1 to 20"),
         ({"data": digits / "train"}, "has no val part"),
         ({"student": "cifar/resnet9"}, "resnet9"),
-        ({"json": digits / "none" / "found.json"}, "no folder for"),
     ):
         with pytest.raises(UserError, match=message):
             claims.run(dataclasses.replace(options, **change))

@@ -214,6 +214,10 @@ def test_the_loss_is_that_of_the_stored_labels(whole):
         seen = Seen(batch, np.ones((2, 9), bool), 18.0)
         got, _ = Distillation(config, 0, labels=stored)(logits.flatten(0, 1), seen)
         assert float(got) == pytest.approx(float(expected), rel=1e-6)
+        fading = dataclasses.replace(config, kd_warmup_epochs=4)
+        for epoch, part in ((0, 0.25), (2, 0.75), (3, 1), (9, 1)):
+            got, _ = Distillation(fading, epoch, labels=stored)(logits.flatten(0, 1), seen)
+            assert float(got) == pytest.approx(float(hard + part * (expected - hard)), rel=1e-6)
     assert float(CrossEntropy()(logits.flatten(0, 1), seen)[0]) == pytest.approx(float(hard), rel=1e-6)
 
 
@@ -223,7 +227,7 @@ def test_the_loss_is_that_of_the_stored_labels(whole):
         {"loss": "ce"},
         {"loss": "kd", "precision": "bf16"},
         {"loss": "ccd-mean", "ema": 0.9},
-        {"loss": "dkd", "clip": 1.0},
+        {"loss": "dkd", "clip": 1.0, "kd_warmup_epochs": 5},
         {"loss": "dist", "label_smoothing": 0.1},
         {"loss": "standardised", "few_shot": 0.5},
         {"loss": "ccd", "augmented_fraction": 0.3},

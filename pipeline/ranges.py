@@ -1,0 +1,47 @@
+"""Ranges of numeric options, written beside their types in `pipeline.config`."""
+
+from dataclasses import dataclass
+from typing import Annotated, get_type_hints
+
+from cache import UserError
+
+MOST = 10**9
+"""Of anything, unless a range says otherwise: beyond it is a slip of the finger."""
+
+
+@dataclass(frozen=True)
+class Range:
+    low: float
+    high: float = MOST
+    above: bool = False
+    """Whether `low` itself is out of range."""
+
+    def __contains__(self, value: float) -> bool:
+        """False for NaN."""
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        return f"above {self.low:,}, at most {self.high:,}" if self.above else f"{self.low:,} to {self.high:,}"
+
+
+Count = Annotated[int, Range(1)]
+CountOrNone = Annotated[int, Range(0)]
+"""0 has a meaning of its own."""
+Seed = Annotated[int, Range(0, 2**64 - 1)]
+Share = Annotated[float, Range(0, 1)]
+Part = Annotated[float, Range(0, 1, above=True)]
+"""A share that is not nothing."""
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+
+
+def check(options: object) -> None:
+    """Raise UserError for the first of a dataclass's fields that is out of its range; None is in every range."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        for allowed in getattr(hint, "__metadata__", ()):
+            wrong = [each for each in values if isinstance(allowed, Range) and each not in allowed]
+            if wrong:  # a number may have thousands of digits
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} out of range", found=f"{wrong[0]!s:.20}", expected=str(allowed))
