@@ -16,9 +16,23 @@ from pipeline.config import Training
 
 # May differ between a run and its continuation: they do not decide the result on a given machine.
 _OPERATIONAL = {
-    *("resume", "threads", "device", "checkpoint_steps", "eval_epochs", "val", "log_steps", "tensorboard", "wandb"),
+    *(
+        "out",
+        "resume",
+        "threads",
+        "device",
+        "checkpoint_steps",
+        "eval_epochs",
+        "val",
+        "log_steps",
+        "tensorboard",
+        "wandb",
+    ),
     *("dry_run", "shard_cache", "shard_cache_gb", "plane", "check_steps"),
 }
+
+
+_PLACES = ("data", "store")  # as they are, however they are spelled
 
 
 def open_run(config: Training) -> None:
@@ -41,14 +55,20 @@ def open_run(config: Training) -> None:
         before = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"damaged run config {path}", expected="JSON", fix="choose another --out") from None
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for key in options.keys() - _OPERATIONAL:
-        if before.get(key) != options[key]:
+        then = before.get(key, defaults[key])  # an option may be younger than the run
+        if then != options[key] and not (key in _PLACES and _place(then) == _place(options[key])):
             raise UserError(
                 f"cannot resume {config.out}: --{key.replace('_', '-')} differs",
                 found=options[key],
-                expected=before.get(key),
+                expected=then,
                 fix="resume with the same options, or choose another --out",
             )
+
+
+def _place(path: str | None) -> str | None:
+    return path if path is None or "://" in path else os.path.realpath(path)
 
 
 class Saver:

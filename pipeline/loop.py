@@ -146,6 +146,7 @@ def _fit(job: Job, device: torch.device, asked: stop.Requests, stack: ExitStack)
         stack.callback(saver.close)
 
     def save(epoch: int, step: int) -> None:
+        _expect_sound(trainee.module, f"at step {step} of epoch {epoch}")
         found = sums.total()
         if first:
             saver(trainee.state() | {"epoch": epoch, "step": step, "means": found})
@@ -216,6 +217,8 @@ def _fit(job: Job, device: torch.device, asked: stop.Requests, stack: ExitStack)
                     recent.add(1.0, {"images_per_s": images * ranks.world() / elapsed, "wait_share": waits / elapsed})
                     sums.add(1.0, {"wait_share": waits / elapsed})
                     record = means(recent.total())
+                    if not np.isfinite(record.get("loss", 0.0)):  # in float16 a step may overflow and be left out
+                        _expect_sound(trainee.module, f"at step {step} of epoch {now}, a loss of {record['loss']}")
                     log.write({"epoch": now, "step": step, "steps": steps, "lr": rate, **record})
                     writers.step(now * steps + step, record | {"lr": rate})
                     advance(0, _line(record))
@@ -231,7 +234,7 @@ def _fit(job: Job, device: torch.device, asked: stop.Requests, stack: ExitStack)
                 step = 0
                 continue
             record = {"epoch": now, "lr": trainee.optimizer.param_groups[0]["lr"], **_nested(means(sums.total()))}
-            if val and (now + 1 == config.epochs or (config.eval_epochs and (now + 1) % config.eval_epochs == 0)):
+            if val and (now + 1 == config.epochs or (now + 1) % config.eval_epochs == 0):
                 record |= {"val": evaluate(trainee.best, normalise, val, policy, config.batch_size, config, precision)}
             record["seconds"] = time.perf_counter() - started
             log.write(record)
@@ -311,6 +314,16 @@ def _step(
     if views_here:  # the loss is the sum over them divided by `count`
         found.append((float(views_here), {"loss": loss_sum * (count / views_here)}))
     return found
+
+
+def _expect_sound(module: torch.nn.Module, where: str) -> None:
+    """Raise UserError unless weights and statistics are finite: they will not be again, and are not to be saved."""
+    if not torch.stack([weights.isfinite().all() for weights in module.state_dict().values()]).all():
+        raise UserError(
+            "training diverged: weights are not finite",
+            found=where,
+            fix="start anew with a lower --lr, or with --warmup-epochs or --clip; the checkpoint in OUT is older",
+        )
 
 
 def _scale(scaler) -> Tensor | None:
