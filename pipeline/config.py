@@ -97,8 +97,8 @@ class Training(Machine):
     """Shuffle within windows of so many shards, for storage that hates random reads; 0: the whole set."""
     checkpoint_steps: Count = 500
     """Steps between checkpoints; one is also written after each epoch."""
-    eval_epochs: Count = 1
-    """Epochs between evaluations; the last epoch is always evaluated."""
+    eval_epochs: CountOrNone = 1
+    """Epochs between evaluations; the last epoch is always evaluated, with 0 it alone."""
     log_steps: Count = 50
     """Steps between records of loss, its parts, rate and waiting in metrics.jsonl; each waits for the GPU once."""
     tensorboard: bool = False

@@ -23,7 +23,7 @@ def run(config: Evaluate) -> None:
     device = devices.pick(config)
     index = devices.open_data(config, config.data, "val")
     policy = policies.load(config.policy)
-    network = models.create(config.model, index.classes)
+    network = models.trained(config.model, index.classes)
     normalise = Normalise(network.mean or policy.mean, network.std or policy.std, device)
     models.probe(network, policy.base.size)
     module = devices.place(network.module, device)

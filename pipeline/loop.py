@@ -234,7 +234,7 @@ def _fit(job: Job, device: torch.device, asked: stop.Requests, stack: ExitStack)
                 step = 0
                 continue
             record = {"epoch": now, "lr": trainee.optimizer.param_groups[0]["lr"], **_nested(means(sums.total()))}
-            if val and (now + 1 == config.epochs or (now + 1) % config.eval_epochs == 0):
+            if val and (now + 1 == config.epochs or (config.eval_epochs and (now + 1) % config.eval_epochs == 0)):
                 record |= {"val": evaluate(trainee.best, normalise, val, policy, config.batch_size, config, precision)}
             record["seconds"] = time.perf_counter() - started
             log.write(record)

@@ -75,6 +75,14 @@ def create(spec: str, classes: int, *, seed: int | None = None) -> Network:
     return Network(module, name, classes, mean, std, fingerprint(module.state_dict()))
 
 
+def trained(spec: str, classes: int) -> Network:
+    """`create` for a network that is to answer, not to learn: NAME without WEIGHTS is a UserError."""
+    network = create(spec, classes)
+    if "@" not in spec:
+        raise UserError(f"network {spec} has no weights", expected=f"{spec}@WEIGHTS or {spec}@pretrained")
+    return network
+
+
 def probe(network: Network, size: int) -> None:
     """Raise UserError unless the network takes images of `size` × `size` pixels and answers with its classes.
 

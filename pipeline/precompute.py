@@ -45,10 +45,7 @@ def run(config: PrecomputeTeacher) -> None:
     device = devices.pick(config)
     index = devices.open_data(config, config.data, "train")
     policy = policies.load(config.policy)
-    network = models.create(config.teacher, index.classes)
-    if "@" not in config.teacher:
-        raise UserError("the teacher has no weights", found=config.teacher, expected="NAME@WEIGHTS or NAME@pretrained")
-    teacher = Teacher(network, policy, device, config.precision)
+    teacher = Teacher(models.trained(config.teacher, index.classes), policy, device, config.precision)
     if config.dry_run:
         _show_plan(config, index, calibrate(config, index, policy, teacher))
         return

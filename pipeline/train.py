@@ -74,7 +74,7 @@ def _objectives(
 
 
 def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy, device: torch.device) -> answers.Teacher:
-    network = models.create(spec, index.classes)
+    network = models.trained(spec, index.classes)
     return answers.Teacher(network, policy, device, devices.arithmetic(config.precision, device))
 
 

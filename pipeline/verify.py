@@ -174,14 +174,12 @@ def _judge(config: Verify, policy: Policy, report: Report) -> Judge | None:
     """Who compares labels; None if no teacher was given, or another one than the manifest says."""
     if config.teacher is None:
         return None
-    if "@" not in config.teacher:
-        raise UserError("a teacher without weights", found=config.teacher, expected="NAME@WEIGHTS")
     manifest = report.store.manifest
     precision = manifest.versions.get("precision", config.precision)
     if precision != config.precision:
         fix = f"give --precision {precision}"
         raise UserError("the teacher pass had another precision", found=config.precision, expected=precision, fix=fix)
-    network = models.create(config.teacher, manifest.classes)
+    network = models.trained(config.teacher, manifest.classes)
     teacher = Teacher(network, policy, devices.pick(config), config.precision)
     made_by = {"teacher": teacher.name, "teacher_weights": teacher.fingerprint}
     try:

@@ -180,7 +180,8 @@ def test_unknown_networks(name, message, digits, labels, tmp_path, capsys):
 
 
 def test_a_teacher_needs_weights(digits, tmp_path, capsys):
-    assert "the teacher has no weights" in refused(capsys, *precompute(digits, "cifar/resnet8", tmp_path / "s.zarr"))
+    said = refused(capsys, *precompute(digits, "cifar/resnet8", tmp_path / "s.zarr"))
+    assert "network cifar/resnet8 has no weights" in said
     assert not (tmp_path / "s.zarr").exists()
 
 

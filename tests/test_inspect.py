@@ -342,7 +342,7 @@ def test_a_browser_shows_it_on_a_phone(name, request, tmp_path):
     [
         (("--samples", -1), "--samples out of range"),
         (("--out", "/no/such/folder/r.html"), "cannot write"),
-        (("--teacher", "cifar/resnet8"), "another teacher_weights"),
+        (("--teacher", "cifar/resnet8"), "network cifar/resnet8 has no weights"),
     ],
 )
 def test_wrong_options_are_one_line(labels, digits, tmp_path, capsys, more, message):

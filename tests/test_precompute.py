@@ -291,7 +291,7 @@ def test_a_store_of_another_teacher_is_refused(whole, tmp_path):
 
 
 def test_a_teacher_without_weights_is_refused(whole, tmp_path):
-    with pytest.raises(UserError, match="the teacher has no weights; found cifar/resnet8, expected NAME@WEIGHTS"):
+    with pytest.raises(UserError, match="network cifar/resnet8 has no weights; expected cifar/resnet8@WEIGHTS"):
         precompute.run(changed(whole, teacher="cifar/resnet8", store=tmp_path / "s"))
     assert not (tmp_path / "s").exists()
 

@@ -362,7 +362,7 @@ def test_a_disk_that_fails_is_no_damage(stores, verified, monkeypatch):
     [
         (("--fraction", 0), "--fraction out of range"),
         (("--batch-size", 0), "--batch-size out of range"),
-        (("--teacher", "cifar/resnet8"), "a teacher without weights"),
+        (("--teacher", "cifar/resnet8"), "network cifar/resnet8 has no weights"),
         (("--teacher", "LOUD", "--precision", "bf16"), "give --precision fp32"),
     ],
 )
