@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -48,33 +48,12 @@ PEAK = 3e-3
 HELD_OUT = 8192
 """Pairs to evaluate on."""
 CHUNK_PAIRS = 8192
+_SAMPLES = 40_000  # pairs per view, unless asked for otherwise
 FIT_PAIRS = 4096
 """Pairs of the first view that a codec may be fitted to."""
 REFERENCE = "exact"
 _ENCODE_PAIRS = 2048  # at once: encoding takes some float64 copies of the logits
 _DATA_SEED, _HELD_SEED, _STREAM_SEED = 0, 1, 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Compare label formats by the students that they make."""
-
-    arms: str | None = None
-    """Arms to run, separated by commas; without it all."""
-    seeds: int = 3
-    """Students per arm."""
-    samples: int = 40_000
-    """Pairs per view to learn from."""
-    steps: int = 1000
-    """Optimiser steps per student."""
-    threads: int = 0
-    """Threads of torch; 0: one per core."""
-    work: Path | None = None
-    """Folder that keeps finished students; without it jda-distill/bench in the user's cache folder."""
-    json: Path | None = None
-    """File to write every figure to."""
-    out: Path | None = None
-    """Folder for plots of accuracy against bytes."""
 
 
 class Coder(Protocol):
@@ -130,15 +109,9 @@ ARMS = _arms()
 
 def run(config: Bench) -> dict:
     """Run the comparison, print its table, write `config.json` and the plots of `config.out`; returns the document."""
-    chosen: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(Options)}
-    chosen["samples"] = config.samples or Options.samples
-    return compare(Options(**chosen))
-
-
-def compare(options: Options) -> dict:
-    """What `run` does. Raises UserError for options out of range."""
+    options = dataclasses.replace(config, samples=config.samples or _SAMPLES)
     names = _names(options.arms)
-    for name, low in (("seeds", 1), ("samples", BATCH), ("steps", 2)):
+    for name, low in (("samples", BATCH), ("steps", 2)):
         if (value := getattr(options, name)) < low:
             raise UserError(f"--{name} out of range", found=value, expected=f"at least {low}")
     machine = harness.machine()
@@ -242,7 +215,7 @@ class Labels:
         kl = divergence(truth, self._decoded(some).numpy(), TEMPERATURE)
         return {"row_bytes": row_bytes, "disk_bytes": disk_bytes, "label_kl": kl if kl < 100 else None}
 
-    def key(self, seed: int, options: Options) -> str:
+    def key(self, seed: int, options: Bench) -> str:
         """A hash of all that a student of these labels depends on: recipe, codec, and what the codec makes."""
         recipe = [options.samples, options.steps, seed]
         recipe += [PEAK, BATCH, HIDDEN, TEMPERATURE, VIEWS, HELD_OUT]
@@ -252,7 +225,7 @@ class Labels:
         return digest.hexdigest()[:24]
 
 
-def learn(problem: Problem, labels: Labels, seed: int, options: Options) -> dict:
+def learn(problem: Problem, labels: Labels, seed: int, options: Bench) -> dict:
     """Teach one student: accuracy in % and KL(teacher ‖ student) at T on held-out pairs, seconds it took.
 
     The loss is T² times the cross-entropy to the labels at T, averaged over the views of a batch.

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from bench import codec_transfer, peers, simulated
-from bench.codec_transfer import ARMS, Labels, Options, Problem
+from bench.codec_transfer import ARMS, Labels, Problem
 from cache import UserError
+from pipeline.config import Bench
 
-SMALL = Options(samples=1024, steps=30, seeds=2, threads=1)
+SMALL = Bench(suite="codec-transfer", samples=1024, steps=30, seeds=2, threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +124,7 @@ def test_a_run_orders_labels_and_resumes(tmp_path, capsys, monkeypatch):
     options = dataclasses.replace(
         SMALL, arms="exact,int8,tinyvit-10", work=tmp_path, json=tmp_path / "found.json", out=tmp_path / "plots"
     )
-    found = codec_transfer.compare(options)
+    found = codec_transfer.run(options)
     arms = found["arms"]
     assert list(arms) == ["exact", "int8", "tinyvit-10"] and found["reference"] == "exact"
     assert arms["exact"]["kl"]["mean"] < arms["tinyvit-10"]["kl"]["mean"]
@@ -138,17 +139,16 @@ def test_a_run_orders_labels_and_resumes(tmp_path, capsys, monkeypatch):
         raise AssertionError("a finished student is taught again")
 
     monkeypatch.setattr(codec_transfer, "learn", fail)
-    assert codec_transfer.compare(dataclasses.replace(options, json=None, out=None))["arms"] == arms
+    assert codec_transfer.run(dataclasses.replace(options, json=None, out=None))["arms"] == arms
     (tmp_path / "codec-transfer.json").write_text("damaged")
     with pytest.raises(AssertionError, match="taught again"):
-        codec_transfer.compare(options)
+        codec_transfer.run(options)
 
 
 def test_what_a_user_gets_wrong_is_an_error():
     for change, message in (
         ({"arms": "exact,tinyvit-1000"}, "unknown arm tinyvit-1000; fix: did you mean tinyvit-100"),
-        ({"seeds": 0}, "--seeds out of range; found 0"),
         ({"samples": 100}, "--samples out of range; found 100, expected at least 1024"),
     ):
         with pytest.raises(UserError, match=message):
-            codec_transfer.compare(dataclasses.replace(SMALL, **change))
+            codec_transfer.run(dataclasses.replace(SMALL, **change))
