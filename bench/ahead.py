@@ -35,9 +35,9 @@ class Case:
     """w from the teacher's rows; else stored."""
     gradient: bool = True
     masked: bool = False
-    """With a validity mask, a device count, label smoothing and T = 3: everything that can be switched on."""
+    """With a validity mask that is counted, label smoothing and T = 3: everything that can be switched on."""
     decoded: bool = False
-    """The teacher's rows were decoded by the launch before, which spares that of the sum."""
+    """The teacher's rows were decoded by the launch before, which spares that of the sum; a count on the device."""
     padded: bool = False
     """Rows of students, gradients and dense teachers lie a multiple of 8 logits apart."""
 
@@ -105,6 +105,7 @@ def compile_loss(case: Case) -> Compiled:
         "POWER": 0 if case.masked else 4,
         "COSINE": case.cosine,
         "SMOOTH": case.masked,
+        "COUNTED": case.masked,
         "COMPUTE": fused._language(fused.torch.float32),
         **options,
     }
@@ -118,7 +119,7 @@ def compile_loss(case: Case) -> Compiled:
         "target": "*i64",
         "weight": None if case.cosine else "*fp32",
         "valid": "*u8" if case.masked else None,
-        "count": "*fp32" if case.masked else None,
+        "count": "*fp32" if case.decoded else None,
         "loss_scale": "*fp32" if case.student == "fp16" else None,
         "parts": "*fp32",
         "grad_o": f"*{case.student}" if case.gradient else None,

@@ -153,9 +153,8 @@ def _by_kernel(student_o, student_a, target, teacher, options: _Options, kind="d
         factor / 2 for factor in reference.coefficients(options.temperature, options.alpha, options.kd_weight)
     )
     count = options.count
-    if count is None and options.valid is not None:
-        count = options.valid.sum()
-    if not isinstance(count, Tensor):
+    counted = count is None and options.valid is not None
+    if not (counted or isinstance(count, Tensor)):
         number = batch if count is None else count
         hard, soft, count = hard / number, soft / number, None
     rows, cosine = isinstance(options.weight, Tensor), options.weight is None
@@ -175,6 +174,7 @@ def _by_kernel(student_o, student_a, target, teacher, options: _Options, kind="d
         smoothing=float(options.label_smoothing),
         wide=wide,
         unit=unit,
+        counted=counted,
     )
     loss, found = fused.apply(_rows(student_o), _rows(student_a), task, options.inplace)
     return (loss, Parts(*found[1:])) if options.parts else loss

@@ -40,13 +40,14 @@ def one_pass(
     STRIDE_GRAD_O: tl.constexpr, STRIDE_GRAD_A: tl.constexpr,
     CLASSES: tl.constexpr, READ_STUDENT: tl.constexpr, READ_TEACHER: tl.constexpr, WRITE: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
-    COSINE: tl.constexpr, SMOOTH: tl.constexpr, COMPUTE: tl.constexpr,
+    COSINE: tl.constexpr, SMOOTH: tl.constexpr, COUNTED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` pairs per program, each of `BLOCK` ≥ C classes: parts, and the gradients unless they are None.
 
     Rows may be read up to `READ_*` and gradients written up to `WRITE` columns: where the distance between rows leaves
     room, multiples of 8, so that an odd C is still read and written in vectors.
-    `hard`, `soft`: factors of one row's CE and KL, times the number of pairs if that comes in `count`. w is `weight`,
+    `hard`, `soft`: factors of one row's CE and KL, times the number of pairs if that comes in `count`, or is that of
+    the valid ones if `COUNTED`. w is `weight`,
     the cosine of the teacher's rows if `COSINE`, else `same_weight`. With a `ticket`, 0 so far, the last
     program adds the pairs' shares up.
     """
@@ -89,7 +90,7 @@ def one_pass(
     ce_a, kl_a, agree_a, hard_a, soft_a = whole_rows(
         z_a, t_a, is_target, inside, inverse_t, smoothing, CLASSES, POWER, SMOOTH
     )
-    hard, soft = row_factors(count, hard, soft)
+    hard, soft = row_factors(count, valid, batch, hard, soft, COUNTED)
     total = hard * (ce_o + ce_a) + soft * (kl_o + w * kl_a)
     total = tl.where((label >= 0) & (label < CLASSES), total, float("nan"))
     store_parts(parts, row, batch, here, live, total, ce_o, ce_a, kl_o, kl_a, w, agree_o, agree_a)
@@ -118,7 +119,7 @@ def two_pass(
     STRIDE_GRAD_O: tl.constexpr, STRIDE_GRAD_A: tl.constexpr,
     CLASSES: tl.constexpr, READ_STUDENT: tl.constexpr, READ_TEACHER: tl.constexpr, WRITE: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
-    COSINE: tl.constexpr, SMOOTH: tl.constexpr, COMPUTE: tl.constexpr,
+    COSINE: tl.constexpr, SMOOTH: tl.constexpr, COUNTED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """As `one_pass`, one pair per program, `BLOCK` classes at a time."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None]
@@ -141,7 +142,7 @@ def two_pass(
         w = tl.load(weight + row, mask=live, other=0.0).to(COMPUTE)
     else:
         w = same_weight * one
-    hard, soft = row_factors(count, hard, soft)
+    hard, soft = row_factors(count, valid, batch, hard, soft, COUNTED)
     grad_scale = one
     if loss_scale is not None:
         grad_scale = one * tl.load(loss_scale).to(tl.float32)

@@ -37,7 +37,7 @@ class Task:
     valid: Tensor | None
     """Bool (B,)."""
     count: Tensor | None
-    """Number of pairs as a device scalar; None: `hard` and `soft` know it."""
+    """Number of pairs as a device scalar; None: `hard` and `soft` know it, but for `counted`."""
     loss_scale: Tensor | None
     """Device scalar that the gradient is multiplied with before it is stored."""
     same_weight: float
@@ -53,6 +53,8 @@ class Task:
     """As in `Decoder`."""
     unit: float = 1.0
     """As in `Decoder`."""
+    counted: bool = False
+    """Whether `hard` and `soft` are still to be divided by the number of valid pairs."""
 
 
 def launch_options(classes: int) -> dict[str, Any]:
@@ -151,6 +153,7 @@ def _launch(student_o, student_a, task: Task, teacher, grads, parts: Tensor, los
         POWER=int(task.temperature) if task.temperature in (1, 2, 4) else 0,
         COSINE=task.cosine,
         SMOOTH=task.smoothing > 0,
+        COUNTED=task.counted,
         COMPUTE=_language(parts.dtype),
         **options,
     )
@@ -261,10 +264,11 @@ def pair_loss(
     smoothing: float,
     wide: int,
     unit: float,
+    counted: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, parts (8, B), and both gradients, empty unless `with_grad`; the rest are `Task`'s fields."""
-    numbers = same_weight, cosine, temperature, hard, soft, smoothing, wide, unit
+    numbers = same_weight, cosine, temperature, hard, soft, smoothing, wide, unit, counted
     task = Task(target, teacher, kind, weight, valid, count, loss_scale, *numbers)
     grads = gradients(student_o, student_a, loss_scale is not None, with_grad)
     loss, parts = forward(student_o, student_a, task, grads if with_grad else None)
@@ -293,7 +297,7 @@ def _scale(ctx, d_loss, *_):
     grad_o, grad_a, *stored = ctx.saved_tensors
     factor = d_loss / stored[0] if stored else d_loss
     grads = [(grad * factor).to(dtype) for grad, dtype in zip((grad_o, grad_a), ctx.dtypes, strict=True)]
-    return *grads, None, [None] * ctx.teachers, *[None] * 14
+    return *grads, None, [None] * ctx.teachers, *[None] * 15
 
 
 pair_loss.register_autograd(_scale, setup_context=_remember)

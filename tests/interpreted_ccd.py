@@ -15,6 +15,7 @@ from interpreted import CPU, TOLERANCE, assert_close, call, exact, students, sub
 from test_ccd import DEFAULTS, oracle, random_case
 from test_subspace import streams
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import ccd_loss, ccd_loss_encoded, fused, reference
 from pipeline.labels import decoder_of
@@ -189,6 +190,12 @@ def test_invalid_pairs_count_for_nothing_and_are_not_read(classes):
         assert_close((loss, *(grad[valid] for grad in grads)), expected, loss=1e-6)
 
 
+def test_the_valid_pairs_of_a_large_batch_are_counted():
+    case = random_case(2, 2500)
+    args, valid = (case["logits"][:2], case["target"], case["logits"][2:]), torch.arange(2500) % 3 != 0
+    assert_close(call(*args, valid=valid), exact(*args, valid=valid), loss=1e-6)
+
+
 def test_no_valid_pair_is_no_loss():
     case = random_case(10, 3)
     found = call(case["logits"][:2], case["target"], case["logits"][2:], valid=torch.zeros(3, dtype=torch.bool))
@@ -287,8 +294,10 @@ def arguments(encoded, dtype=torch.float32) -> tuple:
             *numbers,
             8,
             decoder.unit,
+            False,
         )
-    return z_o, z_a, torch.arange(3), students(3, 40, 1), "dense", None, None, None, None, *numbers, 0, 1.0
+    valid = torch.tensor([True, False, True])
+    return z_o, z_a, torch.arange(3), students(3, 40, 1), "dense", None, valid, None, None, *numbers, 0, 1.0, True
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own inputs
@@ -332,6 +341,14 @@ def test_launches_are_few(monkeypatch, classes, batch):
 
     count = []
 
+    class Work(TorchDispatchMode):
+        """What PyTorch launches by itself: anything but views and empty tensors."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not (func.is_view or "empty" in func.name() or "detach" in func.name()):
+                count.append(func.name())
+            return func(*args, **kwargs or {})
+
     class Counted:
         def __init__(self, name):
             self.name = name
@@ -349,8 +366,10 @@ def test_launches_are_few(monkeypatch, classes, batch):
         rows = [row.requires_grad_() for row in students(batch, classes)]
         function = ccd_loss if len(teacher) == 2 else ccd_loss_encoded
         target, weight = torch.zeros(batch, dtype=torch.int64), torch.ones(batch)
-        loss = function(*rows, *teacher, target, weight=weight, impl="triton")
-        assert count == forward
+        with Work():
+            loss = function(*rows, *teacher, target, weight=weight, valid=weight > 0.5, impl="triton")
+        assert count == ["aten::gt.Scalar", *forward]
+        count.remove("aten::gt.Scalar")
         loss.backward()
         assert count[2:] == ["rescale"]
         count.clear()

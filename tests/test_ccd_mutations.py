@@ -68,8 +68,16 @@ MUTATIONS = {
         "test_rows_are_decoded_in_registers[False-int8-100]",
     ),
     "dead pairs count": (
-        *("ccd", "count = options.valid.sum()", "count = None"),
+        *("ccd", "counted = count is None and options.valid is not None", "counted = False"),
         "test_invalid_pairs_count_for_nothing_and_are_not_read[10]",
+    ),
+    "pairs beyond the first tile of the mask are not counted": (
+        *(
+            "terms_gpu",
+            "for start in range(0, batch, BLOCK):\n                at",
+            "for start in range(0, 1):\n                at",
+        ),
+        "test_the_valid_pairs_of_a_large_batch_are_counted",
     ),
     "dead pairs have gradients": (
         *("ccd_gpu", "inside = (columns < CLASSES) & live", "inside = (columns < CLASSES) & here"),
