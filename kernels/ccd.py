@@ -152,11 +152,11 @@ def _by_kernel(student_o, student_a, target, teacher, options: _Options, kind="d
     hard, soft = (
         factor / 2 for factor in reference.coefficients(options.temperature, options.alpha, options.kd_weight)
     )
-    count = options.count
-    counted = count is None and options.valid is not None
-    if not (counted or isinstance(count, Tensor)):
-        number = batch if count is None else count
-        hard, soft, count = hard / number, soft / number, None
+    count = options.count if isinstance(options.count, Tensor) else None
+    counted = options.count is None and options.valid is not None
+    if count is None and not counted:
+        number = batch if options.count is None else float(options.count)
+        hard, soft = hard / number, soft / number
     rows, cosine = isinstance(options.weight, Tensor), options.weight is None
     task = fused.Task(
         target=target.contiguous(),

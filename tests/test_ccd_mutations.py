@@ -68,7 +68,7 @@ MUTATIONS = {
         "test_rows_are_decoded_in_registers[False-int8-100]",
     ),
     "dead pairs count": (
-        *("ccd", "counted = count is None and options.valid is not None", "counted = False"),
+        *("ccd", "counted = options.count is None and options.valid is not None", "counted = False"),
         "test_invalid_pairs_count_for_nothing_and_are_not_read[10]",
     ),
     "pairs beyond the first tile of the mask are not counted": (
