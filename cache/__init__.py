@@ -2,8 +2,21 @@
 
 from cache.errors import UserError
 from cache.making import create, exists, extend
-from cache.manifest import Manifest, check
+from cache.manifest import Manifest, check, difference
 from cache.plane import Plane, planes
 from cache.store import Block, Store, open
 
-__all__ = ["Block", "Manifest", "Plane", "Store", "UserError", "check", "create", "exists", "extend", "open", "planes"]
+__all__ = [
+    "Block",
+    "Manifest",
+    "Plane",
+    "Store",
+    "UserError",
+    "check",
+    "create",
+    "difference",
+    "exists",
+    "extend",
+    "open",
+    "planes",
+]

@@ -128,21 +128,21 @@ def check(manifest: Manifest, **expected) -> None:
     """
     assert expected.keys() <= _FIXES.keys(), expected.keys() - _FIXES.keys()
     for name in (name for name in _FIXES if name in expected):
-        if difference := _difference(name, getattr(manifest, name), expected[name]):
-            path, found, wanted = difference
+        if differing := difference(name, getattr(manifest, name), expected[name]):
+            path, found, wanted = differing
             raise UserError(
                 f"the store has another {shown(path)}", found=shown(found), expected=shown(wanted), fix=_FIXES[name]
             )
 
 
-def _difference(path: str, found: object, expected: object) -> tuple[str, object, object] | None:
+def difference(path: str, found: object, expected: object) -> tuple[str, object, object] | None:
     """Where two JSON values first differ: its path and both values there."""
     if isinstance(found, list | tuple) and isinstance(expected, list | tuple):
         found, expected = dict(enumerate(found)), dict(enumerate(expected))
     if not isinstance(found, dict) or not isinstance(expected, dict):
         return None if found == expected else (path, found, expected)
     for key in (*found, *(key for key in expected if key not in found)):
-        if inner := _difference(f"{path}.{key}", found.get(key, "nothing"), expected.get(key, "nothing")):
+        if inner := difference(f"{path}.{key}", found.get(key, "nothing"), expected.get(key, "nothing")):
             return inner
     return None
 

@@ -10,36 +10,23 @@ from pathlib import Path
 
 import torch
 
-from cache import UserError
+from cache import UserError, difference
 from pipeline import ranks
 from pipeline.config import Training
 
-# May differ between a run and its continuation: they do not decide the result on a given machine.
+# May differ between a run and its continuation: they do not decide the result on a given machine. What lies at the
+# places that they name is compared itself.
 _OPERATIONAL = {
-    *(
-        "out",
-        "resume",
-        "threads",
-        "device",
-        "checkpoint_steps",
-        "eval_epochs",
-        "val",
-        "log_steps",
-        "tensorboard",
-        "wandb",
-    ),
-    *("dry_run", "shard_cache", "shard_cache_gb", "plane", "check_steps"),
+    *("out", "resume", "threads", "device", "checkpoint_steps", "eval_epochs", "val", "log_steps", "tensorboard"),
+    *("wandb", "dry_run", "shard_cache", "shard_cache_gb", "plane", "check_steps", "data", "store", "policy"),
 }
 
 
-_PLACES = ("data", "store")  # as they are, however they are spelled
-
-
-def open_run(config: Training) -> None:
+def open_run(config: Training, sources: dict) -> None:
     """Create the run folder with its resolved config, or check that the one to resume was made with the same.
 
-    Raises UserError if the folder exists and `--resume` was not given, or if an option that decides the result
-    differs.
+    `sources`: what data set, policy and labels are, JSON-safe, wherever they lie. Raises UserError if the folder exists
+    and `--resume` was not given, or if one of them or an option that decides the result differs.
     """
     path = config.out / "config.json"
     options = json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -49,16 +36,14 @@ def open_run(config: Training) -> None:
         )
     if not path.exists():
         config.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.out / "sources.json", json.dumps(sources, indent=1).encode())
         write_atomically(path, json.dumps(options, indent=1).encode())
         return
-    try:
-        before = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"damaged run config {path}", expected="JSON", fix="choose another --out") from None
+    before = _read(path)
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for key in options.keys() - _OPERATIONAL:
         then = before.get(key, defaults[key])  # an option may be younger than the run
-        if then != options[key] and not (key in _PLACES and _place(then) == _place(options[key])):
+        if then != options[key]:
             raise UserError(
                 f"cannot resume {config.out}: --{key.replace('_', '-')} differs",
                 found=options[key],
@@ -66,9 +51,25 @@ def open_run(config: Training) -> None:
                 fix="resume with the same options, or choose another --out",
             )
 
+    made_of = config.out / "sources.json"
+    if made_of.exists() and (differing := difference("", sources, _read(made_of))):
+        name, found, expected = differing
+        raise UserError(
+            f"cannot resume {config.out}: another {name[1:]}",
+            found=f"{found!s:.80}",
+            expected=f"{expected!s:.80}",
+            fix="give what the run was made of, or choose another --out",
+        )
 
-def _place(path: str | None) -> str | None:
-    return path if path is None or "://" in path else os.path.realpath(path)
+
+def _read(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"damaged {path}", expected="a JSON object", fix="choose another --out")
+    return found
 
 
 class Saver:

@@ -97,6 +97,8 @@ class Job:
     """Who decodes; None: as the device can."""
     pairs: bool = True
     """Whether there are augmented views."""
+    labels: dict = field(default_factory=dict)
+    """What stored labels are, JSON-safe."""
     about: dict = field(default_factory=dict)
     """Facts for the run's report."""
 
@@ -110,7 +112,8 @@ def fit(job: Job) -> dict:
     config, device = job.config, devices.pick(job.config)
     if not config.dry_run:
         if ranks.rank() == 0:
-            checkpoint.open_run(config)
+            sources = {"dataset": job.index.fingerprint, "policy": job.policy.to_config(), "labels": job.labels}
+            checkpoint.open_run(config, sources)
         ranks.after_first("run")
     with ExitStack() as stack:
         stack.enter_context(ranks.group(device))

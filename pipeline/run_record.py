@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,12 @@ class Writers:
             writer = _needed("torch.utils.tensorboard", "tensorboard")
             self._tensorboard = writer.SummaryWriter(str(config.out / "tensorboard"))
         if config.wandb:
-            options = json.loads((config.out / "config.json").read_text())
+            options = (config.out / "config.json").read_bytes()
             wandb = _needed("wandb", "wandb")
-            # The folder names the run, so that a resumed one goes on where it was.
+            # The same for a resumed run, wherever it lies now; another for a folder of the same name elsewhere.
+            run = f"{config.out.name}-{zlib.crc32(options):08x}"
             self._wandb = wandb.init(
-                project=config.wandb, id=config.out.name, resume="allow", config=options, dir=str(config.out)
+                project=config.wandb, id=run, resume="allow", config=json.loads(options), dir=str(config.out)
             )
 
     def __enter__(self) -> "Writers":

@@ -1,5 +1,7 @@
 """Training a student on stored soft labels, or beside its teacher: what it learns from; `pipeline.loop` is the loop."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 
 import torch
@@ -42,9 +44,17 @@ def run(config: TrainStudent) -> dict:
             seed_of_views=store.manifest.seed if store else config.seed,
             views=store.manifest.views if store else None,
             decoder=decoder,
+            labels=_identity(store) if store else {},
             about=about,
         )
     )
+
+
+def _identity(store: Store) -> dict:
+    """Of its labels; it may grow while it is learned from."""
+    fields = store.manifest.identity()
+    codec = hashlib.sha256(json.dumps(fields["codec"], sort_keys=True).encode()).hexdigest()
+    return {name: fields[name] for name in ("teacher", "teacher_weights", "seed", "decoder")} | {"codec": codec}
 
 
 def _objectives(

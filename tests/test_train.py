@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -361,35 +360,6 @@ def test_evaluation_counts_what_pillow_and_numpy_count(whole):
     assert got["samples"] == len(labels) == 45
     assert got["top1"] == (rank < 1).mean() and got["top5"] == (rank < 5).mean() and got["top1"] < got["top5"]
     assert got["loss"] == pytest.approx(losses.mean(), rel=1e-5)
-
-
-def test_resuming_with_other_options_is_refused(whole):
-    with pytest.raises(UserError, match=r"--lr differs; found 0.1, expected 0.05"):
-        train.run(dataclasses.replace(whole, resume=True, lr=0.1))
-
-
-def test_a_run_is_resumed_elsewhere_and_by_a_version_with_more_options(whole, tmp_path, monkeypatch):
-    run = dataclasses.replace(whole, out=tmp_path / "run", resume=True)
-    shutil.copytree(whole.out, run.out)
-    options = json.loads((run.out / "config.json").read_text())
-    del options["kd_warmup_epochs"]
-    (run.out / "config.json").write_text(json.dumps(options))
-    with pytest.raises(UserError, match="--kd-warmup-epochs differs; found 3, expected 0"):
-        train.run(dataclasses.replace(run, kd_warmup_epochs=3))
-    with pytest.raises(UserError, match="--data differs"):
-        train.run(dataclasses.replace(run, data=shutil.copytree(run.data, tmp_path / "copy")))
-    monkeypatch.chdir(run.data.parent)
-    train.run(dataclasses.replace(run, data=Path(run.data.name)))
-
-
-@pytest.mark.parametrize("log_steps", [1, 1000])
-def test_a_run_that_diverges_ends_and_keeps_its_last_sound_checkpoint(whole, tmp_path, log_steps):
-    run = dataclasses.replace(whole, out=tmp_path / "run", lr=1e9, checkpoint_steps=1, log_steps=log_steps)
-    with pytest.raises(UserError, match=r"training diverged: weights are not finite; found at step .* --lr"):
-        train.run(run)
-    state = torch.load(run.out / "checkpoint.pt", weights_only=True)
-    assert all(tensor.isfinite().all() for tensor in state["model"].values())
-    assert not (run.out / "model.safetensors").exists()
 
 
 def test_the_learning_rate_is_the_papers():
