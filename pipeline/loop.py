@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cache import UserError
-from pipeline import checkpoint, models, order, ranks, stop, synced, views
+from pipeline import checkpoint, models, order, ranks, run_record, stop, synced, views
 from pipeline import device as devices
 from pipeline.config import Training
 from pipeline.device import Normalise
@@ -109,12 +109,7 @@ def fit(job: Job) -> dict:
     Returns the last log record, or with `dry_run` what was timed. Ends the process after SIGINT or SIGTERM, once the
     state is saved.
     """
-    config, device = job.config, devices.pick(job.config)
-    if not config.dry_run:
-        if ranks.rank() == 0:
-            sources = {"dataset": job.index.fingerprint, "policy": job.policy.to_config(), "labels": job.labels}
-            checkpoint.open_run(config, sources)
-        ranks.after_first("run")
+    device = devices.pick(job.config)
     with ExitStack() as stack:
         stack.enter_context(ranks.group(device))
         asked = stack.enter_context(stop.requests())
@@ -134,6 +129,12 @@ def _fit(job: Job, device: torch.device, asked: stop.Requests, stack: ExitStack)
         raise UserError("--val has other classes", found=val.classes, expected=index.classes, fix="check --val")
     if config.nesterov and not config.momentum:
         raise UserError("--nesterov without momentum", found="--momentum 0", fix="give a momentum or --no-nesterov")
+    run_record.check(config)
+    if not config.dry_run:
+        if first:
+            sources = {"dataset": index.fingerprint, "policy": policy.to_config(), "labels": job.labels}
+            checkpoint.open_run(config, sources)
+        ranks.after_first("run")
 
     trainee, forward = prepare(config, job.network, device, precision)
     epoch, step, sums = 0, 0, Means()

@@ -87,6 +87,16 @@ class Writers:
             self._wandb.log(values, step=number)
 
 
+def check(config: Training) -> None:
+    """Raise UserError unless what the flags ask for is installed."""
+    for wanted, module, package in (
+        (config.tensorboard, "torch.utils.tensorboard", "tensorboard"),
+        (config.wandb, "wandb", "wandb"),
+    ):
+        if wanted:
+            _needed(module, package)
+
+
 def _needed(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)

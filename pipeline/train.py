@@ -4,13 +4,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 
-import torch
-
 import cache
 from cache import Store, UserError
-from pipeline import answers, labels, models
 from pipeline import device as devices
+from pipeline import labels, models
 from pipeline import policy as policies
+from pipeline.answers import Teacher
 from pipeline.config import TrainStudent
 from pipeline.index import Index
 from pipeline.loader import Batch
@@ -33,6 +32,8 @@ def run(config: TrainStudent) -> dict:
     if config.live_teacher and config.loss == "ccd-mean":
         raise UserError("--loss ccd-mean needs the stored w of all samples", fix="leave --live-teacher out")
     student = models.create(config.student, index.classes, seed=config.seed)
+    spec = None if config.loss == "ce" else config.live_teacher or config.check_teacher
+    teacher = _teacher(config, spec, index, policy) if spec else None
     about = {"store": config.store, "teacher": config.live_teacher or (store.manifest.teacher if store else None)}
     return fit(
         Job(
@@ -40,7 +41,7 @@ def run(config: TrainStudent) -> dict:
             index,
             policy,
             student,
-            lambda first: _objectives(config, index, store, policy, first),
+            lambda first: _objectives(config, index, store, teacher, first),
             seed_of_views=store.manifest.seed if store else config.seed,
             views=store.manifest.views if store else None,
             decoder=decoder,
@@ -58,9 +59,9 @@ def _identity(store: Store) -> dict:
 
 
 def _objectives(
-    config: TrainStudent, index: Index, store: Store | None, policy: Policy, first: int
+    config: TrainStudent, index: Index, store: Store | None, teacher: Teacher | None, first: int
 ) -> Iterator[Objective]:
-    """One per epoch from the epoch `first` on."""
+    """One per epoch from the epoch `first` on; the `teacher` is live, or checks."""
     epochs = range(first, config.epochs)
     device = devices.pick(config)
     if config.loss == "ce":
@@ -68,24 +69,22 @@ def _objectives(
             yield CrossEntropy(config.label_smoothing, choice(config.augmented_fraction, config.seed, epoch))
         return
     if config.live_teacher:
-        teacher = _teacher(config, config.live_teacher, index, policy, device)
         for epoch in epochs:
             yield Distillation(config, epoch, teacher=teacher)
         return
     assert store
-    asked = _teacher(config, config.check_teacher, index, policy, device) if config.check_teacher else None
     numbers = (epoch % store.manifest.views for epoch in epochs)
     for epoch, found in zip(epochs, labels.epochs(store, numbers, device, config.plane, config.out), strict=True):
         checks: list[Callable[[Batch], None]] = [PixelCheck(found.plane, index, epoch, config.check_share)]
-        if asked:
+        if teacher:
             expected = store.manifest.fidelity.get("kl", {}).get("4", _UNKNOWN_KL)
-            checks.append(TeacherCheck(found, asked, config.check_steps, expected))
+            checks.append(TeacherCheck(found, teacher, config.check_steps, expected))
         yield Distillation(config, epoch, labels=found, checks=tuple(checks))
 
 
-def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy, device: torch.device) -> answers.Teacher:
-    network = models.trained(spec, index.classes)
-    return answers.Teacher(network, policy, device, devices.arithmetic(config.precision, device))
+def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy) -> Teacher:
+    device = devices.pick(config)
+    return Teacher(models.trained(spec, index.classes), policy, device, devices.arithmetic(config.precision, device))
 
 
 def _check(config: TrainStudent, index: Index, store: Store) -> tuple[Policy, str]:

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from cache import UserError
-from pipeline import teacher, train
+from pipeline import prepare, teacher, train
 from pipeline.config import TrainStudent, TrainTeacher
 from pipeline.demo import POLICY
 
@@ -127,3 +127,25 @@ def test_a_resumed_run_is_the_same_one_to_wandb(whole, tmp_path, monkeypatch):
     first, again, other, moved = (options["id"] for options in started)
     assert first == again == moved != other
     assert started[0]["config"]["student"] == "cifar/resnet8" and started[0]["resume"] == "allow"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"live_teacher": "cifar/resnet8"}, "network cifar/resnet8 has no weights"),
+        ({"check_teacher": "cifar/resnet8@none.safetensors"}, "none.safetensors"),
+        ({"student": "timm/vit_tiny_patch16_224"}, "does not take images of 32 x 32 pixels"),
+        ({"nesterov": True, "momentum": 0.0}, "--nesterov without momentum"),
+        ({"val": "WIDER"}, "--val has other classes"),
+        ({"wandb": "project"}, "--wandb needs a package"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_from_the_start_leaves_no_run(whole, tmp_path, monkeypatch, change, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    if "val" in change:
+        prepare.build("synthetic:24", tmp_path / "wider")
+        change = {"val": tmp_path / "wider"}
+    with pytest.raises(UserError, match=message):
+        train.run(dataclasses.replace(whole, out=tmp_path / "run", **change))
+    assert not (tmp_path / "run").exists()
