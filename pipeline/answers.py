@@ -1,6 +1,7 @@
 """A teacher in its place: what it says about pairs of views."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,21 @@ class Teacher:
         self.normalise = Normalise(self.mean, self.std, device)
         self.module = devices.place(network.module, device).eval()
         models.probe(network, policy.base.size)
+
+    def on(self, index: Index, policy: Policy) -> dict[str, Any]:
+        """What a manifest says of who answers, and about what."""
+        described = policy.to_config()
+        return {
+            "dataset": index.fingerprint,
+            "classes": index.classes,
+            "teacher": self.name,
+            "teacher_weights": self.fingerprint,
+            "mean": self.mean,
+            "std": self.std,
+            "base": described.pop("base"),
+            "policy": described,
+            "size": policy.base.size,
+        }
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> torch.Tensor:

@@ -220,20 +220,11 @@ def _open_or_create(config, index: Index, policy: Policy, teacher: Teacher) -> N
 
 
 def _manifest(config, index: Index, policy: Policy, teacher: Teacher, codec: dict, fidelity: dict) -> Manifest:
-    described = policy.to_config()
     return Manifest(
-        dataset=index.fingerprint,
+        **teacher.on(index, policy),
         samples=len(index),
-        classes=index.classes,
-        teacher=teacher.name,
-        teacher_weights=teacher.fingerprint,
-        mean=teacher.mean,
-        std=teacher.std,
-        base=described.pop("base"),
-        policy=described,
         seed=config.seed,
         views=config.views,
-        size=policy.base.size,
         decoder=decode.identity(devices.decoder(config.decoder, teacher.device)),
         codec=codec,
         block_rows=config.block_rows,

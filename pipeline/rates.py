@@ -232,20 +232,11 @@ class Stages:
     def _store(self) -> cache.Store:
         """One view of labels of the samples measured on; whose they are does not matter to the time they take."""
         index, teacher, count = self.index, self.teacher, len(self._rows)
-        described = self.policy.to_config()
         manifest = Manifest(
-            dataset=index.fingerprint,
+            **teacher.on(index, self.policy),
             samples=count,
-            classes=index.classes,
-            teacher=teacher.name,
-            teacher_weights=teacher.fingerprint,
-            mean=teacher.mean,
-            std=teacher.std,
-            base=described.pop("base"),
-            policy=described,
             seed=0,
             views=1,
-            size=self.policy.base.size,
             decoder={},
             codec=self.codec.config,
             block_rows=count,
