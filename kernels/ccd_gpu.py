@@ -47,9 +47,8 @@ def one_pass(
     Rows may be read up to `READ_*` and gradients written up to `WRITE` columns: where the distance between rows leaves
     room, multiples of 8, so that an odd C is still read and written in vectors.
     `hard`, `soft`: factors of one row's CE and KL, times the number of pairs if that comes in `count`, or is that of
-    the valid ones if `COUNTED`. w is `weight`,
-    the cosine of the teacher's rows if `COSINE`, else `same_weight`. With a `ticket`, 0 so far, the last
-    program adds the pairs' shares up.
+    the valid ones if `COUNTED`. w is `weight`, the cosine of the teacher's rows if `COSINE`, else `same_weight`. With a
+    `ticket`, 0 so far, the last program adds the pairs' shares up.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     here = row < batch

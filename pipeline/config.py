@@ -9,7 +9,7 @@ import tyro
 import yaml
 
 from cache import UserError
-from pipeline.ranges import Count, CountOrNone, NotNegative, Part, Positive, Range, Seed, Share
+from pipeline.ranges import Count, Natural, NotNegative, Part, Positive, Range, Seed, Share
 from pipeline.suggest import did_you_mean
 
 Loss = Literal["ce", "kd", "ccd", "ccd-mean", "dkd", "dist", "standardised"]
@@ -39,7 +39,7 @@ class Machine:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs; auto takes a GPU if there is one."""
-    threads: CountOrNone = 0
+    threads: Natural = 0
     """Threads that decode and as many that augment; 0: one per core."""
     max_bad: Share = 0.001
     """Largest share of the samples that may turn out unreadable during a run; they are skipped and named."""
@@ -93,11 +93,11 @@ class Training(Machine):
     """Share of the training samples to use, of each class alike (claim d of the paper)."""
     seed: Seed = 0
     """Seed of the initial weights, the order and (without a store) the views."""
-    shuffle_window: CountOrNone = 0
+    shuffle_window: Natural = 0
     """Shuffle within windows of so many shards, for storage that hates random reads; 0: the whole set."""
     checkpoint_steps: Count = 500
     """Steps between checkpoints; one is also written after each epoch."""
-    eval_epochs: CountOrNone = 1
+    eval_epochs: Natural = 1
     """Epochs between evaluations; the last epoch is always evaluated, with 0 it alone."""
     log_steps: Count = 50
     """Steps between records of loss, its parts, rate and waiting in metrics.jsonl; each waits for the GPU once."""
@@ -181,7 +181,7 @@ class TrainStudent(Training):
     """Share of the hard loss."""
     kd_weight: NotNegative = 2.0
     """Factor on the whole loss."""
-    kd_warmup_epochs: CountOrNone = 0
+    kd_warmup_epochs: Natural = 0
     """Epochs over which the teacher's term fades in: epoch n, from 1, has n / this of it. DKD's authors take 20 on
     CIFAR, 1 on ImageNet."""
     plane: Literal["auto", "gpu", "pinned", "mmap"] = "auto"
@@ -313,7 +313,7 @@ class Bench:
     """Pairs per arm and round, rounded up to whole batches of every worker."""
     batch_size: Count = 64
     """Pairs per batch."""
-    threads: CountOrNone = 0
+    threads: Natural = 0
     """Threads that decode and as many that augment, or DataLoader workers; 0: one per core."""
     json: Path | None = None
     """File to write every figure to."""
@@ -321,7 +321,7 @@ class Bench:
     """Folder for plots."""
     logits: tuple[Path, ...] = ()
     """store: teacher logits as .npz to compare formats on; without them the simulated teacher's."""
-    samples: CountOrNone = 0
+    samples: Natural = 0
     """store: rows of the plane, by default as many as ImageNet-1k has; codec-transfer: pairs per view (40,000)."""
     seeds: Count = 5
     """codec-transfer, claims: students per format or setting."""

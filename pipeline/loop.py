@@ -26,7 +26,6 @@ from pipeline.metrics import Log, Means, means
 from pipeline.objectives import Objective, Seen, entropy
 from pipeline.policy import Policy
 from pipeline.report import duration, progress, summary
-from pipeline.run_record import Writers, describe
 from pipeline.skipped import Skipped
 
 _SETTLING = 8  # steps that a dry run does not time
@@ -145,7 +144,8 @@ def _fit(job: Job, device: torch.device, asked: stop.Requests, stack: ExitStack)
         sums = Means(state["means"] if first else None)  # they were of all processes
     log = Log(config.out, epoch, step, write=first and not config.dry_run)
     if not config.dry_run:
-        writers = stack.enter_context(Writers(config, first, describe(device, job.network, job.about)))
+        facts = run_record.describe(device, job.network, job.about)
+        writers = stack.enter_context(run_record.Writers(config, first, facts))
         saver = checkpoint.Saver(config.out)
         stack.callback(saver.close)
 

@@ -25,7 +25,7 @@ class Range:
 
 
 Count = Annotated[int, Range(1)]
-CountOrNone = Annotated[int, Range(0)]
+Natural = Annotated[int, Range(0)]
 """0 has a meaning of its own."""
 Seed = Annotated[int, Range(0, 2**64 - 1)]
 Share = Annotated[float, Range(0, 1)]
@@ -41,7 +41,7 @@ def check(options: object) -> None:
         value = getattr(options, name)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         for allowed in getattr(hint, "__metadata__", ()):
-            wrong = [each for each in values if isinstance(allowed, Range) and each not in allowed]
-            if wrong:  # a number may have thousands of digits
+            if isinstance(allowed, Range) and (wrong := [each for each in values if each not in allowed]):
+                # A number may have thousands of digits.
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} out of range", found=f"{wrong[0]!s:.20}", expected=str(allowed))

@@ -16,6 +16,7 @@ from cache import UserError
 from pipeline import checkpoint, models, ranks, run_page
 from pipeline.config import Training
 
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # by the option that asks for it
 _VERSIONS = ("torch", "triton", "numpy", "timm", "zarr", "pillow")
 
 
@@ -46,11 +47,11 @@ class Writers:
             return
         checkpoint.write_atomically(config.out / "run.json", json.dumps(facts, indent=1, default=str).encode())
         if config.tensorboard:
-            writer = _needed("torch.utils.tensorboard", "tensorboard")
+            writer = _needed("tensorboard")
             self._tensorboard = writer.SummaryWriter(str(config.out / "tensorboard"))
         if config.wandb:
             options = (config.out / "config.json").read_bytes()
-            wandb = _needed("wandb", "wandb")
+            wandb = _needed("wandb")
             # The same for a resumed run, wherever it lies now; another for a folder of the same name elsewhere.
             run = f"{config.out.name}-{zlib.crc32(options):08x}"
             self._wandb = wandb.init(
@@ -89,16 +90,13 @@ class Writers:
 
 def check(config: Training) -> None:
     """Raise UserError unless what the flags ask for is installed."""
-    for wanted, module, package in (
-        (config.tensorboard, "torch.utils.tensorboard", "tensorboard"),
-        (config.wandb, "wandb", "wandb"),
-    ):
-        if wanted:
-            _needed(module, package)
+    for option in _MODULES:
+        if getattr(config, option):
+            _needed(option)
 
 
-def _needed(module: str, package: str) -> Any:
+def _needed(option: str) -> Any:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(_MODULES[option])
     except ImportError:
-        raise UserError(f"--{package} needs a package", found="not installed", fix=f"pip install {package}") from None
+        raise UserError(f"--{option} needs a package", found="not installed", fix=f"pip install {option}") from None
