@@ -256,7 +256,7 @@ class Plan(Machine):
     """Augmented views per sample that the teacher is to look at."""
     epochs: Count
     """Passes of a student over the data."""
-    images: Annotated[int | None, Range(1)] = None
+    images: Annotated[int | None, Range(1, 10**12)] = None
     """Training images; by default those of DATA."""
     classes: Annotated[int | None, Range(1)] = None
     """By default those of DATA, or 1000."""
@@ -311,7 +311,7 @@ class Bench:
     """Timed rounds; each runs every arm once. One more goes first and is not counted."""
     pairs: Count = 1024
     """Pairs per arm and round, rounded up to whole batches of every worker."""
-    batch_size: Count = 64
+    batch_size: Annotated[int, Range(1, 2**20)] = 64
     """Pairs per batch."""
     threads: Natural = 0
     """Threads that decode and as many that augment, or DataLoader workers; 0: one per core."""
@@ -333,7 +333,7 @@ class Bench:
     """claims: student NAME, by default the demo's."""
     policy: str | None = None
     """claims: imagenet, cifar10, cifar100 or a YAML file, by default the demo's."""
-    epochs: Count = 8
+    epochs: Annotated[int, Range(1, 10_000)] = 8
     """claims: epochs of a student, each on views of its own."""
 
 

@@ -96,4 +96,4 @@ def duration(seconds: float) -> str:
     if seconds < 99.95:
         return f"{seconds:.3g} s"
     minutes = seconds / 60
-    return f"{minutes:.3g} min" if minutes < 99.95 else f"{float(f'{minutes / 60:.3g}'):,g} h"
+    return f"{minutes:.3g} min" if minutes < 99.95 else f"{float(f'{minutes / 60:.3g}'):,.9g} h"

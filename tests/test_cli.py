@@ -367,6 +367,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(digits, labels, tmp_path, cap
         (5998, "1.67 h"),
         (3600000.0, "1,000 h"),
         (44446000, "12,300 h"),
+        (4.4446e9, "1,230,000 h"),
     ],
 )
 def test_durations_have_three_digits(seconds, said):

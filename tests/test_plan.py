@@ -280,6 +280,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
     [
         (["--images", 0], "--images out of range; found 0"),
         (["--images", 10**400], "--images out of range"),
+        (["--images", 10**12 + 1], "--images out of range; found 1000000000001, expected 1 to 1,000,000,000,000"),
         (["--views", -1], "--views out of range"),
         (["--epochs", 0], "--epochs out of range"),
         (["--students", 0], "--students out of range"),

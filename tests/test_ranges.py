@@ -61,6 +61,24 @@ def test_a_number_out_of_its_range_is_one_line(arguments, said, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["claims", "--seeds", "0"], "--seeds out of range; found 0"),
+        (["claims", "--epochs", "0"], "--epochs out of range; found 0"),
+        (["claims", "--epochs", "10001"], "--epochs out of range; found 10001, expected 1 to 10,000"),
+        (["claims", "--batch-size", "1048577"], "--batch-size out of range; found 1048577, expected 1 to 1,048,576"),
+        (["claims", "--json", "/no/where/found.json"], "no folder for /no/where/found.json"),
+        (["codec-transfer", "--seeds", "0"], "--seeds out of range; found 0"),
+        (["codec-transfer", "--json", "/no/where/found.json"], "no folder for /no/where/found.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_benchmarks_refuse_before_they_begin(arguments, said, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
 def test_values_within_pass():
     student = TrainStudent(data=".", student="", out=".", few_shot=1.0, lr=0, milestones=(), kd_warmup_epochs=0)  # pyright: ignore
     ranges.check(student)
