@@ -54,13 +54,17 @@ def fit(logits: np.ndarray, kl: float) -> Subspace:
     stream = np.arange(len(logits) - cut, dtype=np.uint64)
     part = _directions(logits[:cut])
     moments = _moments(_coefficients(logits[cut:], part))
-    nominal = kl
+    nominal, tried = kl, []
     for _ in range(_ROUNDS):
         found = measure(_code(part, moments, nominal), logits[cut:], stream).kl[TEMPERATURE]
-        if found <= 0 or abs(found / (_MARGIN * kl) - 1) < _TOLERANCE:
+        off = abs(found / (_MARGIN * kl) - 1)
+        tried.append((found > _MISSED * kl, off, found, nominal))
+        if found <= 0 or off < _TOLERANCE:
             break
         nominal *= _MARGIN * kl / found
-    if found > _MISSED * kl:
+    # Of few pairs the KL has jumps, over which the rounds may go to and fro: the best of them counts, not the last.
+    missed, _, found, nominal = min(tried)
+    if missed:
         raise UserError(
             "no subspace code keeps these logits within the KL budget",
             found=f"{found:.3g} nats",
