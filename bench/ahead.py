@@ -12,7 +12,7 @@ from triton import compile, knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import ccd_gpu, fused, labels_gpu
+from kernels.loss import passes_gpu, autograd, decode_gpu
 
 ARCHITECTURES = (80, 90, 100)
 CLASSES = (10, 100, 257, 1000, 1001, 4096, 21841)
@@ -81,10 +81,10 @@ def expected_bits(case: Case) -> dict[str, int]:
 
 
 def compile_loss(case: Case) -> Compiled:
-    """`one_pass` or `two_pass` as `kernels.fused` launches it, on rows that start at multiples of 16 bytes."""
-    options = fused.launch_options(case.classes)
+    """`one_pass` or `two_pass` as `kernels.loss.autograd` launches it, on rows that start at multiples of 16 bytes."""
+    options = autograd.launch_options(case.classes)
     launch = {name: options.pop(name) for name in ("num_warps", "maxnreg", "enable_fp_fusion")}
-    kernel: Any = ccd_gpu.one_pass if case.classes <= fused._WHOLE else ccd_gpu.two_pass
+    kernel: Any = passes_gpu.one_pass if case.classes <= autograd._WHOLE else passes_gpu.two_pass
     int8 = case.teacher == "int8"
     apart = -(-case.classes // 8) * 8 if case.padded else case.classes
     stride = 16 + 2 * case.classes if int8 else apart
@@ -106,7 +106,7 @@ def compile_loss(case: Case) -> Compiled:
         "COSINE": case.cosine,
         "SMOOTH": case.masked,
         "COUNTED": case.masked,
-        "COMPUTE": fused._language(fused.torch.float32),
+        "COMPUTE": autograd._language(autograd.torch.float32),
         **options,
     }
     teacher = "*i8" if int8 else f"*{case.teacher}"
@@ -134,7 +134,7 @@ def compile_loss(case: Case) -> Compiled:
 
 def compile_decode(arch: int, classes: int, dims: int, wide: int) -> Compiled:
     """The product that decodes subspace rows."""
-    sizes = labels_gpu.options(dims)
+    sizes = decode_gpu.options(dims)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     segment = -(-(wide + (dims - wide + 1) // 2) // 16) * 16
     constants = {
@@ -155,7 +155,7 @@ def compile_decode(arch: int, classes: int, dims: int, wide: int) -> Compiled:
         "vectors": "i32",
         "unit": "fp32",
     }
-    return _compile(labels_gpu.decode, types, constants, arch, options, ("basis",))
+    return _compile(decode_gpu.decode, types, constants, arch, options, ("basis",))
 
 
 def _compile(kernel: Any, types: dict, constants: dict, arch: int, options: dict, watched: tuple[str, ...]) -> Compiled:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench import harness, pillow
 from cache import UserError
-from kernels.ops import Op
+from kernels.jda.ops import Op
 from pipeline import order, views
 from pipeline.index import Index
 from pipeline.policy import POLICIES

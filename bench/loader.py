@@ -17,7 +17,7 @@ from bench.arms import ARMS, POLICY, SEED, Job
 from bench.harness import Slot
 from cache import UserError
 from kernels import jda
-from kernels.ops import BOUNDS, Op
+from kernels.jda.ops import BOUNDS, Op
 from pipeline import prepare, views
 from pipeline.config import Bench
 from pipeline.index import Index

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from kernels.ops import Op
+from kernels.jda.ops import Op
 from pipeline.policy import Policy
 
 GRAY = (128, 128, 128)

@@ -11,8 +11,8 @@ import torch
 import cache
 from cache import Manifest, Plane, Store, UserError
 from cache.codec import Codec, Subspace
-from kernels.labels import Decoder
-from kernels.labels import decode as decoded
+from kernels.loss.decode import Decoder
+from kernels.loss.decode import decode as decoded
 from pipeline import decode
 from pipeline import policy as policies
 from pipeline.policy import Policy

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from cache import UserError
-from kernels import jda, jda_gpu
+from kernels import jda
+from kernels.jda.gpu import pairs as jda_gpu
 from pipeline.decode import cause, gpu_pipeline
 from pipeline.loader import AHEAD, Batch, read_ahead
 

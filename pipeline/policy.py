@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from cache import UserError
-from kernels.ops import CODES, TABLES, Op, compile_table
+from kernels.jda.ops import CODES, TABLES, Op, compile_table
 from pipeline.suggest import did_you_mean
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

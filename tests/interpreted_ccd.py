@@ -17,7 +17,8 @@ from test_subspace import streams
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import ccd_loss, ccd_loss_encoded, fused, reference
+from kernels import ccd_loss, ccd_loss_encoded, reference
+from kernels.loss import autograd
 from pipeline.labels import decoder_of
 
 # Sizes and formats
@@ -303,10 +304,10 @@ def arguments(encoded, dtype=torch.float32) -> tuple:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own inputs
 @pytest.mark.parametrize("encoded", [False, True])
 def test_opcheck_passes(encoded):
-    torch.library.opcheck(fused.pair_loss, (*arguments(encoded), True))
+    torch.library.opcheck(autograd.pair_loss, (*arguments(encoded), True))
     with torch.no_grad():
         torch.library.opcheck(
-            fused.pair_loss, (*arguments(encoded, torch.bfloat16), False), test_utils=("test_schema", "test_faketensor")
+            autograd.pair_loss, (*arguments(encoded, torch.bfloat16), False), test_utils=("test_schema", "test_faketensor")
         )
 
 
@@ -337,7 +338,7 @@ def test_the_loss_compiles_to_one_graph(kind):
 @pytest.mark.parametrize(("classes", "batch"), [(40, 3), (4100, 2), (100, 8192)])
 def test_launches_are_few(monkeypatch, classes, batch):
     """Two forward and one backward, for any batch; they are counted, not run."""
-    from kernels import ccd_gpu, labels_gpu
+    from kernels.loss import passes_gpu, decode_gpu
 
     count = []
 
@@ -356,7 +357,7 @@ def test_launches_are_few(monkeypatch, classes, batch):
         def __getitem__(self, grid):
             return lambda *_, **__: count.append(self.name)
 
-    for module, names in ((ccd_gpu, ("one_pass", "two_pass", "total_of", "rescale")), (labels_gpu, ("decode",))):
+    for module, names in ((passes_gpu, ("one_pass", "two_pass", "total_of", "rescale")), (decode_gpu, ("decode",))):
         for name in names:
             monkeypatch.setattr(module, name, Counted(name))
     encoded, _ = subspace(classes, 1, 0, batch)

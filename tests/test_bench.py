@@ -22,7 +22,7 @@ from test_cli import command, refused
 from bench import arms, harness, loader, pillow
 from bench.harness import Slot
 from cache import UserError
-from kernels.ops import Op
+from kernels.jda.ops import Op
 from pipeline import prepare
 from pipeline.index import Index
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import kernels
 from kernels import reference
-from kernels.ccd import ccd_loss
+from kernels.loss.ccd import ccd_loss
 
 ROOT = Path(__file__).parent.parent
 CLASSES = {10: 8, 100: 5, 257: 3, 1000: 4}  # classes: batch

@@ -14,8 +14,8 @@ from PIL import Image
 from pillow import base, jda, operation
 
 import kernels.jda
-from kernels import resample, words
-from kernels.ops import TABLES, Op, compile_table
+from kernels.jda import resample, simd
+from kernels.jda.ops import TABLES, Op, compile_table
 from pipeline.views import VIEW
 
 # A table of everything, the dearest operations last, so that little but the crop wants their output.
@@ -96,7 +96,7 @@ def test_crop_and_resize_equal_pillow(width, height, size, flip, seed):
     np.testing.assert_array_equal(out, np.asarray(base(Image.fromarray(image), box, flip, size, -1)))
 
 
-@pytest.mark.parametrize("look_up", [words.look_up, words._look_up_scalar], ids=["this processor's", "scalar"])
+@pytest.mark.parametrize("look_up", [simd.look_up, simd._look_up_scalar], ids=["this processor's", "scalar"])
 def test_looking_up_is_indexing(look_up):
     """64 pixels, at any place of a row; nothing else is touched."""
     rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def test_looking_up_is_indexing(look_up):
     for first in (0, 1, 77, 136):
         out, expected = np.zeros_like(row), np.zeros_like(row)
         njit(lambda row, at, lut, out: look_up(row, at, lut, out))(row, 3 * first, lut, out)
-        pixels = slice(3 * first, 3 * first + words.LOOKED_UP)
+        pixels = slice(3 * first, 3 * first + simd.LOOKED_UP)
         expected[pixels] = lut[np.arange(3), row[pixels].reshape(-1, 3)].ravel()
         np.testing.assert_array_equal(out, expected)
 

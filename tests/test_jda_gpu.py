@@ -23,15 +23,15 @@ from PIL import Image
 from pillow import base, jda
 
 import kernels.jda
-from kernels import jda_gpu, plan_gpu
-from kernels.ops import BOUNDS, CODES, TABLES, Op, compile_table
+from kernels.jda.gpu import pairs as jda_gpu, plan
+from kernels.jda.ops import BOUNDS, CODES, TABLES, Op, compile_table
 
 VIEW = np.dtype([("box", "<i4", (2, 4)), ("flip", "u1", 2), ("mask", "<u4"), ("signs", "<u4")])  # pipeline.views.VIEW
 SIZES = [(1, 1), (1, 7), (5, 1), (2, 2), (3, 3), (2, 9), (17, 33)]
 
 
 def pairs(device: str, images: list, table, views, pad: int, size: int, both=True, **settings) -> np.ndarray:
-    """`kernels.jda_gpu.pairs` of numpy images, which it must leave alone; `settings` are constants of its module."""
+    """`kernels.jda.gpu.pairs.pairs` of numpy images, which it must leave alone; `settings` are constants of its module."""
     tensors = [
         torch.from_numpy(guarded(image, bool(i % 2))) if device == "cpu" else torch.from_numpy(image).to(device)
         for i, image in enumerate(images)
@@ -256,11 +256,11 @@ def test_a_batch_is_cut_to_fit_its_scratch_memory(machine):
     np.testing.assert_array_equal(
         machine.pairs(images, table, views, 0, 10, MAX_SCRATCH_BYTES=room), machine.pairs(images, table, views, 0, 10)
     )
-    steps = plan_gpu.plan(compile_table(tuple(table)), views, np.array([image.shape[:2] for image in images]))
-    words = plan_gpu.scratch_words(steps)
+    steps = plan.plan(compile_table(tuple(table)), views, np.array([image.shape[:2] for image in images]))
+    words = plan.scratch_words(steps)
     assert words.tolist() == [200, 0, 120, 260, 280]
-    assert list(plan_gpu.parts(words, 319)) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
-    assert list(plan_gpu.parts(words, 320)) == [slice(0, 3), slice(3, 4), slice(4, 5)]
+    assert list(plan.parts(words, 319)) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
+    assert list(plan.parts(words, 320)) == [slice(0, 3), slice(3, 4), slice(4, 5)]
 
 
 def test_launches_grow_with_the_longest_chain_and_not_with_the_batch():
@@ -269,15 +269,15 @@ def test_launches_grow_with_the_longest_chain_and_not_with_the_batch():
     for images in (1, 1000):
         views = views_of(rotate_color_and_sharpness, 0, np.zeros((images, 2, 4)))
         views["mask"][1:] = 0
-        steps = plan_gpu.plan(program, views, np.full((images, 2), 9))
+        steps = plan.plan(program, views, np.full((images, 2), 9))
         assert steps.shape == (4, images)
         assert (steps["op"] >= 0).sum() == 3
 
 
 def test_a_source_is_counted_once():
     program = compile_table((Op("equalize"), Op("contrast", 0.3), Op("autocontrast"), Op("invert"), Op("equalize")))
-    steps = plan_gpu.plan(program, views_of(31, 0, np.zeros((1, 2, 4))), np.full((1, 2), 9))
-    assert steps["wants"].ravel().tolist() == [plan_gpu.HISTOGRAM.value, plan_gpu.LUMA.value]
+    steps = plan.plan(program, views_of(31, 0, np.zeros((1, 2, 4))), np.full((1, 2), 9))
+    assert steps["wants"].ravel().tolist() == [plan.HISTOGRAM.value, plan.LUMA.value]
 
 
 @settings(max_examples=300)
@@ -285,8 +285,8 @@ def test_a_source_is_counted_once():
 @example(0.58 * 25, 25)
 @example(-0.14 * 25, 25)
 def test_a_translation_is_what_adding_one_again_and_again_gives(shift, side):
-    """As the loop of kernels.pixels.translate, outside the image everywhere or nowhere."""
-    offset, jump = plan_gpu.translation(shift, side)
+    """As the loop of kernels.jda.enhance.translate, outside the image everywhere or nowhere."""
+    offset, jump = plan.translation(shift, side)
     at = shift + 0.5
     for x in range(side):
         moved = x + offset + (x >= jump)

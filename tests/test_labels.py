@@ -12,7 +12,7 @@ from cache import UserError
 from cache import codec as codecs
 from cache.fidelity import measure
 from cache.philox import philox
-from kernels.labels import decode, dither
+from kernels.loss.decode import decode, dither
 from pipeline import labels, precompute
 from pipeline.labels import decoder_of
 

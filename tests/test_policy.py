@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from cache import UserError
-from kernels.ops import TABLES
+from kernels.jda.ops import TABLES
 from pipeline import policy as policies
 from pipeline.policy import POLICIES, from_config, load
 

@@ -6,7 +6,7 @@
 
 import numpy as np
 
-from kernels.pixels import ONE, TWO, jit, through_row
+from kernels.jda.enhance import ONE, TWO, jit, through_row
 
 GRAY = np.uint8(128)  # what geometric operations uncover
 

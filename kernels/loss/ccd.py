@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import fused, labels, reference
-from kernels.labels import Decoder
+from kernels import reference
+from kernels.loss import autograd, decode
+from kernels.loss.decode import Decoder
 from kernels.reference import Parts
 
 
@@ -101,7 +102,7 @@ def ccd_loss_encoded(
         if weight is None:
             raise ValueError("weight: expected the stored w, got None: logits of subspace rows are centred")
     if not _by_triton(options, student_o, student_a):
-        teacher_o, teacher_a = labels.decode(rows, stream, decoder).unbind(1)
+        teacher_o, teacher_a = decode.decode(rows, stream, decoder).unbind(1)
         return _by_torch(student_o, student_a, teacher_o, teacher_a, target, options)
     encoded = [rows.contiguous()]
     if decoder.kind == "subspace":
@@ -158,7 +159,7 @@ def _by_kernel(student_o, student_a, target, teacher, options: _Options, kind="d
         number = batch if options.count is None else float(options.count)
         hard, soft = hard / number, soft / number
     rows, cosine = isinstance(options.weight, Tensor), options.weight is None
-    task = fused.Task(
+    task = autograd.Task(
         target=target.contiguous(),
         teacher=teacher,
         kind=kind,
@@ -176,7 +177,7 @@ def _by_kernel(student_o, student_a, target, teacher, options: _Options, kind="d
         unit=unit,
         counted=counted,
     )
-    loss, found = fused.apply(_rows(student_o), _rows(student_a), task, options.inplace)
+    loss, found = autograd.apply(_rows(student_o), _rows(student_a), task, options.inplace)
     return (loss, Parts(*found[1:])) if options.parts else loss
 
 
@@ -190,7 +191,7 @@ def _by_triton(options: _Options, *logits: Tensor) -> bool:
     if options.impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl: expected "auto", "triton" or "torch", got {options.impl!r}')
     obstacle = None
-    if not (logits[0].is_cuda or fused.INTERPRETED):
+    if not (logits[0].is_cuda or autograd.INTERPRETED):
         obstacle = f"expected CUDA tensors (or TRITON_INTERPRET=1), got {logits[0].device}"
     elif options.impl == "auto" and (any(row.dtype == torch.float64 for row in logits) or not logits[0].is_cuda):
         obstacle = "auto computes in float64 here"

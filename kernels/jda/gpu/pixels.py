@@ -1,4 +1,4 @@
-"""JDA operations that write pixels, on the GPU: the twin of `kernels.pixels`, with its bytes.
+"""JDA operations that write pixels, on the GPU: the twin of `kernels.jda.enhance`, with its bytes.
 
 Decoded images are u8 (H, W, 3); what an operation writes is i32 (H, W), one word r | g << 8 | b << 16 per pixel: a
 third more to move than bytes, but a single coalesced access where bytes take three. Every read goes through a table
@@ -14,8 +14,8 @@ No kernel may be compiled with `enable_fp_fusion`: a contracted multiply-add wou
 import triton
 import triton.language as tl
 
-from kernels.ops import CODES
-from kernels.plan_gpu import STEP, WORDS, field
+from kernels.jda.ops import CODES
+from kernels.jda.gpu.plan import STEP, WORDS, field
 
 _SIGNS = field(STEP, "signs")
 _TABLE = field(STEP, "table")
@@ -79,7 +79,7 @@ def luma(r, g, b):
 
 @triton.jit
 def blend(a, b, factor):
-    """As `kernels.pixels.blend`: clipping first, then truncating gives what its branches give."""
+    """As `kernels.jda.enhance.blend`: clipping first, then truncating gives what its branches give."""
     value = a.to(tl.float32) + factor * (b - a).to(tl.float32)
     return tl.minimum(tl.maximum(value, 0.0), 255.0).to(tl.int32)
 
@@ -130,7 +130,7 @@ def _fixed(v):
 
 @triton.jit
 def _rotated(cos, sin, height, width, top, left, dy, dx):
-    """Row and column that rotate reads for the pixel (top + dy, left + dx): affine_fixed, as `kernels.pixels.rotate`.
+    """Row and column that rotate reads for the pixel (top + dy, left + dx): affine_fixed, as `kernels.jda.enhance.rotate`.
 
     The corner of the tile is 64-bit; only its fraction meets what is added inside the tile.
     """
@@ -167,7 +167,7 @@ def _shear(source, packed, table, along, across, length, stride_along, stride_ac
 
 @triton.jit
 def _cubic(v1, v2, v3, v4, d):
-    """As `kernels.pixels._cubic`, whose coefficients are small integers: exact in any arithmetic."""
+    """As `kernels.jda.enhance._cubic`, whose coefficients are small integers: exact in any arithmetic."""
     p2 = (v3 - v1).to(tl.float64)
     p3 = (2 * (v1 - v2) + v3 - v4).to(tl.float64)
     p4 = (v2 - v1 - v3 + v4).to(tl.float64)

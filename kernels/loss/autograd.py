@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from kernels import ccd_gpu
-from kernels.labels_gpu import decode_subspace
+from kernels.loss import passes_gpu
+from kernels.loss.decode_gpu import decode_subspace
 
 INTERPRETED = knobs.runtime.interpret  # what the decorators of the kernels saw
 
@@ -86,7 +86,7 @@ def forward(student_o: Tensor, student_a: Tensor, task: Task, grads: list[Tensor
     with torch.cuda.device_of(student_o):
         _launch(student_o, student_a, task, _teacher(task, classes, ticket), grads, parts, loss, ticket)
         if ticket is None:
-            total: Any = ccd_gpu.total_of[(1,)]
+            total: Any = passes_gpu.total_of[(1,)]
             total(parts, loss, batch, num_warps=4)
     return loss, parts
 
@@ -114,7 +114,7 @@ def _launch(student_o, student_a, task: Task, teacher, grads, parts: Tensor, los
     grad_o, grad_a = (None, None) if grads is None else grads
     options = launch_options(classes)
     write = classes if grads is None else min(_room(grad_o, classes), _room(grad_a, classes))
-    kernel: Any = ccd_gpu.one_pass if classes <= _WHOLE else ccd_gpu.two_pass
+    kernel: Any = passes_gpu.one_pass if classes <= _WHOLE else passes_gpu.two_pass
     kernel[(triton.cdiv(batch, options["ROWS"]),)](
         student_o=student_o,
         student_a=student_a,
@@ -225,7 +225,7 @@ def scale_gradients(grads: list[Tensor], outs: list[Tensor], incoming: Tensor, s
     size = len(grads[0]) * grads[0].stride(0)  # padding too
     compute = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
     with torch.cuda.device_of(incoming):
-        kernel: Any = ccd_gpu.rescale[(min(triton.cdiv(size, 2048), 1024),)]
+        kernel: Any = passes_gpu.rescale[(min(triton.cdiv(size, 2048), 1024),)]
         kernel(
             grads[0],
             grads[1],

@@ -141,7 +141,7 @@ def row_factors(count, valid, batch, hard, soft, COUNTED: tl.constexpr, BLOCK: t
 
 @triton.jit
 def store_parts(parts, row, stride, mask, live, total, ce_o, ce_a, kl_o, kl_a, w, agree_o, agree_a):
-    """One row of `kernels.fused.PARTS` per quantity; those of dead pairs are zero."""
+    """One row of `kernels.loss.autograd.PARTS` per quantity; those of dead pairs are zero."""
     tl.store(parts + row, tl.where(live, total, 0.0), mask=mask)
     tl.store(parts + stride + row, tl.where(live, ce_o, 0.0), mask=mask)
     tl.store(parts + 2 * stride + row, tl.where(live, ce_a, 0.0), mask=mask)

@@ -15,8 +15,8 @@ from functools import cache
 
 import numpy as np
 
-from kernels import geometry, pixels, resample
-from kernels.ops import CODES, TABLES, Op, Program, compile_table
+from kernels.jda import geometry, enhance as pixels, resample
+from kernels.jda.ops import CODES, TABLES, Op, Program, compile_table
 
 _INVERT = CODES["invert"]
 _POSTERIZE = CODES["posterize"]

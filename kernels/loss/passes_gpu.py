@@ -1,7 +1,7 @@
-"""The distillation loss in Triton: loss and gradient of pairs of rows in one go; launched by `kernels.fused`.
+"""The distillation loss in Triton: loss and gradient of pairs of rows in one go; launched by `kernels.loss.autograd`.
 
 `one_pass` holds whole rows in registers; `two_pass` reads them twice, the second time from L2. Both work on tiles
-(rows, classes), so that their terms, `kernels.terms_gpu`, look alike. Teachers are dense in any dtype, or int8 rows
+(rows, classes), so that their terms, `kernels.loss.terms_gpu`, look alike. Teachers are dense in any dtype, or int8 rows
 with a header of scale and offset; `OFFSET_*` is where a view's logits start behind an aligned pointer.
 
 Every sum has one order, so that the same bits come out every run. The pairs' shares of the loss are added by
@@ -15,18 +15,7 @@ programs touch at once.
 import triton
 import triton.language as tl
 
-from kernels.terms_gpu import (
-    add_shares,
-    add_shares_last,
-    cosine,
-    header_fields,
-    load,
-    row_factors,
-    store_parts,
-    unit,
-    view,
-    whole_rows,
-)
+from kernels.loss.terms_gpu import (add_shares, add_shares_last, cosine, header_fields, load, row_factors, store_parts, unit, view, whole_rows)
 
 
 @triton.jit

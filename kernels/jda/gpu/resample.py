@@ -1,4 +1,4 @@
-"""Crop, resize and flip on the GPU: the twin of `kernels.resample`, with its bytes.
+"""Crop, resize and flip on the GPU: the twin of `kernels.jda.resample`, with its bytes.
 
 Both passes of a resize happen in one kernel: the second sums over values of the first that are computed where they
 are needed, and rounded to bytes as if they had been stored. At a scale s ≥ 1 this reads about 4s² source pixels for
@@ -14,8 +14,8 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from kernels.pixels_gpu import image_of, read
-from kernels.plan_gpu import CROP, WORDS, field
+from kernels.jda.gpu.pixels import image_of, read
+from kernels.jda.gpu.plan import CROP, WORDS, field
 
 _TABLE = field(CROP, "table")
 _TOP = field(CROP, "top")
@@ -39,7 +39,7 @@ def coefficient_words(length: np.ndarray, size: int) -> np.ndarray:
 
 @triton.jit
 def coefficients_kernel(records, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The coefficients of record `program_id(0)`, vertical or horizontal; as `kernels.resample._coefficients`."""
+    """The coefficients of record `program_id(0)`, vertical or horizontal; as `kernels.jda.resample._coefficients`."""
     record = records + tl.program_id(0) * WORDS
     horizontal = tl.program_id(1)
     length = tl.load(record + _BOX_HEIGHT + horizontal).to(tl.int32)

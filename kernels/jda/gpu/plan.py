@@ -1,4 +1,4 @@
-"""What the GPU is to do with a batch, as records that its kernels read: the host's half of `kernels.jda_gpu`.
+"""What the GPU is to do with a batch, as records that its kernels read: the host's half of `kernels.jda.gpu.pairs`.
 
 `plan` turns the fired operations of all images into steps, as `kernels.jda._run` takes them for one: statistics of
 the source, operations composed into its table, one operation that writes pixels. All of it is arithmetic on arrays
@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import triton.language as tl
 
-from kernels.ops import CODES, Program
+from kernels.jda.ops import CODES, Program
 
 WORDS = tl.constexpr(16)
 """64-bit words per record. 128 bytes: any slice of an array of records is aligned alike, and Triton compiles once."""
@@ -25,7 +25,7 @@ def _record(*names: str) -> np.dtype:
     return np.dtype([(name, "<i8") for name in (*names, *unused)])
 
 
-# An address of a table is 0 for the identity. `packed`: the image is words, not bytes (`kernels.pixels_gpu`).
+# An address of a table is 0 for the identity. `packed`: the image is words, not bytes (`kernels.jda.gpu.pixels`).
 _IMAGE = "source", "packed", "height", "width"
 
 STEP = _record(
@@ -127,7 +127,7 @@ def _translations(fractions: np.ndarray, sides: np.ndarray) -> np.ndarray:
 def translation(shift: float, side: int) -> tuple[int, int]:
     """(offset, jump) of a shift: pixel x of `side` comes from x + offset + (x ≥ jump).
 
-    `kernels.pixels.translate` adds 1 to shift + 0.5 again and again. Rounding can carry that over an integer, and only
+    `kernels.jda.enhance.translate` adds 1 to shift + 0.5 again and again. Rounding can carry that over an integer, and only
     once, since no fraction is left to round after it.
     """
     at = np.floor(np.add.accumulate([shift + 0.5] + [1.0] * (side - 1))).astype(np.int64) - np.arange(side)
@@ -182,7 +182,7 @@ def place_crops(
 ) -> np.ndarray:
     """The crops of the original and, if `both`, of the augmented view, (1 or 2, B): all read the decoded image still.
 
-    `out` is the address of u8 (1 or 2, B, S, S, 3); the rest is as in `kernels.jda_gpu.pairs`.
+    `out` is the address of u8 (1 or 2, B, S, S, 3); the rest is as in `kernels.jda.gpu.pairs.pairs`.
     """
     count = 1 + both
     records = np.zeros((count, len(addresses)), CROP)

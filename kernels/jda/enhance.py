@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numba.core import config
 
-from kernels.words import LOOKED_UP, look_up
+from kernels.jda.simd import LOOKED_UP, look_up
 
 ONE, TWO = np.uint64(1), np.uint64(2)  # unsigned indices: numba lets a signed one count from the end
 

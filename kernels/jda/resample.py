@@ -7,8 +7,8 @@ its order is the one followed: vertical first iff h > S and h − S > 2 (w − S
 
 import numpy as np
 
-from kernels.pixels import identity, is_identity, jit, through_row
-from kernels.words import weigh_rows
+from kernels.jda.enhance import identity, is_identity, jit, through_row
+from kernels.jda.simd import weigh_rows
 
 SLACK = 3  # rows of scratch behind an image: taps are read in groups of up to four, the surplus ones being zero
 _BITS = 22  # fractional bits of a coefficient, libImaging/Resample.c PRECISION_BITS

@@ -1,6 +1,6 @@
 """The pixel path of a view on the GPU: the twin of `kernels.jda`, byte for byte.
 
-A batch is worked on in steps (`kernels.plan_gpu`); step k of all images is three launches at most, and the crops are
+A batch is worked on in steps (`kernels.jda.gpu.plan`); step k of all images is three launches at most, and the crops are
 two more: their number grows with the longest chain of a batch, not with its size. One copy from pinned memory brings
 all arguments; the host never waits for the device.
 
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import plan_gpu
-from kernels.ops import Program
-from kernels.pixels_gpu import pixels_kernel
-from kernels.resample_gpu import coefficient_words, coefficients_kernel, resize_kernel, shift_kernel
-from kernels.tables_gpu import compose_kernel, statistics_kernel
+from kernels.jda.gpu import plan
+from kernels.jda.ops import Program
+from kernels.jda.gpu.pixels import pixels_kernel
+from kernels.jda.gpu.resample import coefficient_words, coefficients_kernel, resize_kernel, shift_kernel
+from kernels.jda.gpu.tables import compose_kernel, statistics_kernel
 
 MAX_PIXELS = 1 << 29
 """Of one image: offsets in bytes are 32-bit."""
@@ -66,28 +66,28 @@ def pairs(
         found = f"sides of {sizes.min()} to {sizes.max()}"
         raise ValueError(f"sizes: expected 1 to {MAX_PIXELS} pixels per image, got {found}")
     out = torch.empty((1 + both, len(addresses), size, size, 3), dtype=torch.uint8, device=device)
-    crops = plan_gpu.place_crops(addresses, sizes, views, pad, size, both, out.data_ptr())
-    steps = plan_gpu.plan(program, views, sizes) if both else np.zeros((0, len(addresses)), plan_gpu.STEP)
+    crops = plan.place_crops(addresses, sizes, views, pad, size, both, out.data_ptr())
+    steps = plan.plan(program, views, sizes) if both else np.zeros((0, len(addresses)), plan.STEP)
     with torch.cuda.device_of(out):
-        for part in plan_gpu.parts(plan_gpu.scratch_words(steps), MAX_SCRATCH_BYTES // 4):
+        for part in plan.parts(plan.scratch_words(steps), MAX_SCRATCH_BYTES // 4):
             _run(steps[:, part], crops[:, part], program, pad, size, out.device)
     return out
 
 
 def _run(steps, crops, program: Program, pad: int, size: int, device: torch.device) -> None:
     """Lay out the memory of a part of a batch, then launch."""
-    words = int(plan_gpu.scratch_words(steps).sum())
+    words = int(plan.scratch_words(steps).sum())
     # Batches differ a little; with rounded sizes the allocator finds the block of the last one again.
     scratch = torch.empty(_ceil(words, _BLOCK_WORDS) * _BLOCK_WORDS, dtype=torch.int32, device=device)
     tables = torch.empty((*steps.shape, 3, 256), dtype=torch.uint8, device=device)
     histograms = torch.zeros((*steps.shape, 3, 256), dtype=torch.int32, device=device)
     sums = torch.zeros(steps.shape, dtype=torch.int64, device=device)
     places = [memory.data_ptr() for memory in (scratch, tables, histograms, sums)]
-    ends = plan_gpu.place_steps(steps, crops["source"][0], *places)
+    ends = plan.place_steps(steps, crops["source"][0], *places)
     crops["source"][1:], crops["packed"][1:], crops["table"][1:] = ends
 
     # A launch is (kernel, its records, grid, other arguments).
-    operations = _on_device(plan_gpu.program_words(program).tobytes(), device)
+    operations = _on_device(plan.program_words(program).tobytes(), device)
     of_program = {"program": operations}
     launches = []
     for step in steps:
@@ -120,7 +120,7 @@ def _launch(launches: list[tuple[Any, np.ndarray, tuple[int, ...], dict]], devic
     table = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
     first = 0
     for kernel, records, grid, arguments in launches:
-        last = first + plan_gpu.WORDS.value * len(records)
+        last = first + plan.WORDS.value * len(records)
         kernel[grid](records=table[first:last], **arguments, **OPTIONS)
         first = last
 

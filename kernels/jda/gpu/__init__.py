@@ -1,0 +1,1 @@
+"""The same in Triton, for batches of images in a GPU's memory."""
