@@ -32,7 +32,7 @@ from torch import nn
 
 from bench import harness, peers, simulated
 from cache import UserError, codec, philox
-from cache.fidelity import divergence
+from cache.codec.fidelity import divergence
 from pipeline.checkpoint import write_atomically
 from pipeline.config import Bench
 from pipeline.report import progress

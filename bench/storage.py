@@ -18,7 +18,7 @@ from bench import harness
 from bench.harness import Slot
 from cache import Manifest, UserError
 from cache import codec as codecs
-from cache.store import Store
+from cache.store.blocks import Store
 
 SAMPLES = 1_281_167
 REFERENCE = "plain read"

@@ -17,7 +17,7 @@ import torch
 from bench import harness, simulated, storage
 from bench.codec_transfer import ARMS, REFERENCE, Make
 from cache import UserError, philox
-from cache.fidelity import TEMPERATURES, measure
+from cache.codec.fidelity import TEMPERATURES, measure
 from pipeline import demo, models, views
 from pipeline import policy as policies
 from pipeline.answers import Teacher

@@ -7,7 +7,7 @@ import numpy as np
 
 from cache import UserError, philox
 from cache import codec as codecs
-from cache.fidelity import Fidelity, measure
+from cache.codec.fidelity import Fidelity, measure
 from pipeline import device as devices
 from pipeline.answers import Teacher, requests
 from pipeline.config import PrecomputeTeacher

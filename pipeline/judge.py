@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cache import Store
-from cache.fidelity import divergences
+from cache.codec.fidelity import divergences
 from kernels.reference import cosine_weight
 from pipeline.answers import Teacher
 from pipeline.loader import Batch

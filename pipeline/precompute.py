@@ -19,7 +19,7 @@ from nvidia.dali import __version__ as dali_version
 
 import cache
 from cache import Manifest, Store, UserError
-from cache.fidelity import Drift, drift
+from cache.codec.fidelity import Drift, drift
 from kernels.reference import cosine_weight
 from pipeline import decode, models, ranks
 from pipeline import device as devices

@@ -20,7 +20,7 @@ import torch
 import cache
 from cache import Manifest, UserError
 from cache import codec as codecs
-from cache.fidelity import drift
+from cache.codec.fidelity import drift
 from pipeline import answers, labels, loop, models, order, prepare, views
 from pipeline import device as devices
 from pipeline import policy as policies

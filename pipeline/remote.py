@@ -3,7 +3,7 @@
 S3 is configured by the usual variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION,
 AWS_SKIP_SIGNATURE=true for public buckets, AWS_ENDPOINT_URL for other servers of the protocol (http:// is allowed).
 
-Requests are repeated (`cache.patience`). A client does not survive a fork: its threads stay behind.
+Requests are repeated (`cache.store.retry`). A client does not survive a fork: its threads stay behind.
 """
 
 import itertools
@@ -19,7 +19,7 @@ import obstore
 from obstore.exceptions import BaseError, NotSupportedError
 from obstore.store import HTTPStore, S3Store
 
-from cache import patience
+from cache.store import retry
 from cache.errors import UserError
 
 _T = TypeVar("_T")
@@ -54,7 +54,7 @@ class Remote:
                 found = obstore.get(self._store(root), path, options={"range": (offset, offset + size)})
                 data = found.bytes().to_bytes()
             except BaseError as error:
-                if patience.status(error) == 416 or "StartTooLarge" in str(error):
+                if retry.status(error) == 416 or "StartTooLarge" in str(error):
                     return b""
                 raise
             promised = min(size, found.meta["size"] - offset)
@@ -84,8 +84,8 @@ def _store(root: str) -> S3Store | HTTPStore:
     """The client of one bucket or host."""
     # Not obstore's from_url, which takes https://….amazonaws.com for S3 and then wants credentials.
     if root.startswith("s3://"):
-        return S3Store(root.removeprefix("s3://"), **patience.CLIENT)
-    return HTTPStore(root, **patience.CLIENT)
+        return S3Store(root.removeprefix("s3://"), **retry.CLIENT)
+    return HTTPStore(root, **retry.CLIENT)
 
 
 def split(url: str) -> tuple[str, str]:
@@ -106,19 +106,19 @@ def split(url: str) -> tuple[str, str]:
 def _patiently(shard: str, offset: int | None, request: Callable[[], _T]) -> _T:
     """`request()`, repeated with growing waits while its error may pass; else Unreadable."""
     try:
-        return patience.patiently(request, lambda error: not isinstance(error, (BaseError, OSError)))
-    except patience.GaveUp as gave_up:
+        return retry.patiently(request, lambda error: not isinstance(error, (BaseError, OSError)))
+    except retry.GaveUp as gave_up:
         error, tries = gave_up.error, gave_up.tries
         if not isinstance(error, (BaseError, OSError, ValueError)):
             raise error from None
         unranged = isinstance(error, NotSupportedError)
-        cause = "a server without range requests" if unranged else patience.cause(error)
+        cause = "a server without range requests" if unranged else retry.cause(error)
         cause += f" ({tries} tries)" if tries > 1 else ""
         raise Unreadable(shard, offset, cause, _fix(shard, error)) from None
 
 
 def _fix(shard: str, error: Exception) -> str:
-    if patience.is_refusal(error):
+    if retry.is_refusal(error):
         if shard.startswith("s3://"):
             return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
         return "make it readable without a login"

@@ -25,7 +25,7 @@ import obstore
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 
-from cache import patience
+from cache.store import retry
 
 KINDS = ("reset", "503", "slow", "short", "cut", "reset in body")
 """Connection reset before the answer; status 503; first byte late by `slow_s`; a body half as long as its range, with
@@ -37,10 +37,10 @@ _buckets = count()
 
 def hurry(monkeypatch) -> None:
     """As many retries as ever, without their waits."""
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(patience, "MAX_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retry, "MAX_WAIT_S", 0.01)
     backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5)}
-    monkeypatch.setitem(patience.CLIENT["retry_config"], "backoff", backoff)
+    monkeypatch.setitem(retry.CLIENT["retry_config"], "backoff", backoff)
 
 
 @dataclass

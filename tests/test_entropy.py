@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_subspace import coded, codes, dither, fields, header, integers, streams, with_coefficients
 
-from cache import entropy
-from cache.subspace import Subspace
+from cache.codec import entropy
+from cache.codec.subspace import Subspace
 
 
 def rows_of(codec: Subspace, q: np.ndarray, stream: np.ndarray) -> np.ndarray:

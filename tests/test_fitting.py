@@ -14,9 +14,10 @@ from test_subspace import coefficients, dither, fields, integers
 from threadpoolctl import threadpool_limits
 
 from bench import simulated
-from cache import UserError, entropy, fidelity, fitting
+from cache import UserError
+from cache.codec import entropy, fidelity, fitting
 from cache import codec as codecs
-from cache.subspace import Subspace
+from cache.codec.subspace import Subspace
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,7 +8,7 @@ import pytest
 from test_subspace import reference_decode
 
 from cache import codec as codecs
-from cache.subspace import Subspace
+from cache.codec.subspace import Subspace
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.json"))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cache import UserError
 from cache import codec as codecs
-from cache.fidelity import measure
+from cache.codec.fidelity import measure
 from cache.philox import philox
 from kernels.loss.decode import decode, dither
 from pipeline import labels, precompute

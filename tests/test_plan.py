@@ -12,7 +12,7 @@ from test_cli import command, refused
 
 from bench import plan as agreement
 from cache import codec as codecs
-from cache.fidelity import measure
+from cache.codec.fidelity import measure
 from pipeline import config, plan, rates
 from pipeline.demo import POLICY
 from pipeline.index import Index

@@ -13,7 +13,7 @@ from images import jpeg, png, tar
 from remote_servers import KINDS, Remote, hurry, serve
 from test_prepare import quarantine, refuse
 
-from cache import patience
+from cache.store import retry
 from cache.errors import UserError
 from pipeline import index, prepare, remote, shards
 from pipeline.index import BadSample, Index
@@ -55,7 +55,7 @@ def served(servers, monkeypatch) -> Remote:
 @pytest.fixture
 def impatient(monkeypatch) -> None:
     """A server that is silent for 0.2 s has stalled; a slow first byte takes more."""
-    monkeypatch.setitem(patience.CLIENT["client_options"], "read_timeout", timedelta(seconds=0.2))
+    monkeypatch.setitem(retry.CLIENT["client_options"], "read_timeout", timedelta(seconds=0.2))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ CAUSES = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_that_stays_is_one_line_soon(served, impatient, local, tmp_path, monkeypatch, kind, scheme):
     """At most 3 tries, each of 4 requests at most; a silent server has 0.2 s for each."""
-    monkeypatch.setattr(patience, "TRIES", 3)
+    monkeypatch.setattr(retry, "TRIES", 3)
     data = Index.open(moved(local, getattr(served, scheme), tmp_path / "d"))
     served.faults.clear()
     served.faults.rate, served.faults.kinds = 1, (kind,)
@@ -177,7 +177,7 @@ def test_a_fault_that_stays_is_one_line_soon(served, impatient, local, tmp_path,
 
 
 def test_no_try_begins_after_the_time_of_patience(served, impatient, monkeypatch):
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(retry, "PATIENCE_S", 0.3)
     served.faults.rate, served.faults.kinds = 1, ("slow",)
     with pytest.raises(UserError) as error:
         Reader().read(url(served, "http"), 0, 100)
@@ -243,7 +243,7 @@ def test_a_remote_shard_that_was_cut_or_changed_is_named(tars, local, tmp_path):
 
 
 def test_a_preparation_that_fails_leaves_nothing(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(patience, "TRIES", 2)
+    monkeypatch.setattr(retry, "TRIES", 2)
     monkeypatch.setattr(shards, "_COPY_BYTES", 30_000)
     served.faults.script.extend([""] * 8)  # the first requests pass
     served.faults.rate, served.faults.kinds = 1, ("503",)

@@ -32,7 +32,8 @@ from stores import (
 from zarr.storage import ObjectStore
 
 import cache
-from cache import UserError, layout, philox
+from cache import UserError, philox
+from cache.store import layout
 from cache import codec as codecs
 
 

@@ -12,7 +12,8 @@ import pytest
 from stores import BLOCKED, assert_exact, assert_exact_block, chunk, files, fill, framed, make, manifest, zipped
 
 import cache
-from cache import UserError, layout
+from cache import UserError
+from cache.store import layout
 
 
 @pytest.fixture(scope="module")

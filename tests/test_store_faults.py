@@ -32,7 +32,7 @@ from stores import (
 
 import cache
 from cache import Store, UserError
-from cache.files import Files
+from cache.store.objects import Files
 
 WRITER = """
 import multiprocessing, random, sys, time

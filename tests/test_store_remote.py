@@ -18,7 +18,8 @@ from stores import VIEWS, assert_exact, content, files, fill, key_hash, make, ma
 from zarr.storage import ObjectStore
 
 import cache
-from cache import UserError, patience
+from cache import UserError
+from cache.store import retry
 from pipeline import precompute, train
 from pipeline.config import PrecomputeTeacher, TrainStudent
 from pipeline.demo import POLICY
@@ -86,7 +87,7 @@ def test_a_store_on_a_server_is_not_overwritten(server):
     with pytest.raises(UserError, match=f"{url} exists; fix: "):
         make(url)
     with (
-        mock.patch.object(cache.making, "exists", lambda place: False),
+        mock.patch.object(cache.store.making, "exists", lambda place: False),
         pytest.raises(UserError, match=f"{url} exists; found a store that another process has just made"),
     ):
         make(url, seed=1)
@@ -97,7 +98,7 @@ def test_a_server_without_conditional_writes_will_do(server, monkeypatch):
     monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
     store = fill(make(f"{BUCKET}/plain"))
     assert_exact(store, 1)
-    with mock.patch.object(cache.making, "exists", lambda place: False), pytest.raises(UserError, match="exists"):
+    with mock.patch.object(cache.store.making, "exists", lambda place: False), pytest.raises(UserError, match="exists"):
         make(f"{BUCKET}/plain", seed=1)
     assert cache.open(f"{BUCKET}/plain").manifest == store.manifest
 
@@ -105,7 +106,7 @@ def test_a_server_without_conditional_writes_will_do(server, monkeypatch):
 @pytest.fixture
 def at_once(monkeypatch) -> None:
     """No error may be waited for that the next try would meet again."""
-    monkeypatch.setattr(patience.time, "sleep", lambda seconds: pytest.fail("tried again"))
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: pytest.fail("tried again"))
 
 
 def test_what_is_missing_on_a_server_is_named(server, at_once):
@@ -175,7 +176,7 @@ def test_no_credentials_are_said_to_be_missing(server, monkeypatch, at_once):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setitem(patience.CLIENT["retry_config"], "max_retries", 0)
+    monkeypatch.setitem(retry.CLIENT["retry_config"], "max_retries", 0)
     with pytest.raises(UserError, match=r"cannot read store s3://.*; found no AWS credentials; fix: "):
         cache.open(f"{BUCKET}/x")
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import UserError, entropy, subspace
+from cache import UserError
+from cache.codec import entropy, subspace
 from cache import codec as codecs
 from cache.philox import philox
-from cache.subspace import Subspace
+from cache.codec.subspace import Subspace
 
 U = 2.0**-24  # half a unit in the last place of float32, relative
 TYPES = {"mean": "<f4", "basis": "i1", "scale": "<f4", "beta": "<u2", "spread": "<i4", "gain": "<i2"}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_entropy import as_path, decoded_steps, follow, normal_codec, rows_of, tables
 from test_subspace import coded, codes, coefficients, dither, header, integers, resolved, streams, with_coefficients
 
-from cache import entropy, fitting
+from cache.codec import entropy, fitting
 
 
 def rounded(x: np.ndarray, wide: int) -> np.ndarray:

@@ -1,0 +1,20 @@
+"""Codecs: how a pair of logit vectors becomes one row of bytes and back."""
+
+from cache.codec.base import MAX_CLASSES
+from cache.codec.choose import DEFAULT_BUDGET, NAMES, Codec, auto, fit, from_config, make
+from cache.codec.dense import Fp16, Int8
+from cache.codec.subspace import Subspace
+
+__all__ = [
+    "DEFAULT_BUDGET",
+    "MAX_CLASSES",
+    "NAMES",
+    "Codec",
+    "Fp16",
+    "Int8",
+    "Subspace",
+    "auto",
+    "fit",
+    "from_config",
+    "make",
+]

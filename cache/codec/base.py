@@ -10,9 +10,14 @@ MAX_CLASSES = 1 << 20
 MAX_LOGIT = 65504.0  # the largest finite float16; every codec refuses more, so that changing codecs is always safe
 
 
-class _Rows(Protocol):
+class Code(Protocol):
+    """What a codec offers; see the head of `cache.codec.choose`."""
+
     @property
     def row_bytes(self) -> int: ...
+    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray: ...
+    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray: ...
+    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes: ...
 
 
 def require_encodable(logits: np.ndarray, classes: int) -> None:
@@ -31,7 +36,7 @@ def require_encodable(logits: np.ndarray, classes: int) -> None:
     )
 
 
-def checked_rows(rows: np.ndarray, codec: _Rows) -> np.ndarray:
+def checked_rows(rows: np.ndarray, codec: "Code") -> np.ndarray:
     """Rows u8 (B, row_bytes), contiguous; ValueError for anything else."""
     if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != codec.row_bytes:
         raise ValueError(f"expected rows u8 (B, {codec.row_bytes}), got {rows.dtype} {rows.shape}")

@@ -1,4 +1,4 @@
-"""Dither, rounding and the entropy code of `cache.subspace`: integer arithmetic, the same bits on every machine.
+"""Dither, rounding and the entropy code of `cache.codec.subspace`: integer arithmetic, the same bits on every machine.
 
 A coefficient x, in steps, is kept as q = floor(x + u + 1/2) with a dither u in (-1/2, 1/2) that the reader draws
 again. u is a byte b of the row's Philox stream: u = (2b - 255) / 512; positions below are in units of 1/512 step.

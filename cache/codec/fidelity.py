@@ -2,12 +2,10 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from cache.codec import Codec
+from cache.codec.base import Code
 
 TEMPERATURE = 4.0
 """Of the KL divergence that budgets are given in: the method's."""
@@ -36,7 +34,7 @@ class Fidelity:
         return asdict(self) | {"kl": {f"{temperature:g}": value for temperature, value in self.kl.items()}}
 
 
-def measure(codec: "Codec", logits: np.ndarray, stream: np.ndarray, rows: np.ndarray | None = None) -> Fidelity:
+def measure(codec: Code, logits: np.ndarray, stream: np.ndarray, rows: np.ndarray | None = None) -> Fidelity:
     """Of `codec` on logits f32 (n, 2, C) with dither keys u64 (n,); `rows`, if they are encoded already."""
     rows = codec.encode(logits, stream) if rows is None else rows
     true, decoded = _centred(logits), _centred(codec.decode(rows, stream))
@@ -69,7 +67,7 @@ class Drift:
         return None
 
 
-def drift(codec: "Codec", logits: np.ndarray, rows: np.ndarray, stream: np.ndarray) -> Drift:
+def drift(codec: Code, logits: np.ndarray, rows: np.ndarray, stream: np.ndarray) -> Drift:
     """How far labels u8 (n, row_bytes) are from the logits f32 (n, 2, C) that they code."""
     true, decoded = _centred(logits), _centred(codec.decode(rows, stream))
     kl = divergences(true, decoded, TEMPERATURE).ravel()

@@ -6,11 +6,11 @@ from functools import cache
 
 import numpy as np
 
-from cache import entropy
-from cache.checks import require_encodable
+from cache.codec import entropy
+from cache.codec.base import require_encodable
 from cache.errors import UserError
-from cache.fidelity import TEMPERATURE, measure
-from cache.subspace import MAX_DIMS, Subspace
+from cache.codec.fidelity import TEMPERATURE, measure
+from cache.codec.subspace import MAX_DIMS, Subspace
 
 MIN_PAIRS = 64
 

@@ -20,8 +20,8 @@ from functools import cached_property
 
 import numpy as np
 
-from cache import entropy
-from cache.checks import MAX_CLASSES, checked_rows, keys, require_encodable
+from cache.codec import entropy
+from cache.codec.base import MAX_CLASSES, checked_rows, keys, require_encodable
 from cache.errors import UserError
 
 MAX_DIMS = 4096
@@ -60,7 +60,7 @@ class Subspace:
     dims: int
     """d, directions."""
     trellis: int
-    """Leading coefficients that are rounded together, see `cache.entropy`."""
+    """Leading coefficients that are rounded together, see `cache.codec.entropy`."""
     wide: int
     """Coefficients that take a whole byte; the others keep within [-8, 7]."""
     mean: bytes

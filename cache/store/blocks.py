@@ -33,12 +33,13 @@ import google_crc32c
 import numpy as np
 
 from cache import codec as codecs
-from cache import layout, philox
+from cache import philox
+from cache.store import layout
 from cache.codec import Codec
 from cache.errors import UserError
-from cache.files import Damaged, Files, connect, each, place_of
-from cache.manifest import Manifest
-from cache.plane import Plane
+from cache.store.objects import Damaged, Files, connect, each, place_of
+from cache.store.manifest import Manifest
+from cache.store.plane import Plane
 
 _COMMITTED = 1 << 32
 ROOT = "zarr.json"

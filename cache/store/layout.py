@@ -15,7 +15,7 @@ from zarr.abc.codec import ArrayBytesCodec
 from zarr.registry import register_codec
 
 from cache.codec import Codec
-from cache.manifest import Manifest
+from cache.store.manifest import Manifest
 
 if TYPE_CHECKING:
     from zarr.core.array_spec import ArraySpec

@@ -2,7 +2,7 @@
 
 URLs are s3://bucket/prefix (gs:// and az:// too), configured by the usual variables: AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_SKIP_SIGNATURE=true for public buckets, AWS_ENDPOINT_URL for other servers of
-the protocol (http:// is allowed). Requests are repeated (`cache.patience`). A put is atomic everywhere; in a folder it
+the protocol (http:// is allowed). Requests are repeated (`cache.store.retry`). A put is atomic everywhere; in a folder it
 is a file ``name#1`` that is renamed, and a kill may leave one behind.
 """
 
@@ -22,7 +22,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
 from obstore.store import LocalStore, from_url
 
-from cache import patience
+from cache.store import retry
 from cache.errors import UserError
 
 if TYPE_CHECKING:
@@ -183,8 +183,8 @@ class Files:
             return isinstance(error, answers) or not isinstance(error, (BaseError, OSError))
 
         try:
-            return patience.patiently(request, lambda e: isinstance(self.place, Path) or about_the_object(e))
-        except patience.GaveUp as gave_up:
+            return retry.patiently(request, lambda e: isinstance(self.place, Path) or about_the_object(e))
+        except retry.GaveUp as gave_up:
             if about_the_object(gave_up.error):
                 raise gave_up.error from None
             raise failed(verb, self.place, gave_up.error) from gave_up.error
@@ -205,7 +205,7 @@ def connect(place: Path | str, *, make: bool = False) -> Files:
     try:
         if isinstance(place, Path):
             return Files(place, LocalStore(place, mkdir=make))
-        return Files(place, from_url(place, **patience.CLIENT))
+        return Files(place, from_url(place, **retry.CLIENT))
     except (BaseError, OSError, ValueError) as error:
         raise failed("write" if make else "read", place, error) from error
 
@@ -220,7 +220,7 @@ def failed(verb: str, place: Path | str, error: Exception) -> UserError:
     fix = "check --store and its permissions"
     if verb == "write":
         fix = "free space or mend the path, then run precompute-teacher again, it resumes"
-    return UserError(f"cannot {verb} store {place}", found=patience.cause(error), fix=fix)
+    return UserError(f"cannot {verb} store {place}", found=retry.cause(error), fix=fix)
 
 
 def each(function: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Generator[_R, None, None]:

@@ -1,0 +1,23 @@
+"""One view's labels of all samples."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    view: int
+    encoded: np.ndarray
+    """u8 (N, row_bytes), for the store's codec to decode."""
+    weight: np.ndarray
+    """f32 (N,), w = 1 + cos of the pair's raw logits; NaN where the teacher skipped the sample."""
+    digest: np.ndarray
+    """u32 (N, 2), CRC-32 of the pixels the teacher saw, original and augmented."""
+    good: np.ndarray
+    """bool (N,); a quarantined sample has no labels."""
+
+    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Encoded pairs u8 (B, row_bytes) and weights f32 (B,) of index rows i64 (B,)."""
+        assert self.good[rows].all(), "a quarantined sample has no labels"
+        return self.encoded[rows], self.weight[rows]
