@@ -12,7 +12,7 @@ from triton import compile, knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.loss import passes_gpu, autograd, decode_gpu
+from kernels.loss import autograd, decode_gpu, passes_gpu
 
 ARCHITECTURES = (80, 90, 100)
 CLASSES = (10, 100, 257, 1000, 1001, 4096, 21841)

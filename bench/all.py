@@ -11,10 +11,10 @@ from typing import Any
 
 from bench import all_page, harness
 from cache import UserError
-from pipeline.checkpoint import write_atomically
+from cache.errors import did_you_mean
 from pipeline.config import Bench
-from pipeline.report import console_out
-from pipeline.suggest import did_you_mean
+from pipeline.system.files import write_atomically
+from pipeline.system.terminal import console_out
 
 SUITES = {"end-to-end": 15, "loader": 7, "store": 5, "kernels": 7}
 """Rounds, for two cores to need less than twenty minutes."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import page
+from pipeline.system import html
 
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2")
 _OURS, _THEIRS = _COLOURS[0], "#9aa5b1"
@@ -23,7 +23,7 @@ def render(found: dict) -> bytes:
         if name in found["suites"]:
             sections[title] = _section(name, found["suites"][name], plots)
     gpu = about["gpu"] or "no GPU"
-    return page.document(
+    return html.document(
         "Benchmarks of jda-distill",
         f"{about['cpu']}, {about['cores']} cores, {gpu}; {found['date']}, commit {found['commit'] or 'none'}",
         sections,
@@ -36,12 +36,12 @@ def _machine(found: dict) -> str:
     rows += [("memory", f"{about['ram_bytes'] / 2**30:.0f} GiB"), ("load at the start", f"{about['load']:.1f}")]
     rows += list(about["versions"].items())
     rows.append(("command", "pipeline " + " ".join(map(str, found["command"]))))
-    return page.table(("", ""), rows)
+    return html.table(("", ""), rows)
 
 
 def _section(name: str, suite: dict, plots: Callable[[dict], Iterable[tuple[str, str, str, Draw]]]) -> str:
     drawn = "".join(
-        f"<figure><figcaption>{caption}</figcaption>{page.svg(f'{name} {number}', draw, below, beside)}</figure>"
+        f"<figure><figcaption>{caption}</figcaption>{html.svg(f'{name} {number}', draw, below, beside)}</figure>"
         for number, (caption, below, beside, draw) in enumerate(plots(suite))
     )
     tables = dict(suite["tables"])
@@ -65,7 +65,7 @@ def _arm(name: str, row: dict) -> dict:
 
 def _table(rows: list[dict]) -> str:
     head = list(dict.fromkeys(key for row in rows for key in row))
-    return page.table(head, [[_shown(row.get(key, "")) for key in head] for row in rows])
+    return html.table(head, [[_shown(row.get(key, "")) for key in head] for row in rows])
 
 
 def _shown(value: object) -> str:

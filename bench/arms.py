@@ -23,12 +23,13 @@ from torch.utils.data import DataLoader, Dataset
 from bench import harness, pillow
 from cache import UserError
 from kernels.jda.ops import Op
-from pipeline import order, views
-from pipeline.index import Index
-from pipeline.policy import POLICIES
+from pipeline.data import order
+from pipeline.data.index import Index
+from pipeline.views import drawing
+from pipeline.views.policy import POLICIES
 
 if TYPE_CHECKING:
-    from pipeline.loader import Request  # imports DALI, which only its own arms should carry
+    from pipeline.views.batch import Request  # imports DALI, which only its own arms should carry
 
 POLICY = POLICIES["imagenet"]
 SEED = 0
@@ -66,7 +67,7 @@ def rows_of(job: Job, step: int) -> tuple[np.ndarray, int]:
 def request(job: Job, step: int) -> "Request":
     """Rows of a step and their views; each epoch has views of its own."""
     rows, epoch = rows_of(job, step)
-    return rows, views.of(opened(job.data).records[rows], SEED, epoch, POLICY)
+    return rows, drawing.of(opened(job.data).records[rows], SEED, epoch, POLICY)
 
 
 # --- this loader
@@ -75,7 +76,7 @@ def request(job: Job, step: int) -> "Request":
 def jda_distill(job: Job) -> Generator[torch.Tensor]:
     """u8 (2, B, S, S, 3)."""
     from kernels import jda
-    from pipeline import loader
+    from pipeline.views import loader
 
     harness.time_calls(loader, "decode")
     harness.time_calls(jda, "pair")

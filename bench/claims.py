@@ -49,16 +49,21 @@ from bench import harness
 from bench.claims_report import plot, show
 from bench.claims_studies import FULL, JDA, PLAIN, ROTATE, STUDIES, Contrast, Setting, studies
 from cache import UserError
-from pipeline import demo, evaluate, models, precompute, prepare, teacher, train
-from pipeline import device as devices
-from pipeline import policy as policies
-from pipeline.checkpoint import write_atomically
+from cache.errors import did_you_mean
+from pipeline import demo
 from pipeline.config import Bench, Evaluate, PrecomputeTeacher, TrainStudent, TrainTeacher
-from pipeline.device import Normalise
-from pipeline.index import Index
-from pipeline.policy import Policy
-from pipeline.report import progress
-from pipeline.suggest import did_you_mean
+from pipeline.data import prepare
+from pipeline.data.index import Index
+from pipeline.labels import precompute
+from pipeline.networks import models
+from pipeline.system import device as devices
+from pipeline.system.device import Normalise
+from pipeline.system.files import write_atomically
+from pipeline.system.terminal import progress
+from pipeline.training import evaluate, train_student
+from pipeline.training import train_teacher as teacher
+from pipeline.views import policy as policies
+from pipeline.views.policy import Policy
 
 TEACHER_EPOCHS = 20
 _PROCESSES = 2
@@ -383,7 +388,7 @@ def _labelled(config: PrecomputeTeacher) -> None:
 def _student(config: TrainStudent) -> dict:
     """Of the last epoch: top1, loss, …, as `evaluate` has them."""
     with _quiet():
-        return train.run(config)["val"]
+        return train_student.run(config)["val"]
 
 
 # --- what is reported

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bench import harness
 from bench.claims_studies import STUDIES
-from pipeline.report import console_out
+from pipeline.system.terminal import console_out
 
 
 def show(found: dict) -> None:

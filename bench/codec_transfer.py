@@ -33,10 +33,10 @@ from torch import nn
 from bench import harness, peers, simulated
 from cache import UserError, codec, philox
 from cache.codec.fidelity import divergence
-from pipeline.checkpoint import write_atomically
+from cache.errors import did_you_mean
 from pipeline.config import Bench
-from pipeline.report import progress
-from pipeline.suggest import did_you_mean
+from pipeline.system.files import write_atomically
+from pipeline.system.terminal import progress
 
 TEMPERATURE = 4.0
 VIEWS = 3

@@ -31,16 +31,23 @@ import cache
 from bench import harness, peers, simulated
 from cache import Plane, UserError
 from cache import codec as codecs
+from cache.errors import did_you_mean
 from kernels.reference import cosine_weight
-from pipeline import answers, labels, loop, models, order, precompute, prepare, views
-from pipeline import device as devices
 from pipeline.config import Bench, PrecomputeTeacher, TrainStudent
-from pipeline.device import Normalise
-from pipeline.index import Index
-from pipeline.loader import Batch, Request, load
-from pipeline.objectives import CrossEntropy, Distillation, Objective
-from pipeline.policy import POLICIES
-from pipeline.suggest import did_you_mean
+from pipeline.data import order, prepare
+from pipeline.data.index import Index
+from pipeline.labels import epochs as labels
+from pipeline.labels import precompute
+from pipeline.networks import models
+from pipeline.networks import teacher as answers
+from pipeline.system import device as devices
+from pipeline.system.device import Normalise
+from pipeline.training import loop
+from pipeline.training.objectives import CrossEntropy, Distillation, Objective
+from pipeline.views import drawing
+from pipeline.views.batch import Batch, Request
+from pipeline.views.loader import load
+from pipeline.views.policy import POLICIES
 
 STUDENT, TEACHER, LARGE = "timm/resnet18", "timm/resnet34", "timm/resnet101"
 ARMS = ("ce", "stored", "peer", "live", "live-large", "loaded")
@@ -203,7 +210,7 @@ class Job:
         epochs = itertools.count()
         parts = (part for epoch in epochs for _, part in order.steps(epoch, self.index.good, size, 1))
         for part in itertools.islice((part for part in parts if len(part) == size), count):
-            yield part, views.of(self.index.records[part], 0, 0, _POLICY)
+            yield part, drawing.of(self.index.records[part], 0, 0, _POLICY)
 
     def bytes_per_pair(self) -> float:
         """Mean bytes of an image as it is read from its shard."""
@@ -212,7 +219,7 @@ class Job:
 
 @dataclass(frozen=True)
 class TopK:
-    """Labels in TinyViT's format, in place of `pipeline.labels.Labels`; row i has label i mod n."""
+    """Labels in TinyViT's format, in place of `pipeline.labels.epochs.Labels`; row i has label i mod n."""
 
     plane: Plane
     index: torch.Tensor

@@ -46,7 +46,7 @@ import numpy as np
 from bench import harness
 from pipeline import cli
 from pipeline.config import Bench
-from pipeline.report import console_out
+from pipeline.system.terminal import console_out
 
 Tables = dict[str, list[dict]]
 
@@ -79,7 +79,7 @@ def run(config: Bench) -> dict:
     """
     import torch
 
-    from pipeline.index import Index
+    from pipeline.data.index import Index
 
     gpu = torch.cuda.is_available()
     out = (config.out or harness.work(config.work) / "gpu-acceptance").absolute()
@@ -257,7 +257,7 @@ def measure_decoding(found: str, data: str) -> None:
     from nvidia.dali.pipeline import Pipeline
 
     from bench import arms
-    from pipeline import loader
+    from pipeline.views import loader
 
     gpu, threads = torch.cuda.is_available(), len(os.sched_getaffinity(0))
     job = arms.Job(Path(data), 256 if gpu else 16, threads)

@@ -31,8 +31,8 @@ from typing import TypeVar
 import numpy as np
 from rich.table import Table
 
-from pipeline.checkpoint import write_atomically
-from pipeline.report import console_out, progress
+from pipeline.system.files import write_atomically
+from pipeline.system.terminal import console_out, progress
 
 _PACKAGES = re.compile(r"torch|torchvision|nvidia-dali-cuda\d+|numpy|numba|pillow|zarr|triton")
 _TICKS = os.sysconf("SC_CLK_TCK")

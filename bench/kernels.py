@@ -22,8 +22,8 @@ from bench import ahead, harness
 from cache import codec as codecs
 from kernels import ccd_loss, ccd_loss_encoded, reference
 from pipeline.config import Bench
-from pipeline.labels import decoder_of
-from pipeline.report import progress
+from pipeline.labels.epochs import decoder_of
+from pipeline.system.terminal import progress
 
 SIZES = ((1024, 100), (1024, 1000), (4096, 1000), (4096, 21841))
 FORMATS = ("dense", "int8", "subspace")

@@ -16,17 +16,18 @@ from bench import arms, harness
 from bench.arms import ARMS, POLICY, SEED, Job
 from bench.harness import Slot
 from cache import UserError
+from cache.errors import did_you_mean
 from kernels import jda
 from kernels.jda.ops import BOUNDS, Op
-from pipeline import prepare, views
 from pipeline.config import Bench
-from pipeline.index import Index
-from pipeline.suggest import did_you_mean
+from pipeline.data import prepare
+from pipeline.data.index import Index
+from pipeline.views import drawing
 
 OURS = "jda-distill"
 _SYNTHETIC = "synthetic:512"
 _SIZE = (500, 375)  # width, height: ImageNet's most usual size
-# Names of the threads of `pipeline.loader` and of DALI's pool, which in its graph only decodes.
+# Names of the threads of `pipeline.views.loader` and of DALI's pool, which in its graph only decodes.
 _STAGES = {"decode": "decode()", "pair kernel": "pair()", "reading": "read"}  # the calls and threads that they are
 
 
@@ -91,7 +92,7 @@ def stages(index: Index) -> list[dict]:
     data = _photograph(index)
     image = np.array(Image.open(io.BytesIO(data)))
     height, width = (np.full(1024, side) for side in image.shape[:2])
-    drawn = views.draw(SEED, np.arange(1024, dtype=np.uint64), 0, height, width, POLICY)
+    drawn = drawing.draw(SEED, np.arange(1024, dtype=np.uint64), 0, height, width, POLICY)
     mean = drawn[0].copy()
     mean["flip"] = 0
     mean["box"][:, 2:] = drawn["box"][:, 0, 2:].mean(axis=0)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from kernels.jda.ops import Op
-from pipeline.policy import Policy
+from pipeline.views.policy import Policy
 
 GRAY = (128, 128, 128)
 
@@ -15,7 +15,7 @@ GRAY = (128, 128, 128)
 def pair(data: bytes, view: np.void, policy: Policy, out: np.ndarray) -> None:
     """Decode `data` and write its views of RandomResizedCrop policy `policy` to `out` u8 (2, S, S, 3).
 
-    `view` is one record of `pipeline.views.draw`.
+    `view` is one record of `pipeline.views.drawing.draw`.
     """
     original = Image.open(io.BytesIO(data))
     if original.mode != "RGB":  # converting to the same mode copies

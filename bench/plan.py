@@ -20,12 +20,17 @@ from typing import Any
 
 from bench import harness
 from cache import UserError
-from pipeline import demo, models, plan, precompute, prepare, train
+from pipeline import demo
 from pipeline.config import Bench, Plan, PrecomputeTeacher, TrainStudent
-from pipeline.index import Index
-from pipeline.plan import Job
-from pipeline.rates import Rates, Stages
-from pipeline.report import progress
+from pipeline.data import prepare
+from pipeline.data.index import Index
+from pipeline.labels import precompute
+from pipeline.networks import models
+from pipeline.planning import plan
+from pipeline.planning.plan import Job
+from pipeline.planning.rates import Rates, Stages
+from pipeline.system.terminal import progress
+from pipeline.training import train_student
 
 SECONDS = 22.0  # of each run that is compared
 STAGE_SECONDS = 2.5
@@ -38,7 +43,7 @@ class Setting:
     """A small job."""
 
     source: str
-    """Of `pipeline.prepare`; of the digits the 360 of the validation part."""
+    """Of `pipeline.data.prepare`; of the digits the 360 of the validation part."""
     policy: str
     teacher: str
     student: str
@@ -188,7 +193,7 @@ def _student(setting: Setting, teacher: str, data: Path, folder: Path, epochs: i
         threads=threads,
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        train.run(config)
+        train_student.run(config)
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     ends = [line["seconds"] for line in lines if "step" not in line]
     return ends[-1] - ends[0]

@@ -18,13 +18,15 @@ from bench import harness, simulated, storage
 from bench.codec_transfer import ARMS, REFERENCE, Make
 from cache import UserError, philox
 from cache.codec.fidelity import TEMPERATURES, measure
-from pipeline import demo, models, views
-from pipeline import policy as policies
-from pipeline.answers import Teacher
+from cache.errors import did_you_mean
+from pipeline import demo
 from pipeline.config import Bench
-from pipeline.index import Index
-from pipeline.loader import load
-from pipeline.suggest import did_you_mean
+from pipeline.data.index import Index
+from pipeline.networks import models
+from pipeline.networks.teacher import Teacher
+from pipeline.views import drawing
+from pipeline.views import policy as policies
+from pipeline.views.loader import load
 
 _KL = tuple(f"KL T={temperature:g}" for temperature in TEMPERATURES)
 BUDGETS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
@@ -193,7 +195,7 @@ def _digits(config: Bench) -> tuple[np.ndarray, np.ndarray]:
     index, policy = Index.open(data, split="train"), policies.load(demo.POLICY)
     teacher = Teacher(models.create(spec, index.classes), policy, torch.device("cpu"), "fp32")
     rows = np.random.default_rng(_SEED).permutation(index.good)
-    requests = [(part, views.of(index.records[part], _SEED, 0, policy)) for part in np.array_split(rows, 12)]
+    requests = [(part, drawing.of(index.records[part], _SEED, 0, policy)) for part in np.array_split(rows, 12)]
     batches = load(index, requests, policy, threads=len(os.sched_getaffinity(0)))
     logits = np.concatenate([said.numpy() for _, said in teacher.answers(batches)])
     cut = len(logits) * 3 // 4

@@ -11,19 +11,19 @@ from pathlib import Path
 import tyro
 
 from cache import UserError
+from cache.errors import did_you_mean
 from pipeline import config, ranges
-from pipeline.suggest import did_you_mean
 
 # The functions are named, not imported: `--help` need not wait for torch and DALI.
 COMMANDS = {
-    "prepare": (config.Prepare, "pipeline.prepare"),
-    "train-teacher": (config.TrainTeacher, "pipeline.teacher"),
-    "precompute-teacher": (config.PrecomputeTeacher, "pipeline.precompute"),
-    "train-student": (config.TrainStudent, "pipeline.train"),
-    "evaluate": (config.Evaluate, "pipeline.evaluate"),
-    "verify": (config.Verify, "pipeline.verify"),
-    "inspect": (config.Inspect, "pipeline.inspect"),
-    "plan": (config.Plan, "pipeline.plan"),
+    "prepare": (config.Prepare, "pipeline.data.prepare"),
+    "train-teacher": (config.TrainTeacher, "pipeline.training.train_teacher"),
+    "precompute-teacher": (config.PrecomputeTeacher, "pipeline.labels.precompute"),
+    "train-student": (config.TrainStudent, "pipeline.training.train_student"),
+    "evaluate": (config.Evaluate, "pipeline.training.evaluate"),
+    "verify": (config.Verify, "pipeline.labels.verify"),
+    "inspect": (config.Inspect, "pipeline.labels.inspect"),
+    "plan": (config.Plan, "pipeline.planning.plan"),
     "demo": (config.Demo, "pipeline.demo"),
     "bench": (config.Bench, "bench"),
 }

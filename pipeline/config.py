@@ -9,8 +9,8 @@ import tyro
 import yaml
 
 from cache import UserError
+from cache.errors import did_you_mean
 from pipeline.ranges import Count, Natural, NotNegative, Part, Positive, Range, Seed, Share
-from pipeline.suggest import did_you_mean
 
 Loss = Literal["ce", "kd", "ccd", "ccd-mean", "dkd", "dist", "standardised"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -166,7 +166,7 @@ class TrainStudent(Training):
     """Network NAME, or NAME@WEIGHTS to start from."""
     loss: Loss = "ccd"
     """ce: labels only; kd: w ≡ 1; ccd: augmented views weighted by the teacher's agreement with itself; ccd-mean: all
-    weighted by the mean of that, its fair control; dkd, dist, standardised: see pipeline/losses.py."""
+    weighted by the mean of that, its fair control; dkd, dist, standardised: see pipeline/training/losses.py."""
     live_teacher: str | None = None
     """Teacher NAME@WEIGHTS that answers in the loop instead of the stored labels, on the store's views; the paper's
     online way."""

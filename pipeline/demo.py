@@ -8,10 +8,12 @@ from pathlib import Path
 from rich.table import Table
 
 import cache
-from pipeline import inspect, precompute, prepare, teacher, train
 from pipeline.config import Demo, Inspect, PrecomputeTeacher, TrainStudent, TrainTeacher
-from pipeline.index import Index
-from pipeline.report import console_out
+from pipeline.data import prepare
+from pipeline.data.index import Index
+from pipeline.labels import inspect, precompute
+from pipeline.system.terminal import console_out
+from pipeline.training import train_student, train_teacher
 
 POLICY = str(Path(__file__).parent / "recipes" / "digits_policy.yaml")
 TEACHER, STUDENT = "cifar/resnet14x2", "cifar/resnet8"
@@ -26,7 +28,7 @@ def prepared(out: Path, **machine) -> tuple[Path, str]:
         prepare.build("digits", data)
     # The teacher never sees JDA: the paper's claim is that augmentation helps the student even then, and a teacher
     # trained by somebody else, the common case, has not seen it either.
-    teacher.run(
+    train_teacher.run(
         TrainTeacher(
             **machine,
             data=data,
@@ -81,7 +83,7 @@ def run(config: Demo) -> None:
     )
     runs = {
         loss: [
-            train.run(dataclasses.replace(student, loss=loss, seed=seed, out=out / f"student-{loss}-{seed}"))
+            train_student.run(dataclasses.replace(student, loss=loss, seed=seed, out=out / f"student-{loss}-{seed}"))
             for seed in range(config.seeds)
         ]
         for loss in LOSSES

@@ -11,10 +11,12 @@ import pytest
 from images import jpeg, png
 from PIL import Image
 
-from pipeline import models, precompute, prepare
 from pipeline.config import PrecomputeTeacher
+from pipeline.data import prepare
+from pipeline.data.index import Index
 from pipeline.demo import POLICY
-from pipeline.index import Index
+from pipeline.labels import precompute
+from pipeline.networks import models
 
 
 def tar_of(path: Path, members: dict[str, bytes]) -> Path:

@@ -6,7 +6,7 @@ from test_ccd import DEFAULTS
 from test_subspace import coded, reference_decode, streams
 
 from kernels import ccd_loss, ccd_loss_encoded, reference
-from pipeline.labels import decoder_of
+from pipeline.labels.epochs import decoder_of
 
 CPU = torch.device("cpu")
 TOLERANCE = 5e-7

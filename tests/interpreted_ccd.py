@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import ccd_loss, ccd_loss_encoded, reference
 from kernels.loss import autograd
-from pipeline.labels import decoder_of
+from pipeline.labels.epochs import decoder_of
 
 # Sizes and formats
 
@@ -338,7 +338,7 @@ def test_the_loss_compiles_to_one_graph(kind):
 @pytest.mark.parametrize(("classes", "batch"), [(40, 3), (4100, 2), (100, 8192)])
 def test_launches_are_few(monkeypatch, classes, batch):
     """Two forward and one backward, for any batch; they are counted, not run."""
-    from kernels.loss import passes_gpu, decode_gpu
+    from kernels.loss import decode_gpu, passes_gpu
 
     count = []
 

@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import torch
 
-from pipeline.losses import loss
+from pipeline.training.losses import loss
 
 
 def logits(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:

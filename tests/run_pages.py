@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from test_inspect import Node
 
-from pipeline import run_page
+from pipeline.training import page as run_page
 
 PLOTS = {
     "Accuracy": ("top1", "top5"),

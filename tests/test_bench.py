@@ -23,8 +23,8 @@ from bench import arms, harness, loader, pillow
 from bench.harness import Slot
 from cache import UserError
 from kernels.jda.ops import Op
-from pipeline import prepare
-from pipeline.index import Index
+from pipeline.data import prepare
+from pipeline.data.index import Index
 
 
 class Clock:

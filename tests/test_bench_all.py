@@ -15,7 +15,7 @@ from test_cli import refused
 from bench import all as all_suites
 from bench import all_page, end_to_end, harness, peers
 from pipeline.config import Bench
-from pipeline.losses import loss
+from pipeline.training.losses import loss
 
 
 @pytest.fixture(scope="module")

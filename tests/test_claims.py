@@ -13,9 +13,9 @@ from bench import claims
 from bench.claims import sign_flip_p
 from bench.claims_studies import FULL, JDA, PLAIN, STUDIES, less, more, policy, setting, studies
 from cache import UserError
-from pipeline import train
 from pipeline.config import Bench, TrainStudent
 from pipeline.demo import POLICY
+from pipeline.training import train_student
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def taught(monkeypatch) -> list[TrainStudent]:
         config.out.mkdir()
         return {"val": {"top1": 0.5 + 0.1 * config.seed + 0.01 * len(config.loss), "loss": 1.0}}
 
-    monkeypatch.setattr(train, "run", made_up)
+    monkeypatch.setattr(train_student, "run", made_up)
     monkeypatch.setattr(claims, "_pool", lambda: ThreadPoolExecutor(1))
     return asked
 
@@ -96,7 +96,7 @@ def test_a_student_under_two_names_is_one(digits, labels, tmp_path):
     assert setting("ccd", fraction=0.0, policy="p = 0") == setting("ccd-mean", fraction=0.0) == plain
     assert setting("ce", teacher=JDA) == setting("ce") and setting("ccd", teacher=JDA) != setting("ccd")
     found = [
-        train.run(
+        train_student.run(
             TrainStudent(
                 data=digits,
                 val=digits,
@@ -148,17 +148,17 @@ def test_processes_teach_students_and_the_document_says_how_they_did(options, tm
 
 
 def test_an_interrupted_benchmark_continues_and_shares_what_is_finished(options, taught, monkeypatch):
-    made_up = train.run
+    made_up = train_student.run
 
     def broken(config: TrainStudent) -> dict:
         if len(taught) == 3:
             raise KeyboardInterrupt
         return made_up(config)
 
-    monkeypatch.setattr(train, "run", broken)
+    monkeypatch.setattr(train_student, "run", broken)
     with pytest.raises(KeyboardInterrupt):
         claims.run(options)
-    monkeypatch.setattr(train, "run", made_up)
+    monkeypatch.setattr(train_student, "run", made_up)
     first = claims.run(options)
     runs = [(config.loss, config.augmented_fraction, config.seed) for config in taught]
     arms = [(loss, 0.5) for loss in ("ce", "kd", "ccd", "ccd-mean")] + [("ce", 0.0), ("kd", 0.0)]

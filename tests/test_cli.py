@@ -14,11 +14,12 @@ from conftest import mixed_tar, tar_of
 from images import jpeg
 
 import cache
-from pipeline import cli, models
+from pipeline import cli
 from pipeline.config import Evaluate, recipe_flags
+from pipeline.data.index import Index
 from pipeline.demo import POLICY
-from pipeline.index import Index
-from pipeline.report import duration
+from pipeline.networks import models
+from pipeline.system.terminal import duration
 
 MAIN = "import sys; from pipeline.cli import main; sys.exit(main())"  # what the console script does
 IMAGE = jpeg(np.random.default_rng(0), 48, 40)
@@ -270,7 +271,7 @@ def test_a_store_of_another_class_count(labels, digits, tmp_path, capsys, monkey
     """Same samples under another number of classes are another data set, and say so; so does the manifest alone."""
     index = Index.open(digits)
     other = shutil.copytree(index.path, tmp_path / "d")
-    from pipeline import index as indices
+    from pipeline.data import index as indices
 
     indices.write(
         other,

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline import order, synced
+from pipeline.data import order
+from pipeline.training import batch_norm
 
 
 def command(out: Path, digits, labels, *flags: str, world: int = 1, restarts: int = 0) -> list[str]:
@@ -153,7 +154,7 @@ def _statistics(rank: int, folder: str, sizes: list[int]) -> None:
     data = torch.load(f"{folder}/data")
     start = sum(sizes[:rank])
     x = data["x"][start : start + sizes[rank]].requires_grad_()
-    module = synced.synchronise(nn.Sequential(nn.BatchNorm2d(5)), torch.device("cpu"))
+    module = batch_norm.synchronise(nn.Sequential(nn.BatchNorm2d(5)), torch.device("cpu"))
     module.load_state_dict(data["state"])
     out = module(x)
     (out * data["weight"][start : start + sizes[rank]]).sum().backward()

@@ -30,8 +30,10 @@ from moto.server import ThreadedMotoServer
 from remote_servers import serve
 from torch.distributed.run import get_args_parser
 
-from pipeline import cli, losses, models
-from pipeline.remote import __doc__ as remote_doc
+from pipeline import cli
+from pipeline.data.remote import __doc__ as remote_doc
+from pipeline.networks import models
+from pipeline.training import losses
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}

@@ -15,8 +15,8 @@ from threadpoolctl import threadpool_limits
 
 from bench import simulated
 from cache import UserError
-from cache.codec import entropy, fidelity, fitting
 from cache import codec as codecs
+from cache.codec import entropy, fidelity, fitting
 from cache.codec.subspace import Subspace
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from cache.errors import UserError
-from pipeline import index, shards
-from pipeline.index import RECORD, BadSample, Index, fingerprint, key_hash, split_name
+from pipeline.data import index, shards
+from pipeline.data.index import RECORD, BadSample, Index, fingerprint, key_hash, split_name
 
 ROOT = Path(__file__).parents[1]
 

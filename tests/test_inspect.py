@@ -22,12 +22,16 @@ from test_verify import network, teacher_pass
 
 import cache
 from cache import codec as codecs
-from pipeline import cli, inspect, models, precompute, prepare, views
-from pipeline import policy as policies
+from pipeline import cli
 from pipeline.config import PrecomputeTeacher
+from pipeline.data import prepare
+from pipeline.data.index import Index
 from pipeline.demo import POLICY
-from pipeline.index import Index
-from pipeline.loader import load
+from pipeline.labels import inspect, precompute
+from pipeline.networks import models
+from pipeline.views import drawing
+from pipeline.views import policy as policies
+from pipeline.views.loader import load
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;'"
@@ -116,7 +120,7 @@ def pairs_of(page: Node) -> list[tuple[Node, int, int]]:
 def pixels_of(store, index: Index, view: int, row: int) -> torch.Tensor:
     """u8 (2, S, S, 3), by the loader."""
     policy = policies.load(POLICY)
-    request = np.array([row]), views.of(index.records[[row]], store.manifest.seed, view, policy)
+    request = np.array([row]), drawing.of(index.records[[row]], store.manifest.seed, view, policy)
     (batch,) = load(index, [request], policy, threads=1)
     return batch.images[:, 0]
 
@@ -131,7 +135,7 @@ def test_pictures_are_the_loaders_pixels(page, labels, digits):
         shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
         np.testing.assert_array_equal(shown, pixels_of(store, index, view, row).numpy())
         assert index.key(row) in article.text()
-        mask = views.of(index.records[[row]], store.manifest.seed, view, policies.load(POLICY))["mask"][0]
+        mask = drawing.of(index.records[[row]], store.manifest.seed, view, policies.load(POLICY))["mask"][0]
         fired = [op.name for i, op in enumerate(policies.load(POLICY).table) if mask >> i & 1]
         assert article.all("figcaption")[1].text() == "augmented: " + (", ".join(fired) or "another crop")
 

@@ -16,7 +16,7 @@ from pillow import base, jda, operation
 import kernels.jda
 from kernels.jda import resample, simd
 from kernels.jda.ops import TABLES, Op, compile_table
-from pipeline.views import VIEW
+from pipeline.views.drawing import VIEW
 
 # A table of everything, the dearest operations last, so that little but the crop wants their output.
 EVERY = [("contrast", 0.4), ("equalize",), ("brightness", 0.3), ("autocontrast",), ("posterize", 5), ("rotate", 20.0)]

@@ -23,10 +23,11 @@ from PIL import Image
 from pillow import base, jda
 
 import kernels.jda
-from kernels.jda.gpu import pairs as jda_gpu, plan
+from kernels.jda.gpu import pairs as jda_gpu
+from kernels.jda.gpu import plan
 from kernels.jda.ops import BOUNDS, CODES, TABLES, Op, compile_table
 
-VIEW = np.dtype([("box", "<i4", (2, 4)), ("flip", "u1", 2), ("mask", "<u4"), ("signs", "<u4")])  # pipeline.views.VIEW
+VIEW = np.dtype([("box", "<i4", (2, 4)), ("flip", "u1", 2), ("mask", "<u4"), ("signs", "<u4")])  # pipeline.views.drawing.VIEW
 SIZES = [(1, 1), (1, 7), (5, 1), (2, 2), (3, 3), (2, 9), (17, 33)]
 
 

@@ -13,8 +13,8 @@ from cache import codec as codecs
 from cache.codec.fidelity import measure
 from cache.philox import philox
 from kernels.loss.decode import decode, dither
-from pipeline import labels, precompute
-from pipeline.labels import decoder_of
+from pipeline.labels import epochs, precompute
+from pipeline.labels.epochs import decoder_of
 
 CPU = torch.device("cpu")
 
@@ -90,11 +90,11 @@ def test_w_is_exact_whatever_the_code(name):
 )
 def test_a_plane_goes_where_it_fits(rows, wanted, found):
     store = SimpleNamespace(manifest=SimpleNamespace(samples=rows), codec=SimpleNamespace(row_bytes=512))
-    assert labels.place(store, CPU, wanted) == found
+    assert epochs.place(store, CPU, wanted) == found
 
 
 @pytest.mark.parametrize(("wanted", "fact"), [("pinned", "GB free, expected 512 TB"), ("gpu", "no CUDA device")])
 def test_a_plane_that_does_not_fit_is_refused(wanted, fact):
     store = SimpleNamespace(manifest=SimpleNamespace(samples=10**12), codec=SimpleNamespace(row_bytes=512))
     with pytest.raises(UserError, match=rf"does not fit --plane {wanted}; found .*{fact}.*; fix: use --plane auto"):
-        labels.place(store, CPU, wanted)
+        epochs.place(store, CPU, wanted)

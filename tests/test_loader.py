@@ -17,11 +17,14 @@ from images import jpeg
 from PIL import Image
 
 from cache import UserError
-from pipeline import prepare, views
-from pipeline.index import Index
-from pipeline.loader import Batch, cores, load
-from pipeline.policy import POLICIES, Policy
-from pipeline.skipped import Skipped
+from pipeline.data import prepare
+from pipeline.data.index import Index
+from pipeline.data.skipped import Skipped
+from pipeline.views import drawing
+from pipeline.views.batch import Batch
+from pipeline.views.loader import load
+from pipeline.views.on_cpu import cores
+from pipeline.views.policy import POLICIES, Policy
 
 SEED, VIEW = 2**60 + 3, 5
 
@@ -34,7 +37,7 @@ def roomy(name: str) -> Policy:
 
 def plan(index: Index, policy: Policy, rows: np.ndarray, batch: int, view: int = VIEW) -> list:
     parts = [rows[at : at + batch] for at in range(0, len(rows), batch)]
-    return [(part, views.of(index.records[part], SEED, view, policy)) for part in parts]
+    return [(part, drawing.of(index.records[part], SEED, view, policy)) for part in parts]
 
 
 def digests(index: Index, policy: Policy, rows: np.ndarray, batch: int, threads: int) -> np.ndarray:
@@ -51,7 +54,7 @@ def test_whole_pairs_equal_pillow(mixed, name):
     the CRC-32 of those bytes."""
     policy = roomy(name)
     batches = load(mixed, plan(mixed, policy, mixed.good, 17), policy, threads=2, digests=True)
-    drawn = views.of(mixed.records, SEED, VIEW, policy)
+    drawn = drawing.of(mixed.records, SEED, VIEW, policy)
     pairs = 0
     for batch in batches:
         assert batch.images.shape == (2, len(batch.rows), policy.base.size, policy.base.size, 3)
@@ -83,8 +86,8 @@ import sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 from test_loader import digests
-from pipeline.index import Index
-from pipeline.policy import POLICIES
+from pipeline.data.index import Index
+from pipeline.views.policy import POLICIES
 index = Index.open(sys.argv[2])
 np.save(sys.argv[3], digests(index, POLICIES["imagenet"], index.good[::-1], 7, 1))
 """
@@ -121,7 +124,7 @@ def test_batches_keep_their_pixels(mixed):
 def test_evaluation_makes_the_central_view_alone(mixed):
     policy = POLICIES["imagenet"]
     rows = mixed.good[:12]
-    request = rows, views.centre(mixed.records["height"][rows], mixed.records["width"][rows], policy)
+    request = rows, drawing.centre(mixed.records["height"][rows], mixed.records["width"][rows], policy)
     (batch,) = load(mixed, [request], policy, threads=1, pairs=False)
     assert batch.images.shape == (1, 12, 224, 224, 3)
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The soft terms of `pipeline.losses` against the papers' formulas, `papers.py`."""
+"""The soft terms of `pipeline.training.losses` against the papers' formulas, `papers.py`."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ from papers import PER_SAMPLE, combined, lists, logits, pairs, paper_dist, paper
 from torch.nn import functional as F
 
 from kernels import reference
-from pipeline.losses import SOFT, loss
+from pipeline.training.losses import SOFT, loss
 
 DEFAULTS = {"temperature": 4.0, "alpha": 0.5, "kd_weight": 2.0}
 NAMES = list(SOFT)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pipeline.metrics import Log, Means, means
+from pipeline.training.metrics import Log, Means, means
 
 
 def test_means_are_weighted_each_by_its_own_and_survive_their_state():

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cache import UserError
-from pipeline import cifar_nets, models
+from pipeline.networks import cifar, models
 
 SMALL = "cifar/resnet8"
 
@@ -100,7 +100,7 @@ def normed(p: dict, name: str, x: torch.Tensor) -> torch.Tensor:
     return F.batch_norm(x, mean, var, weight, bias, eps=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted({*PUBLISHED, *cifar_nets.NAMES}))
+@pytest.mark.parametrize("name", sorted({*PUBLISHED, *cifar.NAMES}))
 def test_the_networks_have_the_published_number_of_parameters_and_take_32_and_64_pixels(name):
     network = models.create(f"cifar/{name}", 100)
     parameters = sum(parameter.numel() for parameter in network.module.parameters())
@@ -122,7 +122,7 @@ def test_the_networks_compute_what_the_papers_write(name):
 
 @pytest.mark.parametrize(("pattern", "smallest"), [("resnet{}", 8), ("resnet{}x2", 8), ("wrn_{}_1", 10)])
 def test_a_depth_that_three_equal_stages_cannot_have_is_unknown(pattern, smallest):
-    built = [depth for depth in range(30) if cifar_nets.build(pattern.format(depth), 2) is not None]
+    built = [depth for depth in range(30) if cifar.build(pattern.format(depth), 2) is not None]
     assert built == list(range(smallest, 30, 6))
 
 

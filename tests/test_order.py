@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache import UserError
-from pipeline import order
+from pipeline.data import order
 
 SEEDS, EPOCHS = st.integers(0, 2**64 - 1), st.integers(0, 1000)
 

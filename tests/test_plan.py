@@ -13,11 +13,12 @@ from test_cli import command, refused
 from bench import plan as agreement
 from cache import codec as codecs
 from cache.codec.fidelity import measure
-from pipeline import config, plan, rates
+from pipeline import config
+from pipeline.data.index import Index
 from pipeline.demo import POLICY
-from pipeline.index import Index
-from pipeline.plan import Job
-from pipeline.rates import Cost, Rates
+from pipeline.planning import plan, rates
+from pipeline.planning.plan import Job
+from pipeline.planning.rates import Cost, Rates
 
 HOUR = 3600.0
 GPU = Rates(

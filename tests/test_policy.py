@@ -8,8 +8,8 @@ import yaml
 
 from cache import UserError
 from kernels.jda.ops import TABLES
-from pipeline import policy as policies
-from pipeline.policy import POLICIES, from_config, load
+from pipeline.views import policy as policies
+from pipeline.views.policy import POLICIES, from_config, load
 
 # The paper's tables with magnitudes as printed, to the digits printed.
 PRINTED = {

@@ -21,15 +21,18 @@ from PIL import Image
 
 import cache
 from cache import UserError, philox
-from pipeline import calibrate, models, precompute, prepare, views
-from pipeline import policy as policies
 from pipeline.config import PrecomputeTeacher
+from pipeline.data import prepare
+from pipeline.data.index import Index
 from pipeline.demo import POLICY
-from pipeline.index import Index
-from pipeline.loader import load
+from pipeline.labels import calibrate, precompute
+from pipeline.networks import models
+from pipeline.views import drawing
+from pipeline.views import policy as policies
+from pipeline.views.loader import load
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["pipeline.precompute", "pipeline.train"])  # so that a child starts in milliseconds
+FORK.set_forkserver_preload(["pipeline.labels.precompute", "pipeline.training.train_student"])  # so that a child starts in milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +89,7 @@ def test_labels_are_what_the_teacher_says_of_pillows_pixels(whole):
     network.module.eval()
     view = 2
     rows = index.good[::3]
-    drawn = views.of(index.records, whole.seed, view, policy)
+    drawn = drawing.of(index.records, whole.seed, view, policy)
     encoded, weight = store.load_plane(view).gather(rows)
     decoded = store.codec.decode(encoded, philox.stream(whole.seed, index.records["key_hash"][rows], view))
     for i, row in enumerate(rows):
@@ -112,7 +115,7 @@ def test_the_student_replays_the_teachers_pixels(whole):
     for view, (batch, threads) in enumerate([(7, 1), (64, 2), (7, 2)]):
         seen, digest = 0, store.load_plane(view).digest
         requests = [
-            (rows, views.of(index.records[rows], whole.seed, view, policy))
+            (rows, drawing.of(index.records[rows], whole.seed, view, policy))
             for rows in np.array_split(rng.permutation(index.good), -(-len(index.good) // batch))
         ]
         for item in load(index, requests, policy, threads=threads, digests=True):

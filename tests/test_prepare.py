@@ -19,9 +19,9 @@ from PIL import Image, PngImagePlugin
 from webdataset import tariterators
 
 from cache.errors import UserError
-from pipeline import prepare
 from pipeline.config import Prepare
-from pipeline.index import MAX_SIDE, Index, key_hash
+from pipeline.data import prepare
+from pipeline.data.index import MAX_SIDE, Index, key_hash
 
 ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)

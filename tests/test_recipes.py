@@ -9,8 +9,9 @@ import timm
 import torch
 import yaml
 
-from pipeline import cli, models
-from pipeline import policy as policies
+from pipeline import cli
+from pipeline.networks import models
+from pipeline.views import policy as policies
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {

@@ -13,11 +13,11 @@ from images import jpeg, png, tar
 from remote_servers import KINDS, Remote, hurry, serve
 from test_prepare import quarantine, refuse
 
-from cache.store import retry
 from cache.errors import UserError
-from pipeline import index, prepare, remote, shards
-from pipeline.index import BadSample, Index
-from pipeline.shards import Reader
+from cache.store import retry
+from pipeline.data import index, prepare, remote, shards
+from pipeline.data.index import BadSample, Index
+from pipeline.data.shards import Reader
 
 FILES = ["a/train-0.tar", "a/train-1.tar", "a/sub/train-2.tar", "odd/100%25 ü+{1}.tar"]
 

@@ -7,10 +7,12 @@ from remote_servers import KINDS, hurry, serve
 from safetensors.torch import load_file
 
 import cache
-from pipeline import precompute, prepare, train
 from pipeline.config import PrecomputeTeacher, TrainStudent
+from pipeline.data import prepare
+from pipeline.data.index import Index
 from pipeline.demo import POLICY
-from pipeline.index import Index
+from pipeline.labels import precompute
+from pipeline.training import train_student
 
 
 def job(data, teacher, out, **options):
@@ -18,7 +20,7 @@ def job(data, teacher, out, **options):
     common = {"data": data, "device": "cpu", "batch_size": 16, **options}
     store = out / "labels.zarr"
     precompute.run(PrecomputeTeacher(**common, teacher=teacher, store=store, views=2, policy=POLICY, block_rows=64))
-    train.run(TrainStudent(**common, store=store, student="cifar/resnet8", out=out / "run", epochs=2, lr=0.05))
+    train_student.run(TrainStudent(**common, store=store, student="cifar/resnet8", out=out / "run", epochs=2, lr=0.05))
     return cache.open(store), load_file(out / "run" / "model.safetensors")
 
 

@@ -11,9 +11,10 @@ import torch
 import yaml
 
 from cache import UserError
-from pipeline import prepare, teacher, train
 from pipeline.config import TrainStudent, TrainTeacher
+from pipeline.data import prepare
 from pipeline.demo import POLICY
+from pipeline.training import train_student, train_teacher
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +24,13 @@ def whole(digits, labels, tmp_path_factory) -> TrainStudent:
     run = TrainStudent(
         data=digits, store=labels, student="cifar/resnet8", out=out, epochs=2, batch_size=16, lr=0.05, device="cpu"
     )
-    train.run(run)
+    train_student.run(run)
     return run
 
 
 def test_other_options_are_refused(whole):
     with pytest.raises(UserError, match=r"--lr differs; found 0.1, expected 0.05"):
-        train.run(dataclasses.replace(whole, resume=True, lr=0.1))
+        train_student.run(dataclasses.replace(whole, resume=True, lr=0.1))
 
 
 def test_a_run_goes_on_wherever_it_and_its_sources_lie(whole, tmp_path):
@@ -38,7 +39,7 @@ def test_a_run_goes_on_wherever_it_and_its_sources_lie(whole, tmp_path):
     )
     for ours, theirs in ((run.out, whole.out), (run.data, whole.data), (run.store, whole.store)):
         shutil.copytree(theirs, ours)
-    train.run(run)
+    train_student.run(run)
 
 
 def test_a_run_made_before_an_option_existed_goes_on(whole, tmp_path):
@@ -48,9 +49,9 @@ def test_a_run_made_before_an_option_existed_goes_on(whole, tmp_path):
     del made_with["kd_warmup_epochs"]
     (run.out / "config.json").write_text(json.dumps(made_with))
     (run.out / "sources.json").unlink()
-    train.run(run)
+    train_student.run(run)
     with pytest.raises(UserError, match="--kd-warmup-epochs differs; found 3, expected 0"):
-        train.run(dataclasses.replace(run, kd_warmup_epochs=3))
+        train_student.run(dataclasses.replace(run, kd_warmup_epochs=3))
 
 
 @pytest.mark.parametrize("name", ["dataset", "labels.teacher_weights", "labels.seed", "labels.codec", "labels.decoder"])
@@ -62,7 +63,7 @@ def test_other_sources_are_refused(whole, tmp_path, name):
     (made_of[group] if group else made_of)[last] = "other"
     (run.out / "sources.json").write_text(json.dumps(made_of))
     with pytest.raises(UserError, match=rf"cannot resume .*: another {name}; found .*, expected other"):
-        train.run(run)
+        train_student.run(run)
 
 
 def test_a_policy_file_that_changed_is_refused(digits, tmp_path):
@@ -78,12 +79,12 @@ def test_a_policy_file_that_changed_is_refused(digits, tmp_path):
         device="cpu",
         resume=True,
     )
-    teacher.run(run)
-    teacher.run(run)
+    train_teacher.run(run)
+    train_teacher.run(run)
     content = yaml.safe_load(policy.read_text())
     policy.write_text(yaml.safe_dump(content | {"probability": 0.9}))
     with pytest.raises(UserError, match=r"another policy.probability; found 0.9, expected 0.3"):
-        teacher.run(run)
+        train_teacher.run(run)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "\x00"])
@@ -93,14 +94,14 @@ def test_a_damaged_record_is_one_line(whole, tmp_path, name, content):
     shutil.copytree(whole.out, run.out)
     (run.out / name).write_text(content)
     with pytest.raises(UserError, match=f"damaged .*{name}"):
-        train.run(run)
+        train_student.run(run)
 
 
 @pytest.mark.parametrize("log_steps", [1, 1000])
 def test_a_run_that_diverges_ends_and_keeps_its_last_sound_checkpoint(whole, tmp_path, log_steps):
     run = dataclasses.replace(whole, out=tmp_path / "run", lr=1e9, checkpoint_steps=1, log_steps=log_steps)
     with pytest.raises(UserError, match=r"training diverged: weights are not finite; found at step .* --lr"):
-        train.run(run)
+        train_student.run(run)
     state = torch.load(run.out / "checkpoint.pt", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     assert not (run.out / "model.safetensors").exists()
@@ -121,9 +122,9 @@ def test_a_resumed_run_is_the_same_one_to_wandb(whole, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     run = dataclasses.replace(whole, epochs=1, wandb="project", resume=True)
     for folder in ("a", "a", "b"):
-        train.run(dataclasses.replace(run, out=tmp_path / folder / "run"))
+        train_student.run(dataclasses.replace(run, out=tmp_path / folder / "run"))
     shutil.copytree(tmp_path / "a", tmp_path / "moved")
-    train.run(dataclasses.replace(run, out=tmp_path / "moved" / "run"))
+    train_student.run(dataclasses.replace(run, out=tmp_path / "moved" / "run"))
     first, again, other, moved = (options["id"] for options in started)
     assert first == again == moved != other
     assert started[0]["config"]["student"] == "cifar/resnet8" and started[0]["resume"] == "allow"
@@ -147,5 +148,5 @@ def test_what_is_wrong_from_the_start_leaves_no_run(whole, tmp_path, monkeypatch
         prepare.build("synthetic:24", tmp_path / "wider")
         change = {"val": tmp_path / "wider"}
     with pytest.raises(UserError, match=message):
-        train.run(dataclasses.replace(whole, out=tmp_path / "run", **change))
+        train_student.run(dataclasses.replace(whole, out=tmp_path / "run", **change))
     assert not (tmp_path / "run").exists()

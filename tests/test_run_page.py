@@ -14,7 +14,8 @@ from run_pages import CONFIG, MEANS, PERCENT, PLOTS, RUN, TIMES, by_id, cells, l
 from test_inspect import HOSTILE, Node, section
 
 from cache import UserError
-from pipeline import checkpoint, run_page
+from pipeline.training import checkpoint
+from pipeline.training import page as run_page
 
 
 @pytest.fixture(scope="module")

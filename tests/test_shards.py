@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cache.errors import UserError
-from pipeline.shards import RangeCache
+from pipeline.data.shards import RangeCache
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +71,7 @@ WORKER = """
 import os, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pipeline.shards import RangeCache
+from pipeline.data.shards import RangeCache
 cache, seed = RangeCache(Path(sys.argv[1]), 2_000_000), int(sys.argv[2])
 def work(i):
     name, size = f"{i * 7 % 50:02x}", (300 + i * 7 % 50 * 10) * 100

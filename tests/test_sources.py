@@ -18,9 +18,9 @@ from test_prepare import SMALL, quarantine, refuse, samples
 from webdataset import tariterators
 
 from cache.errors import UserError
-from pipeline import prepare, sources
-from pipeline.index import Index, key_hash
-from pipeline.synthetic import synthetic
+from pipeline.data import prepare, sources
+from pipeline.data.index import Index, key_hash
+from pipeline.data.synthetic import synthetic
 
 NAMES = st.sampled_from(["a", "b", "dir/a", "dir.v2/a", "c d", "é"])
 EXTENSIONS = st.sampled_from(["jpg", "JPEG", "png", "cls", "json", "txt", "seg.png"])
@@ -134,7 +134,7 @@ def test_duplicate_keys_are_an_error_that_names_key_and_shards(tmp_path):
 
 
 def test_two_keys_with_one_hash_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.index.key_hash", lambda key: len(key))
+    monkeypatch.setattr("pipeline.data.index.key_hash", lambda key: len(key))
     tar(tmp_path / "a.tar", [("one.jpg", SMALL), ("one.cls", b"0"), ("two.jpg", SMALL), ("two.cls", b"0")])
     refuse(f"webdataset:{tmp_path}/a.tar", tmp_path / "out", "same 64-bit hash", "'one' in", "'two' in")
 

@@ -33,8 +33,8 @@ from zarr.storage import ObjectStore
 
 import cache
 from cache import UserError, philox
-from cache.store import layout
 from cache import codec as codecs
+from cache.store import layout
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,10 @@ from zarr.storage import ObjectStore
 import cache
 from cache import UserError
 from cache.store import retry
-from pipeline import precompute, train
 from pipeline.config import PrecomputeTeacher, TrainStudent
 from pipeline.demo import POLICY
+from pipeline.labels import precompute
+from pipeline.training import train_student
 
 BUCKET = "s3://labels"
 
@@ -190,7 +191,7 @@ def test_teacher_and_student_work_on_a_store_behind_a_url(server, digits, teache
         code = {"codec": "subspace", "kl_budget": 1e-5, "block_rows": 64}
         for views in (1, 2):  # the second run adds a view
             precompute.run(PrecomputeTeacher(**common, **code, teacher=teacher, views=views, policy=POLICY))
-        train.run(TrainStudent(**common, student="cifar/resnet8", out=out, epochs=2, lr=0.05))
+        train_student.run(TrainStudent(**common, student="cifar/resnet8", out=out, epochs=2, lr=0.05))
         return (out / "model.safetensors").read_bytes()
 
     url = f"{BUCKET}/job/labels.zarr"

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache import UserError
-from cache.codec import entropy, subspace
 from cache import codec as codecs
-from cache.philox import philox
+from cache.codec import entropy, subspace
 from cache.codec.subspace import Subspace
+from cache.philox import philox
 
 U = 2.0**-24  # half a unit in the last place of float32, relative
 TYPES = {"mean": "<f4", "basis": "i1", "scale": "<f4", "beta": "<u2", "spread": "<i4", "gain": "<i2"}

@@ -13,13 +13,16 @@ from images import encode, jpeg, pixels, png
 
 import cache
 from cache import UserError
-from pipeline import precompute, prepare, train, views
 from pipeline.config import PrecomputeTeacher, TrainStudent
+from pipeline.data import prepare
+from pipeline.data.index import Index, key_hash
+from pipeline.data.skipped import Skipped
 from pipeline.demo import POLICY
-from pipeline.index import Index, key_hash
-from pipeline.loader import load
-from pipeline.policy import POLICIES
-from pipeline.skipped import Skipped
+from pipeline.labels import precompute
+from pipeline.training import train_student
+from pipeline.views import drawing
+from pipeline.views.loader import load
+from pipeline.views.policy import POLICIES
 
 CIFAR = POLICIES["cifar10"]
 SHARD, SHARDS = 400, 4
@@ -95,7 +98,7 @@ def run(index: Index, skipped: Skipped, numbers=(0, 1)) -> dict[int, dict[int, t
     order = np.random.default_rng(1).permutation(index.good)
     for view in numbers:
         parts = [order[at : at + 64] for at in range(0, len(order), 64)]
-        plan = [(part, views.of(index.records[part], 3, view, CIFAR)) for part in parts]
+        plan = [(part, drawing.of(index.records[part], 3, view, CIFAR)) for part in parts]
         batches = list(load(index, plan, CIFAR, threads=2, digests=True, skipped=skipped))
         seen = np.concatenate([batch.rows for batch in batches])
         assert len(batches) == len(plan)
@@ -192,7 +195,7 @@ def test_beyond_max_bad_the_run_ends_with_one_line(bad, harmed):
 
 def test_a_batch_of_which_nothing_is_left_is_empty(bad, harmed):
     rows = np.array([[harmed["read error"]], [harmed["undecodable"]], [int(bad.good[0])]])
-    plan = [(part, views.of(bad.records[part], 3, 0, CIFAR)) for part in rows]
+    plan = [(part, drawing.of(bad.records[part], 3, 0, CIFAR)) for part in rows]
     batches = list(load(bad, plan, CIFAR, threads=1, skipped=Skipped(bad, 0.01)))
     assert [len(batch.rows) for batch in batches] == [0, 0, 1]
 
@@ -207,7 +210,7 @@ def test_memory_does_not_grow(clean):
     def plan():
         for number in range(10_000):
             rows = np.random.default_rng(number).choice(clean.good, 16)
-            yield rows, views.of(clean.records[rows], 3, number, CIFAR)
+            yield rows, drawing.of(clean.records[rows], 3, number, CIFAR)
 
     held = [resident() for _ in load(clean, plan(), CIFAR, threads=2, digests=True)][1000:]
     assert len(held) == 9000
@@ -246,8 +249,8 @@ def test_teacher_and_student_go_on_without_what_they_cannot_read(digits, teacher
     student = TrainStudent(
         data=digits, store=tmp_path / "s.zarr", student="cifar/resnet8", out=tmp_path / "run", epochs=1, batch_size=16
     )
-    record = train.run(dataclasses.replace(student, device="cpu"))
+    record = train_student.run(dataclasses.replace(student, device="cpu"))
     assert np.isfinite(record["loss"])
     monkeypatch.setattr(os, "pread", broken_disk)
-    record = train.run(dataclasses.replace(student, device="cpu", out=tmp_path / "broken", max_bad=0.01))
+    record = train_student.run(dataclasses.replace(student, device="cpu", out=tmp_path / "broken", max_bad=0.01))
     assert np.isfinite(record["loss"])

@@ -16,15 +16,19 @@ from test_precompute import finished, killed
 
 import cache
 from cache import UserError, philox
-from pipeline import loader, loop, models, stop, train
 from pipeline.config import TrainStudent
+from pipeline.data.index import Index
 from pipeline.demo import POLICY
-from pipeline.device import Normalise
-from pipeline.index import Index
-from pipeline.labels import Labels
-from pipeline.loader import Batch
-from pipeline.loop import learning_rate
-from pipeline.objectives import CrossEntropy, Distillation, PixelCheck, Seen, TeacherCheck, choice
+from pipeline.labels.epochs import Labels
+from pipeline.networks import models
+from pipeline.system import signals
+from pipeline.system.device import Normalise
+from pipeline.training import loop, train_student
+from pipeline.training.checks import PixelCheck, TeacherCheck
+from pipeline.training.loop import learning_rate
+from pipeline.training.objectives import CrossEntropy, Distillation, Seen, choice
+from pipeline.views import loader
+from pipeline.views.batch import Batch
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def options(digits, labels, tmp_path_factory) -> TrainStudent:
 
 @pytest.fixture(scope="module")
 def whole(options) -> TrainStudent:
-    train.run(options)
+    train_student.run(options)
     return options
 
 
@@ -84,15 +88,15 @@ def test_signals_at_ten_random_moments(whole, tmp_path):
     moments = random.Random(1)
     finished(int, 0)  # starts the server that children are forked from
     timed = dataclasses.replace(whole, out=tmp_path / "timed", resume=True)
-    duration = finished(train.run, timed)
+    duration = finished(train_student.run, timed)
     assert_same_weights(timed, whole)
     hits = dict.fromkeys((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), 0)
     for number in range(30):
         kind = list(hits)[number % 3]
         run = dataclasses.replace(whole, out=tmp_path / str(number), resume=True)
-        if killed(train.run, run, moments.uniform(0.1, 0.95) * duration, kind):
+        if killed(train_student.run, run, moments.uniform(0.1, 0.95) * duration, kind):
             hits[kind] += 1
-            finished(train.run, run)
+            finished(train_student.run, run)
         assert_same_weights(run, whole)
         ours, theirs = (
             [{name: value for name, value in record.items() if name not in UNTIMED} for record in records]
@@ -108,7 +112,7 @@ def test_a_signal_saves_the_step_under_way(whole, tmp_path):
     """SIGTERM loses nothing, although no checkpoint was due: the run goes on from the very step."""
     run = dataclasses.replace(whole, out=tmp_path / "run", resume=True, epochs=30, checkpoint_steps=10**6, log_steps=1)
     finished(int, 0)
-    assert killed(train.run, run, 6.0, signal.SIGTERM)
+    assert killed(train_student.run, run, 6.0, signal.SIGTERM)
     state = torch.load(run.out / "checkpoint.pt", weights_only=True)
     lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in lines if "step" in record][-1]
@@ -120,9 +124,9 @@ def test_a_run_that_was_stopped_after_an_epochs_last_step_goes_on_with_the_next_
     run = dataclasses.replace(whole, out=tmp_path / "run", resume=True)
     with monkeypatch.context() as patch:
         asked = iter([None] * 11 + [signal.SIGINT])
-        patch.setattr(stop.Requests, "now", lambda self: next(asked))
+        patch.setattr(signals.Requests, "now", lambda self: next(asked))
         with pytest.raises(SystemExit):
-            train.run(run)
+            train_student.run(run)
     state = torch.load(run.out / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (0, 12)
 
@@ -130,7 +134,7 @@ def test_a_run_that_was_stopped_after_an_epochs_last_step_goes_on_with_the_next_
         yield from loader.load(*arguments, **options)
 
     monkeypatch.setattr(loop, "load", late)
-    train.run(run)
+    train_student.run(run)
     assert_same_weights(run, whole)
 
 
@@ -140,7 +144,7 @@ def live(whole, teacher, tmp_path_factory) -> TrainStudent:
     config = dataclasses.replace(
         whole, out=tmp_path_factory.mktemp("live") / "run", live_teacher=teacher, log_steps=1, lr=2e-4, epochs=9
     )
-    train.run(config)
+    train_student.run(config)
     return config
 
 
@@ -155,7 +159,7 @@ def test_stored_labels_train_as_a_live_teacher_does(whole, live, tmp_path):
     KL changes by about sqrt(2 · KL · 1e-7), so 16 KL of some 0.1 nats by 2e-3 of it at most.
     """
     cached = dataclasses.replace(whole, out=tmp_path / "cached", log_steps=1, lr=2e-4, epochs=9)
-    train.run(cached)
+    train_student.run(cached)
     ours, theirs = steps(cached), steps(live)
     assert len(ours) == len(theirs) == 9 * 12
     for one, other in zip(ours, theirs, strict=True):
@@ -165,12 +169,12 @@ def test_stored_labels_train_as_a_live_teacher_does(whole, live, tmp_path):
 
 def test_a_live_check_stops_labels_of_another_teacher(whole, teacher, tmp_path):
     checked = dataclasses.replace(whole, out=tmp_path / "right", check_teacher=teacher, check_steps=3, epochs=1)
-    train.run(checked)
+    train_student.run(checked)
     other = tmp_path / "other.safetensors"
     models.save_weights(models.create("cifar/resnet8", 10, seed=8).module, other)
     wrong = dataclasses.replace(checked, out=tmp_path / "wrong", check_teacher=f"cifar/resnet8@{other}")
     with pytest.raises(UserError, match="another teacher_weights"):
-        train.run(wrong)
+        train_student.run(wrong)
     store, index = cache.open(whole.store), Index.open(whole.data)
     plane = store.load_plane(0)
     labels = Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.encoded), None)
@@ -237,7 +241,7 @@ def test_the_loss_is_that_of_the_stored_labels(whole):
 )
 def test_other_ways_to_train(whole, changes, tmp_path):
     run = dataclasses.replace(whole, out=tmp_path / "run", epochs=1, **changes)
-    train.run(run)
+    train_student.run(run)
     (record,) = log(run)
     assert 0 < record["loss"] < 100
     assert (run.out / "report.html").exists()
@@ -264,7 +268,7 @@ def test_parts_of_a_step_make_its_gradient(whole):
 
 def test_an_average_of_the_weights_is_what_is_exported(whole, tmp_path):
     run = dataclasses.replace(whole, out=tmp_path / "run", ema=0.5, epochs=1)
-    train.run(run)
+    train_student.run(run)
     state = torch.load(run.out / "checkpoint.pt", weights_only=True)
     for name, tensor in weights(run).items():
         assert torch.equal(tensor, state["average"][f"module.{name}"])
@@ -284,7 +288,7 @@ def test_the_share_of_augmented_views_is_the_one_asked_for(fraction):
 
 
 def test_a_dry_run_writes_nothing(whole, tmp_path, capsys):
-    train.run(dataclasses.replace(whole, out=tmp_path / "run", dry_run=True))
+    train_student.run(dataclasses.replace(whole, out=tmp_path / "run", dry_run=True))
     assert not (tmp_path / "run").exists()
     assert "nothing was written" in capsys.readouterr().out
 
@@ -293,7 +297,7 @@ def test_epoch_e_takes_view_e_mod_v(whole, monkeypatch, tmp_path):
     asked = []
     planes = cache.planes
     monkeypatch.setattr(cache, "planes", lambda store, of, **o: planes(store, (asked.append(v) or v for v in of), **o))
-    train.run(dataclasses.replace(whole, out=tmp_path / "r"))
+    train_student.run(dataclasses.replace(whole, out=tmp_path / "r"))
     assert asked == [0, 1, 0]
 
 
@@ -307,7 +311,7 @@ def test_other_pixels_than_the_teachers_are_refused(whole, tmp_path):
         plane = cache.open(whole.store).load_plane(view)
         opened.write_block(view, block, plane.encoded[rows], plane.weight[rows], plane.digest[rows] ^ np.uint32(1))
     with pytest.raises(UserError, match=r"not see the pixels .* 16 of 16 pairs of view 0 .* key train"):
-        train.run(dataclasses.replace(whole, store=store, out=tmp_path / "run"))
+        train_student.run(dataclasses.replace(whole, store=store, out=tmp_path / "run"))
 
 
 def test_a_random_share_of_each_epochs_pixels_is_checked(whole):
@@ -329,20 +333,20 @@ def test_a_random_share_of_each_epochs_pixels_is_checked(whole):
 
 @pytest.mark.parametrize("plane", ["pinned", "mmap"])
 def test_it_does_not_matter_where_the_labels_lie(whole, plane, tmp_path):
-    train.run(run := dataclasses.replace(whole, out=tmp_path / "run", plane=plane))
+    train_student.run(run := dataclasses.replace(whole, out=tmp_path / "run", plane=plane))
     one, other = ((config.out / "model.safetensors").read_bytes() for config in (run, whole))
     assert one == other
 
 
 def test_labels_that_do_not_fit_are_refused(whole):
     with pytest.raises(UserError, match=r"does not fit --plane gpu; found no CUDA device"):
-        train.run(dataclasses.replace(whole, plane="gpu", out=whole.out.parent / "gpu"))
+        train_student.run(dataclasses.replace(whole, plane="gpu", out=whole.out.parent / "gpu"))
 
 
 def test_evaluation_counts_what_pillow_and_numpy_count(whole):
     """Top-1, top-5 and cross-entropy of the trained student, from images that Pillow cropped."""
-    from pipeline import policy
-    from pipeline.evaluate import evaluate
+    from pipeline.training.evaluate import evaluate
+    from pipeline.views import policy
 
     index, base = Index.open(whole.data, split="val"), policy.load(POLICY)
     network = models.create(f"cifar/resnet8@{whole.out / 'model.safetensors'}", index.classes)

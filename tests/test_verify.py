@@ -16,13 +16,17 @@ from conftest import tar_of
 
 import cache
 from cache import Block, Store, UserError
-from pipeline import cli, models, precompute, prepare, views
-from pipeline import policy as policies
+from pipeline import cli
 from pipeline.config import PrecomputeTeacher
+from pipeline.data import prepare
+from pipeline.data.index import Index
 from pipeline.demo import POLICY
-from pipeline.index import Index
-from pipeline.judge import Judge
-from pipeline.loader import load
+from pipeline.labels import precompute
+from pipeline.labels.judge import Judge
+from pipeline.networks import models
+from pipeline.views import drawing
+from pipeline.views import policy as policies
+from pipeline.views.loader import load
 
 CODECS = ("fp16", "int8", "subspace")
 CAUSES = ("wrong data set", "label row damaged", "pixels differ", "teacher differs", "wrong codec")
@@ -32,7 +36,7 @@ def network(data: Path, factor: float = 1.0) -> torch.nn.Module:
     """Random weights, but logits as varied as a trained teacher's: a code of few nats must have something to keep."""
     module = models.create("cifar/resnet8", 10, seed=3).module.eval()
     index, policy = Index.open(data), policies.load(POLICY)
-    request = index.good, views.of(index.records[index.good], 0, 0, policy)
+    request = index.good, drawing.of(index.records[index.good], 0, 0, policy)
     (batch,) = load(index, [request], policy, threads=1)
     with torch.no_grad():
         *_, weight, bias = module.parameters()

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from cache import UserError
 from cache.philox import below, philox, stream
-from pipeline import views
-from pipeline.policy import POLICIES, from_config
+from pipeline.views import drawing
+from pipeline.views.policy import POLICIES, from_config
 
 IMAGENET = POLICIES["imagenet"]
 GOLDEN = {
@@ -60,20 +60,20 @@ def test_a_view_does_not_depend_on_its_company(seed, view, count, name):
     keys, height, width = sample(count)
     if POLICIES[name].base.pad >= 0:
         height, width = height + 32, width + 32
-    together = views.draw(seed, keys, view, height, width, POLICIES[name])
+    together = drawing.draw(seed, keys, view, height, width, POLICIES[name])
     shuffle = np.random.default_rng(1).permutation(count)
-    again = views.draw(seed, keys[shuffle], view, height[shuffle], width[shuffle], POLICIES[name])
+    again = drawing.draw(seed, keys[shuffle], view, height[shuffle], width[shuffle], POLICIES[name])
     np.testing.assert_array_equal(together[shuffle], again)
-    alone = views.draw(seed, keys[:1], view, height[:1], width[:1], POLICIES[name])
+    alone = drawing.draw(seed, keys[:1], view, height[:1], width[:1], POLICIES[name])
     np.testing.assert_array_equal(together[:1], alone)
 
 
 @pytest.mark.parametrize("change", ["seed", "key", "view"])
 def test_every_part_of_the_identity_matters(change):
     keys, height, width = sample(500)[0], np.full(500, 375), np.full(500, 500)
-    one = views.draw(1, keys, 2, height, width, IMAGENET)
+    one = drawing.draw(1, keys, 2, height, width, IMAGENET)
     seed, view = (2, 2) if change == "seed" else (1, 3) if change == "view" else (1, 2)
-    other = views.draw(seed, keys ^ np.uint64(change == "key"), view, height, width, IMAGENET)
+    other = drawing.draw(seed, keys ^ np.uint64(change == "key"), view, height, width, IMAGENET)
     assert (one["mask"] == other["mask"]).mean() < 0.1
     assert (one["box"] == other["box"]).all(axis=(1, 2)).mean() < 0.1
 
@@ -81,7 +81,7 @@ def test_every_part_of_the_identity_matters(change):
 def test_views_are_the_same_for_ever():
     """Figures of the first release: a change here makes every store in the world unreadable."""
     keys = np.array([0, 1, 2**64 - 1], np.uint64)
-    drawn = views.draw(2**63 + 5, keys, 7, np.array([375, 500, 1]), np.array([500, 333, 1]), IMAGENET)
+    drawn = drawing.draw(2**63 + 5, keys, 7, np.array([375, 500, 1]), np.array([500, 333, 1]), IMAGENET)
     assert drawn["mask"].tolist() == GOLDEN["mask"]
     assert drawn["signs"].tolist() == GOLDEN["signs"]
     assert drawn["flip"].tolist() == GOLDEN["flip"]
@@ -91,7 +91,7 @@ def test_views_are_the_same_for_ever():
 
 def test_boxes_lie_in_the_image():
     keys, height, width = sample(20000)
-    box = views.draw(3, keys, 0, height, width, IMAGENET)["box"]
+    box = drawing.draw(3, keys, 0, height, width, IMAGENET)["box"]
     top, left, h, w = np.moveaxis(box, -1, 0)
     assert (top >= 0).all() and (left >= 0).all() and (h >= 1).all() and (w >= 1).all()
     assert (top + h <= height[:, None]).all() and (left + w <= width[:, None]).all()
@@ -110,7 +110,7 @@ def test_random_resized_crop_has_torchvisions_distribution():
     image = torch.empty(3, 375, 500)
     reference = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(20000)])
     keys = np.random.default_rng(0).integers(0, 2**64, 10000, dtype=np.uint64)
-    drawn = views.draw(0, keys, 0, np.full(10000, 375), np.full(10000, 500), IMAGENET)["box"].reshape(-1, 4)
+    drawn = drawing.draw(0, keys, 0, np.full(10000, 375), np.full(10000, 500), IMAGENET)["box"].reshape(-1, 4)
     for name, one, other in [
         ("area", reference[:, 2] * reference[:, 3], drawn[:, 2] * drawn[:, 3]),
         ("ratio", reference[:, 3] / reference[:, 2], drawn[:, 3] / drawn[:, 2]),
@@ -130,7 +130,7 @@ def test_operations_fire_with_the_papers_probability(name):
     """Rates within 4.5 standard errors over 40,000 views; flips and signs are fair and independent of the ops."""
     policy = POLICIES[name]
     keys = np.arange(40000, dtype=np.uint64)
-    drawn = views.draw(11, keys, 0, np.full(40000, 64), np.full(40000, 64), policy)
+    drawn = drawing.draw(11, keys, 0, np.full(40000, 64), np.full(40000, 64), policy)
     bits = drawn["mask"][:, None] >> np.arange(32) & 1
     p = policy.probability
     assert np.abs(bits[:, : len(policy.table)].mean(axis=0) - p).max() < 4.5 * np.sqrt(p * (1 - p) / 40000)
@@ -145,17 +145,17 @@ def test_probability_one_fires_everything_and_zero_nothing():
     keys, height, width = sample(100)
     for p, expected in ((1.0, (1 << 25) - 1), (0.0, 0)):
         policy = from_config(IMAGENET.to_config() | {"probability": p})
-        assert set(views.draw(0, keys, 0, height, width, policy)["mask"].tolist()) == {expected}
+        assert set(drawing.draw(0, keys, 0, height, width, policy)["mask"].tolist()) == {expected}
 
 
 def test_a_too_small_image_is_named():
     with pytest.raises(UserError, match=r"too small to crop 32 pixels from; found 9x30 padded by 4"):
-        views.draw(0, np.zeros(2, np.uint64), 0, np.array([32, 30]), np.array([32, 9]), POLICIES["cifar10"])
+        drawing.draw(0, np.zeros(2, np.uint64), 0, np.array([32, 30]), np.array([32, 9]), POLICIES["cifar10"])
 
 
 def test_the_central_view_is_resize_256_crop_224():
     """On 500 x 375 torchvision's Resize(256) and CenterCrop(224) keep the central 328 px square (375·224/256)."""
-    box = views.centre(np.array([375]), np.array([500]), IMAGENET)["box"][0, 0]
+    box = drawing.centre(np.array([375]), np.array([500]), IMAGENET)["box"][0, 0]
     assert box.tolist() == [23, 86, 328, 328]
-    box = views.centre(np.array([32]), np.array([32]), POLICIES["cifar10"])["box"][0, 0]
+    box = drawing.centre(np.array([32]), np.array([32]), POLICIES["cifar10"])["box"][0, 0]
     assert box.tolist() == [4, 4, 32, 32]

@@ -14,9 +14,9 @@ import numpy as np
 from cache.codec import fitting, subspace
 from cache.codec.base import MAX_CLASSES
 from cache.codec.dense import Fp16, Int8
-from cache.errors import UserError
 from cache.codec.fidelity import drift
 from cache.codec.subspace import Subspace
+from cache.errors import UserError
 
 DEFAULT_BUDGET = 0.05
 """Nats of KL(T = 4) per vector."""

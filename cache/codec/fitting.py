@@ -8,9 +8,9 @@ import numpy as np
 
 from cache.codec import entropy
 from cache.codec.base import require_encodable
-from cache.errors import UserError
 from cache.codec.fidelity import TEMPERATURE, measure
 from cache.codec.subspace import MAX_DIMS, Subspace
+from cache.errors import UserError
 
 MIN_PAIRS = 64
 

@@ -34,11 +34,11 @@ import numpy as np
 
 from cache import codec as codecs
 from cache import philox
-from cache.store import layout
 from cache.codec import Codec
 from cache.errors import UserError
-from cache.store.objects import Damaged, Files, connect, each, place_of
+from cache.store import layout
 from cache.store.manifest import Manifest
+from cache.store.objects import Damaged, Files, connect, each, place_of
 from cache.store.plane import Plane
 
 _COMMITTED = 1 << 32

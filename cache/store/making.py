@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from cache import codec as codecs
-from cache.store import layout
 from cache.errors import UserError
-from cache.store.objects import Damaged, Files, connect, framed, place_of
-from cache.store.manifest import Manifest, check
+from cache.store import layout
 from cache.store.blocks import GROWING, ROOT, Store, key_of, open, padded
+from cache.store.manifest import Manifest, check
+from cache.store.objects import Damaged, Files, connect, framed, place_of
 
 
 def create(path: str | Path, manifest: Manifest, status: np.ndarray, key_hash: np.ndarray) -> Store:

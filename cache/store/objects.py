@@ -22,8 +22,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
 from obstore.store import LocalStore, from_url
 
-from cache.store import retry
 from cache.errors import UserError
+from cache.store import retry
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

@@ -14,7 +14,6 @@ from cache.store.blocks import Store
 from cache.store.plane import Plane
 
 
-
 def planes(
     store: Store,
     views: Iterable[int],

@@ -15,7 +15,18 @@ programs touch at once.
 import triton
 import triton.language as tl
 
-from kernels.loss.terms_gpu import (add_shares, add_shares_last, cosine, header_fields, load, row_factors, store_parts, unit, view, whole_rows)
+from kernels.loss.terms_gpu import (
+    add_shares,
+    add_shares_last,
+    cosine,
+    header_fields,
+    load,
+    row_factors,
+    store_parts,
+    unit,
+    view,
+    whole_rows,
+)
 
 
 @triton.jit

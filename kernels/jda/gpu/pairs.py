@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from kernels.jda.gpu import plan
-from kernels.jda.ops import Program
 from kernels.jda.gpu.pixels import pixels_kernel
 from kernels.jda.gpu.resample import coefficient_words, coefficients_kernel, resize_kernel, shift_kernel
 from kernels.jda.gpu.tables import compose_kernel, statistics_kernel
+from kernels.jda.ops import Program
 
 MAX_PIXELS = 1 << 29
 """Of one image: offsets in bytes are 32-bit."""

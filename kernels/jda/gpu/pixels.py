@@ -14,8 +14,8 @@ No kernel may be compiled with `enable_fp_fusion`: a contracted multiply-add wou
 import triton
 import triton.language as tl
 
-from kernels.jda.ops import CODES
 from kernels.jda.gpu.plan import STEP, WORDS, field
+from kernels.jda.ops import CODES
 
 _SIGNS = field(STEP, "signs")
 _TABLE = field(STEP, "table")

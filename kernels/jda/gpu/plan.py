@@ -82,7 +82,7 @@ def program_words(program: Program) -> np.ndarray:
 def plan(program: Program, views: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The steps (K, B) of B images, still without addresses; who is done before the others has idle ones.
 
-    `views` (B,) of `pipeline.views.VIEW`, `sizes` i64 (B, 2): height and width.
+    `views` (B,) of `pipeline.views.drawing.VIEW`, `sizes` i64 (B, 2): height and width.
     """
     fired, signs = views["mask"].astype(np.int64), views["signs"].astype(np.int64)
     steps = np.zeros((len(program.codes) + 1, len(views)), STEP)

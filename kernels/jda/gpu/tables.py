@@ -10,9 +10,9 @@ The twin of the tables in `kernels.jda`, with their bytes.
 import triton
 import triton.language as tl
 
-from kernels.jda.ops import CODES
 from kernels.jda.gpu.pixels import blend, image_of, luma, operation, read
 from kernels.jda.gpu.plan import HISTOGRAM, LUMA, STEP, WORDS, field
+from kernels.jda.ops import CODES
 
 _TABLE_IN = field(STEP, "table_in")
 _WANTS = field(STEP, "wants")

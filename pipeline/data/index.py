@@ -1,0 +1,329 @@
+"""The data set as one memory-mapped array: a fixed record per sample, rows in shard order.
+
+A data set folder is local and holds `index.npy` (the records), `dataset.json` (classes, shards, fingerprint) and
+`quarantine.jsonl` (one line per damaged sample or shard); the shards lie anywhere that `pipeline.data.shards` reads. A row
+never moves: a damaged sample keeps its row with a non-zero status, so soft labels, random numbers and order can all
+hang on the row or on its key hash.
+"""
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from google_crc32c import value as crc32c
+
+from cache.errors import UserError
+from pipeline.config import Machine
+from pipeline.data.remote import Unreadable, is_remote
+from pipeline.data.shards import CACHE_BYTES, Reader
+
+RECORD = np.dtype(
+    [
+        ("shard", "<u4"),  # position in Index.shards
+        ("offset", "<u8"),  # of the image's first byte in the shard file
+        ("size", "<u4"),  # bytes of the encoded image
+        ("height", "<u4"),  # pixels, 0 if quarantined
+        ("width", "<u4"),
+        ("label", "<i4"),
+        ("key_hash", "<u8"),
+        ("crc", "<u4"),  # CRC-32C of the encoded image
+        ("status", "u1"),  # 0 good, anything else quarantined
+        ("cmyk", "u1"),  # four inks: each decoder has its own idea of their colour
+    ]
+)
+MAX_SIDE = 16_383  # Pillow rotates in 16.16 fixed point, and areas must stay exact in `pipeline.views.drawing`
+
+_IDENTITY = np.dtype(
+    [(name, RECORD[name]) for name in ("key_hash", "label", "size", "crc", "height", "width", "status")]
+)
+_FORMAT = 2  # 1 held the CRC-32 of zlib
+_META_TYPES: dict[str, type | tuple[type, ...]] = {
+    "format": int,
+    "source": str,
+    "classes": int,
+    "class_names": (list, type(None)),
+    "shards": list,
+    "samples": int,
+    "quarantined": int,
+    "fingerprint": str,
+}
+_MAX_META_BYTES = 64 << 20
+_BLOCK = 512  # of a tar file
+_HEADER_BYTES = 8 << 10  # a member's headers: one block, and those that hold a name over 100 characters
+_LENGTH_THREADS = 32
+
+
+class BadSample(UserError):
+    """A sample that can no longer be read as it was indexed; its line names key, shard, byte and cause."""
+
+
+def key_hash(key: str) -> int:
+    """64-bit blake2b of the UTF-8 key, read little-endian. Bytes that are not UTF-8 hash as they are."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Member path -> (key, lower-case extensions), cut at the first dot of the last path component.
+
+    The rule of `webdataset.tariterators.base_plus_ext`, without that package's import of torch.
+    None for a name without a key or without a dot.
+    """
+    match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
+    return (match[1], match[2].lower()) if match else None
+
+
+def fingerprint(records: np.ndarray, classes: int) -> str:
+    """sha256 hex over what a sample is (key, label, bytes, size, status), in row order, and the class count.
+
+    Where the shards lie does not enter: a data set may be moved or sharded anew without losing its identity.
+    """
+    digest = hashlib.sha256(int(classes).to_bytes(8, "little"))
+    for start in range(0, len(records), 1 << 16):
+        chunk = records[start : start + (1 << 16)]
+        packed = np.empty(len(chunk), _IDENTITY)
+        for name in _IDENTITY.names or ():
+            packed[name] = chunk[name]
+        digest.update(packed.tobytes())
+    return digest.hexdigest()
+
+
+def write(
+    folder: Path,
+    records: np.ndarray,
+    shards: list[str],
+    quarantine: list[dict],
+    *,
+    source: str,
+    classes: int,
+    class_names: list[str] | None,
+) -> None:
+    """Write the three files of a data set folder; `shards` are URLs, or paths absolute or relative to the folder."""
+    meta = {
+        "format": _FORMAT,
+        "source": source,
+        "classes": classes,
+        "class_names": class_names,
+        "shards": shards,
+        "samples": len(records),
+        "quarantined": int(np.count_nonzero(records["status"])),
+        "fingerprint": fingerprint(records, classes),
+    }
+    np.save(folder / "index.npy", records.astype(RECORD, copy=False), allow_pickle=False)
+    (folder / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in quarantine))
+    (folder / "dataset.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def key_at(reader: Reader, shard: str, offset: int, expected_hash: int) -> str:
+    """The key of the tar member whose data begins at `offset`; UserError if it is not the expected one."""
+    start = max(0, offset - _HEADER_BYTES)
+    before = reader.read(shard, start, offset - start)
+    # The last block cuts a name over 100 characters, which is whole only if read from an earlier block on.
+    for back in range(_BLOCK, len(before) + 1, _BLOCK):
+        name = split_name(_member_name(before[-back:]) or "")
+        if name and key_hash(name[0]) == expected_hash:
+            return name[0]
+    raise UserError(
+        f"shard {shard} has changed since it was indexed",
+        found=f"no such key at byte {offset}",
+        fix="run pipeline prepare again",
+    )
+
+
+def _member_name(headers: bytes) -> str | None:
+    """The name of the member whose headers are exactly these blocks."""
+    file = io.BytesIO(headers)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            member = tar.next()
+            return member.name if member and member.offset_data == len(headers) else None
+    except (tarfile.TarError, ValueError, OverflowError):
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """A checked, read-only data set. Reads are thread-safe and leave no file position behind."""
+
+    path: Path
+    records: np.ndarray  # (N,) RECORD, memory-mapped
+    classes: int
+    class_names: list[str] | None
+    shards: list[str]  # absolute paths, or URLs
+    fingerprint: str
+    _reader: Reader = field(default_factory=Reader, repr=False)
+
+    @classmethod
+    def open(
+        cls, path: str | Path, split: str = "train", *, cache: Path | None = None, cache_bytes: int = CACHE_BYTES
+    ) -> "Index":
+        """Open `path`, or `path/split` where the data set was prepared with its own train and val parts.
+
+        `cache` is a folder for samples of remote shards, at most `cache_bytes` of them; processes may share it.
+        UserError if the folder is missing, empty or damaged, or a shard is missing or shorter than indexed.
+        """
+        path = Path(path).absolute()
+        if not (path / "index.npy").exists() and (path / split / "index.npy").exists():
+            path = path / split
+        if not path.exists():
+            raise UserError(f"no data set at {path}", fix=f"pipeline prepare SOURCE --out {path}")
+        if not (path / "index.npy").exists():
+            raise UserError(
+                f"{path} is not a prepared data set", expected="index.npy in it", fix="run pipeline prepare"
+            )
+        meta = _read_meta(path)
+        records = _read_records(path)
+        if len(records) != meta["samples"]:
+            raise _damaged(path, found=f"{len(records)} records", expected=meta["samples"])
+        if np.count_nonzero(records["status"]) != meta["quarantined"]:
+            raise _damaged(path, found="another number of quarantined samples", expected=meta["quarantined"])
+        shards = [shard if is_remote(shard) else str(path / shard) for shard in meta["shards"]]
+        reader = Reader(cache, cache_bytes)
+        _check_records(path, records, shards, reader, meta["classes"])
+        if fingerprint(records, meta["classes"]) != meta["fingerprint"]:
+            raise UserError(f"the index of {path} was altered", fix="run pipeline prepare again")
+        return cls(path, records, meta["classes"], meta["class_names"], shards, meta["fingerprint"], reader)
+
+    def __len__(self) -> int:
+        """Number of rows N, quarantined ones included."""
+        return len(self.records)
+
+    @cached_property
+    def good(self) -> np.ndarray:
+        """Rows with status 0, ascending, int64."""
+        return np.flatnonzero(self.records["status"] == 0).astype(np.int64, copy=False)
+
+    def read(self, row: int) -> bytes:
+        """The encoded image of a row, byte for byte as it was indexed; BadSample if that cannot be had."""
+        record = self.records[row]
+        shard, size, crc = self.shards[record["shard"]], int(record["size"]), int(record["crc"])
+        try:
+            data = self._reader.read(shard, int(record["offset"]), size, crc)
+        except Unreadable as error:
+            # The key of a sample on a server that just failed is not worth another minute of tries.
+            raise self.bad(row, error.cause, find_key=not is_remote(shard)) from None
+        if len(data) != size:
+            raise self.bad(row, f"the shard was cut: {len(data)} of {size} bytes")
+        if crc32c(data) != crc:
+            raise self.bad(row, "the shard has changed since it was indexed: another CRC-32C")
+        return data
+
+    @cached_property
+    def remote(self) -> bool:
+        """Does any shard lie behind a URL?"""
+        return any(map(is_remote, self.shards))
+
+    def key(self, row: int) -> str:
+        """The WebDataset key of a row, from its tar header; meant for messages, not for hot loops."""
+        record = self.records[row]
+        return key_at(self._reader, self.shards[record["shard"]], int(record["offset"]), int(record["key_hash"]))
+
+    def bad(self, row: int, cause: str, find_key: bool = True) -> BadSample:
+        record = self.records[row]
+        try:
+            name = repr(self.key(row)) if find_key else None
+        except UserError:  # the header is gone as well
+            name = None
+        name = name or f"with key hash {record['key_hash']:016x}"
+        return BadSample(
+            f"cannot read sample {name} at byte {record['offset']} of shard {self.shards[record['shard']]}",
+            found=cause,
+            fix="restore the shard or run pipeline prepare again",
+        )
+
+
+def _damaged(path: Path, *, found: object, expected: object = None) -> UserError:
+    return UserError(
+        f"the index of {path} is damaged", found=found, expected=expected, fix="run pipeline prepare again"
+    )
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """dataset.json with every key of the right type, and counts that fit each other."""
+    file = path / "dataset.json"
+    try:
+        if file.stat().st_size > _MAX_META_BYTES:
+            raise _damaged(path, found=f"dataset.json over {_MAX_META_BYTES} bytes")
+        meta = json.loads(file.read_bytes())
+    except OSError as error:
+        raise _damaged(path, found=f"dataset.json: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _damaged(path, found="dataset.json that is not JSON") from None
+    if not isinstance(meta, dict):
+        raise _damaged(path, found=f"dataset.json that is a {type(meta).__name__}")
+    if meta.get("format") != _FORMAT:
+        raise UserError(
+            f"the index of {path} has another format",
+            found=repr(meta.get("format")),
+            expected=_FORMAT,
+            fix="run pipeline prepare again",
+        )
+    if meta.keys() != _META_TYPES.keys():
+        raise _damaged(path, found=f"keys {sorted(meta)}", expected=sorted(_META_TYPES))
+    for name, kind in _META_TYPES.items():
+        if not isinstance(meta[name], kind) or isinstance(meta[name], bool):
+            raise _damaged(path, found=f"{name} of type {type(meta[name]).__name__} in dataset.json")
+    if meta["samples"] == 0:
+        raise UserError(f"the data set at {path} is empty", fix="run pipeline prepare on a source with images")
+    if not 1 <= meta["classes"] < 2**31:
+        raise _damaged(path, found=f"{meta['classes']} classes")
+    for name in ("shards", "class_names"):
+        if not all(isinstance(item, str) for item in meta[name] or ()):
+            raise _damaged(path, found=f"{name} that are not all strings")
+    if meta["class_names"] is not None and len(meta["class_names"]) != meta["classes"]:
+        raise _damaged(path, found=f"{len(meta['class_names'])} class names", expected=meta["classes"])
+    return meta
+
+
+def _read_records(path: Path) -> np.ndarray:
+    """Map index.npy; nothing is allocated before dtype, shape and file length have been found right."""
+    try:
+        records = np.lib.format.open_memmap(path / "index.npy", mode="r")
+    except Exception as error:  # numpy's header parser leaks ast, tokenize and struct errors
+        raise _damaged(path, found=f"index.npy: {error}") from None
+    if records.dtype != RECORD or records.ndim != 1:
+        raise _damaged(path, found="index.npy with other records", expected="a 1-D array of RECORD")
+    return records
+
+
+def _check_records(path: Path, records: np.ndarray, shards: list[str], reader: Reader, classes: int) -> None:
+    """Every record lies inside its shard, and every good one has a label in range and a plausible size."""
+    if records["shard"].max() >= len(shards):
+        raise _damaged(path, found=f"shard number {records['shard'].max()}", expected=f"below {len(shards)}")
+    with ThreadPoolExecutor(_LENGTH_THREADS) as pool:  # a server answers in milliseconds, each time
+        lengths = np.fromiter(pool.map(reader.length, shards), np.uint64, len(shards))
+    room = lengths[records["shard"]]
+    size, offset = records["size"], records["offset"]
+    # Compared without offset + size, which a hostile offset could make wrap around.
+    outside = (offset > room) | (size > room - np.minimum(offset, room))
+    if outside.any():
+        row = int(outside.argmax())
+        shard = shards[records["shard"][row]]
+        raise UserError(
+            f"shard {shard} is shorter than indexed",
+            found=f"{int(room[row])} bytes",
+            expected=f"at least {int(offset[row]) + int(size[row])}",
+            fix="restore the shard or run pipeline prepare again",
+        )
+    good = records["status"] == 0
+    label = records["label"]
+    if (good & ((label < 0) | (label >= classes))).any():
+        raise _damaged(path, found="a label out of range", expected=f"0 to {classes - 1}")
+    for side in (records["height"], records["width"]):
+        if (good & ((side == 0) | (side > MAX_SIDE))).any():
+            raise _damaged(path, found="an image side out of range", expected=f"1 to {MAX_SIDE}")
+
+
+def open_data(machine: Machine, path: str | Path, split: str) -> Index:
+    """The data set at `path`, read through the machine's cache of remote shards."""
+    return Index.open(path, split, cache=machine.shard_cache, cache_bytes=int(machine.shard_cache_gb * 2**30))

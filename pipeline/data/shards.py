@@ -1,0 +1,228 @@
+"""Where shards lie: byte ranges of local files and, with a local cache, of remote ones; patterns that name shards.
+
+A shard is named by a path or by a URL, s3://bucket/key or http(s)://host/path (see `pipeline.data.remote`).
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from glob import glob, has_magic
+from pathlib import Path
+from typing import BinaryIO
+
+from braceexpand import braceexpand
+from google_crc32c import value as crc32c
+
+from cache.errors import UserError
+from pipeline.data.remote import Remote, Unreadable, is_remote, split
+
+CACHE_BYTES = 50 << 30
+
+_OPEN_SHARDS = 256  # well below the usual limit of 1,024 descriptors per process
+_COPY_BYTES, _COPY_THREADS = 4 << 20, 8
+_COUNT_DIGITS = 20
+
+
+class Reader:
+    """Reads byte ranges of any shard; thread-safe, and leaves no file position behind.
+
+    `cache` is a folder for ranges of remote shards, at most `cache_bytes` of them, which processes may share.
+    """
+
+    def __init__(self, cache: Path | None = None, cache_bytes: int = CACHE_BYTES):
+        self._descriptor = lru_cache(_OPEN_SHARDS)(_Descriptor)
+        self._remote = Remote()
+        self._cache = None if cache is None else RangeCache(cache, cache_bytes)
+
+    def read(self, shard: str, offset: int, size: int, crc: int | None = None) -> bytes:
+        """The `size` bytes from `offset` on, fewer where the shard ends before; Unreadable if that fails.
+
+        Only a range whose CRC-32C is given goes through the cache, so that damage in the cache is found. The result
+        is not checked against it.
+        """
+        if size == 0:
+            return b""
+        if not is_remote(shard):
+            try:
+                held = self._descriptor(shard)  # the name keeps it open, should the lru_cache drop it meanwhile
+                return os.pread(held.number, size, offset)
+            except OSError as error:
+                raise Unreadable(shard, offset, error.strerror or str(error), "restore the shard") from None
+        if self._cache is None or crc is None:
+            return self._remote.read(shard, offset, size)
+        name = hashlib.blake2b(f"{shard}\n{offset} {size} {crc}".encode(errors="surrogateescape"), digest_size=20)
+        data = self._cache.get(name.hexdigest())
+        if data is None or crc32c(data) != crc:
+            data = self._remote.read(shard, offset, size)
+            if crc32c(data) == crc:
+                self._cache.put(name.hexdigest(), data)
+        return data
+
+    def length(self, shard: str) -> int:
+        """Bytes of the whole shard; Unreadable if it is not there."""
+        if not is_remote(shard):
+            try:
+                return os.stat(shard).st_size
+            except (OSError, ValueError) as error:
+                cause = getattr(error, "strerror", None) or str(error)
+                raise Unreadable(shard, None, cause, "restore it or run pipeline prepare again") from None
+        return self._remote.length(shard)
+
+    @contextmanager
+    def open(self, shard: str, folder: Path) -> Iterator[BinaryIO]:
+        """The whole shard as a file with a descriptor; of a remote one a nameless copy in `folder`, gone when closed.
+
+        The copy is fetched once, by ranges, before this returns. Unreadable, or OSError for a full disk.
+        """
+        if not is_remote(shard):
+            try:
+                file = open(shard, "rb")  # noqa: SIM115
+            except OSError as error:
+                raise Unreadable(shard, None, error.strerror or str(error), "check the file") from None
+            with file:
+                yield file
+            return
+        with tempfile.TemporaryFile(dir=folder) as file:
+            length = self.length(shard)
+            file.truncate(length)
+
+            def copy(offset: int) -> None:
+                size = min(_COPY_BYTES, length - offset)
+                data = self._remote.read(shard, offset, size)
+                if len(data) != size:
+                    raise Unreadable(shard, offset, "a shard that became shorter", "run it again")
+                while data:  # a nearly full disk takes a part, and refuses the rest with its reason
+                    written = os.pwrite(file.fileno(), data, offset)
+                    data, offset = data[written:], offset + written
+
+            with ThreadPoolExecutor(_COPY_THREADS) as pool:
+                for _ in pool.map(copy, range(0, length, _COPY_BYTES)):
+                    pass
+            yield file
+
+    def expand(self, pattern: str) -> list[str]:
+        """The shards that a path or URL with {braces} and, but for HTTP, wildcards names; sorted, paths absolute.
+
+        UserError for a pattern, or one of its brace alternatives, that names none.
+        """
+        shards: set[str] = set()
+        try:
+            alternatives = list(braceexpand(pattern))
+        except ValueError:  # unbalanced: then they are part of a name
+            alternatives = [pattern]
+        for name in alternatives:
+            found = self._list(name)
+            if not found:
+                raise UserError(f"no shard matches {name}", fix="check the pattern, and quote it for the shell")
+            shards.update(found)
+        return sorted(shards)
+
+    def _list(self, pattern: str) -> list[str]:
+        if not is_remote(pattern):
+            return [os.path.abspath(name) for name in glob(os.path.expanduser(pattern), recursive=True)]
+        if pattern.startswith("s3://") and has_magic(pattern):
+            return self._remote.match(pattern)
+        if "*" in pattern:
+            raise UserError(
+                "wildcards need a server that lists", found=pattern, fix="use braces, as in train-{000..009}.tar"
+            )
+        split(pattern)  # a UserError now rather than in the middle of the work
+        return [pattern]
+
+
+class RangeCache:
+    """A folder of small files, the least recently used of which go when they would exceed `limit` bytes.
+
+    Safe across threads and processes: entries appear whole, by rename, and writers take turns by a lock on the file
+    that holds the count of bytes. The count is never below the truth; it is taken anew when the folder seems full.
+    Names are hexadecimal. What is read is to be checked by the caller. UserError for an unusable folder.
+    """
+
+    def __init__(self, folder: Path, limit: int):
+        if limit < 0:
+            raise UserError("negative size of the shard cache", found=limit, fix="give a positive one")
+        self.folder, self.limit = Path(folder).absolute(), limit
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._locked():
+                pass
+        except OSError as error:
+            raise UserError(
+                f"cannot keep shards in {folder}", found=error.strerror, fix="choose another folder for the cache"
+            ) from None
+
+    def get(self, name: str) -> bytes | None:
+        """The bytes kept under `name`, None if there are none."""
+        try:
+            with open(self._path(name), "rb") as file:
+                os.utime(file.fileno())  # the time of last use: many file systems do not keep it themselves
+                return file.read()
+        except OSError:
+            return None
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep `data`, which may be dropped at any time. A full disk costs speed, not the run."""
+        if len(data) > self.limit:
+            return
+        with suppress(OSError), self._locked() as counter:
+            used = self._count(counter) + len(data)
+            if used > self.limit:
+                used = self._make_room(len(data)) + len(data)
+            # Counted first: a kill in between leaves the count too high, which is safe.
+            os.pwrite(counter, f"{used:0{_COUNT_DIGITS}d}".encode(), 0)
+            partial = self.folder / "partial"  # one is enough, as writers take turns
+            partial.write_bytes(data)
+            os.replace(partial, self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.range"
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        # A descriptor of its own for each turn, since flock lets all holders of one descriptor in.
+        counter = os.open(self.folder / "bytes", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(counter, fcntl.LOCK_EX)
+            yield counter
+        finally:
+            os.close(counter)
+
+    def _count(self, counter: int) -> int:
+        """Bytes kept, by the counter; so many that they are counted anew if it does not say."""
+        digits = os.pread(counter, _COUNT_DIGITS + 1, 0)
+        return int(digits) if re.fullmatch(rb"[0-9]{%d}" % _COUNT_DIGITS, digits) else self.limit
+
+    def _make_room(self, size: int) -> int:
+        """Drop the entries of longest disuse until `size` bytes and a tenth of the limit are free; bytes that stay."""
+        with os.scandir(self.folder) as entries:
+            kept = sorted(
+                (stat.st_mtime_ns, stat.st_size, entry.path)
+                for entry in entries
+                if entry.name.endswith(".range") and (stat := entry.stat(follow_symlinks=False))
+            )
+        used = sum(length for _, length, _ in kept)
+        # Looking through the folder is slow: room for a while, not for this entry only.
+        target = min(self.limit - size, self.limit * 9 // 10)
+        for _, length, path in kept if used > self.limit - size else ():
+            if used <= target:
+                break
+            os.unlink(path)
+            used -= length
+        return used
+
+
+class _Descriptor:
+    """A read-only file descriptor that closes with its last user, so a cache may drop it at any time."""
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "number"):
+            os.close(self.number)

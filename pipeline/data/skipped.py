@@ -1,0 +1,36 @@
+"""Samples that could not be read or decoded while a run was going: skipped, named, counted, and never too many."""
+
+import sys
+import threading
+
+from cache import UserError
+from pipeline.data.index import Index
+
+
+class Skipped:
+    """The samples that a run skips. Once skipped, a sample stays so, in every view and epoch of the run."""
+
+    def __init__(self, index: Index, max_bad: float = 0.001):
+        """`max_bad` is the largest share of the data set that may be skipped."""
+        self.index = index
+        self.limit = int(max_bad * len(index.good))
+        self.causes: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, row: int) -> bool:
+        return row in self.causes
+
+    def add(self, row: int, cause: str) -> None:
+        """Skip `row` from now on, and say so on stderr. Raises UserError beyond the limit."""
+        with self._lock:
+            if row in self.causes:
+                return
+            self.causes[row] = cause
+        print(f"skipped: {cause}", file=sys.stderr)
+        if len(self.causes) > self.limit:
+            raise UserError(
+                "too many samples cannot be read",
+                found=f"{len(self.causes)}, the last: {cause}",
+                expected=f"at most {self.limit} of {len(self.index.good):,} (--max-bad)",
+                fix="repair the shards, or prepare the data set again to quarantine them",
+            )

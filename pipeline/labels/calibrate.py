@@ -1,0 +1,82 @@
+"""Which code keeps a teacher's labels: the cheapest unbiased one within the budget, measured before the pass."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache import UserError, philox
+from cache import codec as codecs
+from cache.codec.fidelity import Fidelity, measure
+from pipeline.config import PrecomputeTeacher
+from pipeline.data.index import Index
+from pipeline.data.skipped import Skipped
+from pipeline.networks.teacher import Teacher, requests
+from pipeline.system import device as devices
+from pipeline.system.terminal import progress
+from pipeline.views.loader import load
+from pipeline.views.policy import Policy
+
+_MOST, _LEAST, _SHARE = 8192, 1024, 16  # pairs that are looked at: a sixteenth of the data, within these bounds
+_HELD_OUT = 8  # every eighth of them measures the code and is not fitted to
+
+
+@dataclass(frozen=True)
+class Calibration:
+    codec: codecs.Codec
+    fidelity: Fidelity
+    """On pairs that the code has not seen."""
+    budget: float | None
+    """Nats of KL(T = 4) per vector; None for a code that was not fitted to one."""
+    pairs_per_second: float
+    """Of loader and teacher together."""
+
+    def to_json(self) -> dict:
+        """For the manifest's `fidelity`."""
+        return self.fidelity.to_json() | {"budget": self.budget}
+
+
+def calibrate(config: PrecomputeTeacher, index: Index, policy: Policy, teacher: Teacher) -> Calibration:
+    """Let the teacher look at random pairs of view 0, and choose and measure the code. Nothing is written."""
+    logits, rows, rate = _look(config, index, policy, teacher)
+    cut = len(rows) - max(len(rows) // _HELD_OUT, 1)
+    budget = config.kl_budget or codecs.DEFAULT_BUDGET
+    if config.codec == "auto":
+        codec = codecs.auto(logits[:cut], budget)
+    elif config.codec == "subspace":
+        codec = codecs.fit("subspace", logits[:cut], kl=budget)
+    else:
+        codec = codecs.make(config.codec, classes=index.classes)
+    stream = philox.stream(config.seed, index.records["key_hash"][rows[cut:]], 0)
+    fitted = config.codec in ("auto", "subspace")
+    return Calibration(codec, measure(codec, logits[cut:], stream), budget if fitted else None, rate)
+
+
+def _look(config, index: Index, policy: Policy, teacher: Teacher) -> tuple[np.ndarray, np.ndarray, float]:
+    """Logits f32 (n, 2, C) and rows i64 (n,) of random pairs, in random order, and pairs per second."""
+    good = index.good
+    count = min(len(good), max(_LEAST, min(_MOST, len(good) // _SHARE)))
+    rng = np.random.default_rng(config.seed)
+    rows = np.sort(rng.choice(good, count, replace=False))
+
+    batches = load(
+        index,
+        requests(index, rows, config.seed, 0, policy, config.batch_size),
+        policy,
+        threads=devices.threads(config),
+        decoder=devices.decoder(config.decoder, teacher.device),
+        skipped=Skipped(index, config.max_bad),
+    )
+    logits, seen, marks = [], [], []
+    with progress("calibration", count, "pairs") as advance:
+        for batch, answer in teacher.answers(batches):
+            logits.append(answer.cpu().numpy())
+            seen.append(batch.rows)
+            marks.append(time.perf_counter())
+            advance(len(batch.rows))
+    if not seen:
+        raise UserError("no sample can be read", found=f"{count} tried", fix="check the shards")
+    timed = sum(map(len, seen[1:]))  # the first batch pays for the start
+    rate = timed / (marks[-1] - marks[0]) if timed else 0.0
+    order = rng.permutation(sum(map(len, seen)))
+    return np.concatenate(logits)[order], np.concatenate(seen)[order], rate

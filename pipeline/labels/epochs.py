@@ -1,0 +1,125 @@
+"""An epoch's stored labels where the student needs them: placed, gathered by row, decoded, and checked."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cache
+from cache import Manifest, Plane, Store, UserError
+from cache.codec import Codec, Subspace
+from kernels.loss.decode import Decoder
+from kernels.loss.decode import decode as decoded
+from pipeline.data import decode
+from pipeline.system.terminal import decimal, progress
+from pipeline.views import policy as policies
+from pipeline.views.policy import Policy
+
+_LARGEST_STEP = 136  # |q - beta u|: a byte and half a dither of up to four steps
+_GPU_SHARE, _MEMORY_SHARE = 0.25, 0.5  # of what is free, that two planes may take: one in use, one on its way
+
+
+def replayed(manifest: Manifest) -> tuple[Policy, str]:
+    """A store's policy and who must decode for it. Raises UserError if that takes a GPU that is not there."""
+    decoder = decode.of_identity(manifest.decoder)
+    if decoder != "cpu" and not torch.cuda.is_available():
+        raise UserError("the store's pixels were decoded on a GPU", found="no CUDA device", fix="use a GPU machine")
+    return policies.from_config({**manifest.policy, "base": manifest.base}, "the store's policy"), decoder
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """One view's labels; the student's device decodes them."""
+
+    store: Store
+    plane: Plane
+    device: torch.device
+    encoded: torch.Tensor
+    """u8 (N, row_bytes), on the device or in memory."""
+    decoder: Decoder | None
+    """None: the codec decodes, on the CPU."""
+
+    def logits(self, rows: np.ndarray) -> torch.Tensor:
+        """The teacher's logits of index rows i64 (B,): f32 (B, 2, C) on the device."""
+        if self.decoder is None:
+            stream = self.store.stream(self.plane.view, rows)
+            return torch.from_numpy(self.store.codec.decode(self.plane.gather(rows)[0], stream))
+        return decoded(*self.encoded_rows(rows), self.decoder)
+
+    def encoded_rows(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoded labels u8 (B, row_bytes) of index rows i64 (B,), and their dither keys i64 (B,), on the device."""
+        keys = self.store.stream(self.plane.view, rows).view(np.int64)
+        keys = torch.from_numpy(keys).to(self.device, non_blocking=True)
+        at = torch.from_numpy(rows)
+        if self.encoded.is_cuda:
+            return self.encoded[at.to(self.device, non_blocking=True)], keys
+        # Page-locked, so that the copy runs beside the network.
+        pinned = self.device.type == "cuda"
+        staged = torch.empty((len(rows), self.encoded.shape[1]), dtype=torch.uint8, pin_memory=pinned)
+        return torch.index_select(self.encoded, 0, at, out=staged).to(self.device, non_blocking=True), keys
+
+
+def epochs(store: Store, views: Iterator[int], device: torch.device, placement: str, folder: Path) -> Iterator[Labels]:
+    """The labels of `views`, in order; the next plane loads in the background while one is in use.
+
+    `placement`: gpu, pinned (memory), mmap (a file in `folder`, paged by the system), or auto for the first of these
+    that the plane fits. Only the first plane is waited for, and shows its progress.
+    """
+    placement = place(store, device, placement)
+    decoder = decoder_of(store.codec, device) if device.type == "cuda" else None
+    mode = "mmap" if placement == "mmap" else "memory"
+    with ExitStack() as waiting:
+        advance = waiting.enter_context(progress("labels", store.manifest.blocks, "blocks"))
+        for plane in cache.planes(store, views, mode=mode, folder=folder, progress=lambda *_: advance(1)):
+            waiting.close()
+            encoded = torch.from_numpy(plane.encoded)
+            yield Labels(store, plane, device, encoded.to(device) if placement == "gpu" else encoded, decoder)
+
+
+def place(store: Store, device: torch.device, wanted: str) -> str:
+    """gpu, pinned or mmap. Raises UserError if the plane does not fit where it is wanted."""
+    need = store.manifest.samples * store.codec.row_bytes
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    memory = available_memory()
+    if wanted == "auto":
+        return "gpu" if need < _GPU_SHARE * free else "pinned" if 2 * need < _MEMORY_SHARE * memory else "mmap"
+    room = {"gpu": free, "pinned": memory // 2}.get(wanted, need)
+    if need > room:
+        what = "no CUDA device" if wanted == "gpu" and device.type != "cuda" else f"{decimal(room)} free"
+        raise UserError(
+            f"a plane of labels does not fit --plane {wanted}",
+            found=what,
+            expected=decimal(need),
+            fix="use --plane auto",
+        )
+    return wanted
+
+
+def available_memory() -> int:
+    """Bytes that the system could still hand out."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+def decoder_of(codec: Codec, device: torch.device) -> Decoder:
+    """What kernels must know of a codec, on the device."""
+    name = codec.config["name"]
+    if not isinstance(codec, Subspace):
+        return Decoder(name, codec.classes)
+    basis, scale = codec.array("basis"), codec.array("scale")
+    unit = 2.0 ** np.ceil(np.log2(scale.max() * _LARGEST_STEP / 2**15))
+    return Decoder(
+        name,
+        codec.classes,
+        wide=codec.wide,
+        beta=torch.from_numpy(codec.array("beta").astype(np.float32) / 256).to(device),
+        basis=torch.from_numpy(np.pad(basis, ((0, 0), (0, -codec.classes % 16)))).to(device),
+        scale=torch.from_numpy(scale / np.float32(unit)).to(device),
+        unit=float(unit),
+        mean=torch.from_numpy(codec.array("mean").copy()).to(device),
+    )

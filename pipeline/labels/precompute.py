@@ -1,0 +1,276 @@
+"""The teacher pass: every view of every sample is seen once, and its soft labels are kept.
+
+Blocks of the store are handed out one by one to the processes of the job; a batch never crosses a block, so a block's
+labels depend neither on where a killed run stopped nor on who computes it.
+"""
+
+import json
+import platform
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from nvidia.dali import __version__ as dali_version
+
+import cache
+from cache import Manifest, Store, UserError
+from cache.codec.fidelity import Drift, drift
+from kernels.reference import cosine_weight
+from pipeline.config import PrecomputeTeacher
+from pipeline.data import decode
+from pipeline.data.index import Index, open_data
+from pipeline.data.skipped import Skipped
+from pipeline.labels.calibrate import Calibration, calibrate
+from pipeline.networks import models
+from pipeline.networks.teacher import Teacher, requests
+from pipeline.system import device as devices
+from pipeline.system import ranks
+from pipeline.system.terminal import decimal, duration, progress, summary
+from pipeline.views import policy as policies
+from pipeline.views.batch import Batch, Request
+from pipeline.views.loader import load
+from pipeline.views.policy import Policy
+
+_CHECKED = 1024  # pairs per block whose labels are decoded again and compared
+_BEHIND = 4  # batches whose labels may wait to be coded
+_BESIDE = 20  # bytes per pair: weight, digests, checksums and metadata in round figures
+
+
+def run(config: PrecomputeTeacher) -> None:
+    """Create, complete or extend a store. Raises UserError for anything in it that contradicts the options."""
+    if config.views < 1:
+        raise UserError("too few views", found=config.views, expected="at least 1")
+    device = devices.pick(config)
+    index = open_data(config, config.data, "train")
+    policy = policies.load(config.policy)
+    teacher = Teacher(models.trained(config.teacher, index.classes), policy, device, config.precision)
+    if config.dry_run:
+        _show_plan(config, index, calibrate(config, index, policy, teacher))
+        return
+    if ranks.rank() == 0:
+        _open_or_create(config, index, policy, teacher)
+    ranks.after_first("store")
+    store = cache.open(config.store)
+
+    todo = store.missing_blocks()
+    ranks.gather("listed")  # before anyone commits a block
+    skipped = Skipped(index, config.max_bad)
+    started = time.perf_counter()
+    blocks, done, outside = _fill(config, index, policy, teacher, store, todo, skipped)
+    found = [json.loads(text) for text in ranks.gather("filled", json.dumps([blocks, done, outside]))]
+    if ranks.rank():
+        return
+    done, outside = sum(pairs for _, pairs, _ in found), [line for _, _, lines in found for line in lines]
+    seconds = time.perf_counter() - started
+    summary(
+        "teacher pass",
+        {
+            "store": config.store,
+            "views computed": f"{done:,} in {len(todo)} blocks" if todo else "none, all were there",
+            **({"blocks by process": " + ".join(str(blocks) for blocks, _, _ in found)} if len(found) > 1 else {}),
+            "rate": f"{done / seconds:,.0f} pairs/s" if done else "-",
+            "codec": f"{store.manifest.codec['name']}, {store.codec.row_bytes / 2:g} bytes per vector in memory",
+            "bytes per vector": f"{store.label_bytes() / (2 * len(index) * config.views):.1f} on disk",
+            "blocks outside the budget": f"{len(outside)}, the first {outside[0]}" if outside else "none",
+            "quarantined samples": int((index.records["status"] != 0).sum()),
+            "skipped samples": len(skipped.causes),
+        },
+    )
+
+
+def _fill(config, index, policy, teacher, store: Store, todo: list, skipped) -> tuple[int, int, list[str]]:
+    """Compute the missing blocks that fall to this process: their number, pairs, and those the code does not suit."""
+    sizes = [len(good_rows(index, store, block)) for _, block in todo]
+    under_way: deque[tuple[_Block, bool]] = deque()  # the block of each batch under way, and whether it is its last
+    blocks, done, outside = 0, 0, []
+    with progress("teacher", sum(sizes), "pairs", show=ranks.rank() == 0) as advance, _Later() as later:
+
+        def plan() -> Iterator[Request]:
+            ours = 0
+            for number in ranks.hand_out("blocks", len(todo)):
+                advance(sum(sizes[ours:number]))  # what other processes have taken
+                ours = number + 1
+                view, at = todo[number]
+                rows = good_rows(index, store, at)
+                block, left = _Block(store, view, at, rows), len(rows)
+                for request in requests(index, rows, config.seed, view, policy, config.batch_size):
+                    left -= len(request[0])
+                    under_way.append((block, not left))
+                    yield request
+
+        batches = load(
+            index,
+            plan(),
+            policy,
+            threads=devices.threads(config),
+            decoder=devices.decoder(config.decoder, teacher.device),
+            digests=True,
+            skipped=skipped,
+        )
+        for batch in batches:
+            block, last = under_way.popleft()
+            if len(batch.rows):
+                later(block.put, batch, teacher(batch))
+            if last:
+                later(block.finish, outside)
+                blocks += 1
+            done += len(batch.rows)
+            advance(len(batch.rows))
+    return blocks, done, outside
+
+
+class _Later:
+    """Work done in order by one thread behind the caller's back: the teacher waits neither for codes nor for the disk.
+
+    An error surfaces at one of the next calls, or at the end.
+    """
+
+    def __enter__(self) -> "_Later":
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="code")
+        self._waiting: deque[Future] = deque()
+        return self
+
+    def __call__(self, function, *arguments) -> None:
+        self._waiting.append(self._thread.submit(function, *arguments))
+        while len(self._waiting) > _BEHIND or (self._waiting and self._waiting[0].done()):
+            self._waiting.popleft().result()
+
+    def __exit__(self, kind, *_) -> None:
+        self._thread.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for future in self._waiting:
+                future.result()
+
+
+class _Block:
+    """The arrays of one block while it fills; quarantined rows stay zero, the weight of skipped ones NaN."""
+
+    def __init__(self, store: Store, view: int, block: int, rows: np.ndarray):
+        self.store, self.view, self.block = store, view, block
+        self.start, stop = store.block_range(block)
+        self.pairs = np.zeros((stop - self.start, store.codec.row_bytes), np.uint8)
+        self.weight = np.zeros(stop - self.start, np.float32)
+        self.weight[rows - self.start] = np.nan
+        self.digest = np.zeros((stop - self.start, 2), np.uint32)
+        self._sample: list[tuple[np.ndarray, np.ndarray]] = []  # rows and their logits, of the first pairs
+
+    def put(self, batch: Batch, logits: torch.Tensor) -> None:
+        """Code the logits f32 (B, 2, C) of a batch; w = 1 + cos of the raw ones, in float64."""
+        at = batch.rows - self.start
+        assert batch.digests is not None
+        self.weight[at] = cosine_weight(logits[:, 0].double(), logits[:, 1].double()).float().cpu().numpy()
+        answers = logits.cpu().numpy()
+        self.pairs[at] = self.store.codec.encode(answers, self.store.stream(self.view, batch.rows))
+        self.digest[at] = batch.digests
+        if sum(len(rows) for rows, _ in self._sample) < _CHECKED:
+            self._sample.append((batch.rows, answers))
+
+    def finish(self, outside: list[str]) -> None:
+        """Commit the block; if its labels are worse than the code promises, say so and add to `outside`."""
+        found = Drift()
+        if self._sample:
+            rows = np.concatenate([rows for rows, _ in self._sample])
+            answers = np.concatenate([answers for _, answers in self._sample])
+            stream = self.store.stream(self.view, rows)
+            found = drift(self.store.codec, answers, self.pairs[rows - self.start], stream)
+        self.store.write_block(self.view, self.block, self.pairs, self.weight, self.digest, (found.kl, found.slope))
+        if complaint := found.beyond(self.store.manifest.fidelity.get("budget")):
+            outside.append(f"view {self.view}, block {self.block}: {complaint}")
+            print(f"labels beyond the budget: {outside[-1]}", file=sys.stderr)
+
+
+def good_rows(index: Index, store: Store, block: int) -> np.ndarray:
+    """Rows i64 of a block that are not quarantined."""
+    start, stop = store.block_range(block)
+    return start + np.flatnonzero(index.records["status"][start:stop] == 0)
+
+
+def _open_or_create(config, index: Index, policy: Policy, teacher: Teacher) -> None:
+    """Make the store, or check that it is the one that the options describe, and extend it where they ask for more."""
+    status, key_hash = index.records["status"], index.records["key_hash"]
+    if not cache.exists(config.store):
+        found = calibrate(config, index, policy, teacher)
+        manifest = _manifest(config, index, policy, teacher, found.codec.config, found.to_json())
+        _announce(manifest, found)
+        cache.create(config.store, manifest, status, key_hash)
+        return
+    store = cache.open(config.store)
+    made = store.manifest
+    wanted = _manifest(config, index, policy, teacher, made.codec, made.fidelity)
+    if config.codec not in ("auto", made.codec["name"]):
+        raise UserError(
+            "the store has another codec",
+            found=made.codec["name"],
+            expected=config.codec,
+            fix="give the store's --codec, or run precompute-teacher into another store",
+        )
+    if config.kl_budget not in (None, made.fidelity.get("budget")):
+        raise UserError(
+            "the store has another KL budget",
+            found=made.fidelity.get("budget"),
+            expected=config.kl_budget,
+            fix="leave --kl-budget out, or run precompute-teacher into another store",
+        )
+    if wanted.views > made.views or wanted.samples > made.samples:
+        cache.extend(store, wanted, status, key_hash)
+    else:
+        cache.check(made, **wanted.identity())
+
+
+def _manifest(config, index: Index, policy: Policy, teacher: Teacher, codec: dict, fidelity: dict) -> Manifest:
+    return Manifest(
+        **teacher.on(index, policy),
+        samples=len(index),
+        seed=config.seed,
+        views=config.views,
+        decoder=decode.identity(devices.decoder(config.decoder, teacher.device)),
+        codec=codec,
+        block_rows=config.block_rows,
+        versions={name: version(name) for name in ("torch", "numpy", "zarr", "numba")}
+        | {"dali": dali_version, "python": platform.python_version()}
+        | {"device": str(teacher.device), "precision": config.precision},
+        fidelity=fidelity,
+    )
+
+
+def _announce(manifest: Manifest, found: Calibration) -> None:
+    print(f"labels: {_described(found)}; {_size(manifest.samples, manifest.views, found)}", flush=True)
+
+
+def _described(found: Calibration) -> str:
+    kl = ", ".join(f"T = {temperature:g}: {value:.2g}" for temperature, value in found.fidelity.kl.items())
+    return (
+        f"{found.codec.config['name']}, {found.fidelity.bytes_per_vector:.1f} bytes per vector on disk, "
+        f"{found.codec.row_bytes / 2:g} in memory; KL in nats at {kl}; slope {found.fidelity.slope:.4f}"
+    )
+
+
+def _size(samples: int, views: int, found: Calibration) -> str:
+    view = samples * (2 * found.fidelity.bytes_per_vector + _BESIDE)
+    return f"{decimal(view)} per view of {samples:,} samples, {decimal(view * views)} for {views} views"
+
+
+def _show_plan(config, index: Index, found: Calibration) -> None:
+    samples = len(index)
+    left = len(index.good) * config.views
+    if cache.exists(config.store):
+        store = cache.open(config.store)
+        missing = set(store.missing_blocks())
+        made = [(v, b) for v in range(store.manifest.views) for b in range(store.manifest.blocks)]
+        left -= sum(len(good_rows(index, store, block)) for view, block in made if (view, block) not in missing)
+    summary(
+        "dry run: nothing was written",
+        {
+            "codec": _described(found),
+            "store": _size(samples, config.views, found),
+            "one plane in memory": decimal(samples * found.codec.row_bytes),
+            "pairs to compute": f"{left:,}",
+            "rate": f"{found.pairs_per_second:,.0f} pairs/s in this process",
+            "time": duration(left / found.pairs_per_second) if found.pairs_per_second else "-",
+        },
+    )

@@ -1,0 +1,1 @@
+"""Networks by name, their weights, and a network in its place."""

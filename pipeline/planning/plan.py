@@ -1,0 +1,294 @@
+"""`pipeline plan`: what the teacher pass, students on its labels, and students beside a live teacher would cost.
+
+The formulae are those of docs/plan.md. Rates come from `pipeline.planning.rates`; everything here is arithmetic.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from cache import UserError
+from pipeline.config import Plan, PrecomputeTeacher, TrainStudent
+from pipeline.data.index import open_data
+from pipeline.labels import calibrate, precompute
+from pipeline.planning import rates
+from pipeline.planning.rates import Cost, Rates
+from pipeline.system.files import write_atomically
+from pipeline.system.terminal import console_out, decimal, summary
+from pipeline.views import policy as policies
+
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Job:
+    images: int
+    views: int
+    epochs: int
+    """Of each student."""
+    students: int = 1
+    read_bytes_s: float = math.inf
+    """Bytes per second that storage reads, for all processes together."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    hours: float
+    """Wall clock."""
+    bottleneck: str
+    """loader (and what else needs the CPU), teacher, student, coding, labels (unpacking them) or storage."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """On so many GPUs."""
+
+    gpus: int
+    teacher_pass: Spent
+    stored: Spent
+    """One student on stored labels."""
+    live: Spent
+    """One student with the teacher in the loop."""
+    stored_gpu_hours: float
+    """Teacher pass and all students."""
+    live_gpu_hours: float
+    """All students."""
+    break_even_epochs: int | None
+    """Epochs, of one student or of several together, from which on the stored way costs fewer GPU-hours; None: it
+    never does."""
+    break_even_students: int | None
+    """The same in students."""
+
+
+def run(config: Plan) -> None:
+    """Measure or read rates, print the plan and write `config.json`."""
+    _check(config)
+    found = _read(config) if config.rates else rates.measure(config)
+    images = config.images or len(open_data(config, str(config.data), "train").good)
+    read_bytes_s = math.inf if config.read_mb_s is None else 1e6 * config.read_mb_s
+    job = Job(images, config.views, config.epochs, config.students, read_bytes_s)
+    rows = [row(found, job, gpus) for gpus in GPUS]
+    _show(found, job, rows)
+    if config.json:
+        document = {
+            "rates": dataclasses.asdict(found),
+            "job": dataclasses.asdict(job) | {"read_bytes_s": None if config.read_mb_s is None else read_bytes_s},
+            "plan": [dataclasses.asdict(each) for each in rows],
+            "bytes": sizes(found, job),
+        }
+        write_atomically(config.json, (json.dumps(document, indent=1) + "\n").encode())
+
+
+# --- the formulae
+
+
+def row(rates: Rates, job: Job, gpus: int) -> Row:
+    """The three jobs on `gpus` GPUs."""
+    once, stored, live = (
+        teacher_pass(rates, job, gpus),
+        training(rates, job, gpus),
+        training(rates, job, gpus, live=True),
+    )
+    saved = live.hours - stored.hours
+    return Row(
+        gpus=gpus,
+        teacher_pass=once,
+        stored=stored,
+        live=live,
+        stored_gpu_hours=gpus * (once.hours + job.students * stored.hours),
+        live_gpu_hours=gpus * job.students * live.hours,
+        break_even_epochs=math.floor(once.hours / (saved / job.epochs)) + 1 if saved > 0 else None,
+        break_even_students=math.floor(once.hours / saved) + 1 if saved > 0 else None,
+    )
+
+
+def teacher_pass(rates: Rates, job: Job, gpus: int) -> Spent:
+    """Calibration by one process, then whole blocks shared out among all."""
+    per_view = -(-job.images // PrecomputeTeacher.block_rows)
+    block = job.images / per_view  # rows
+    checked = min(precompute._CHECKED / block, 1.0)
+    beside = rates.digest + rates.code + checked * rates.check
+    seconds, bottleneck = _pace(rates, job, gpus, {"teacher": rates.teach}, beside=beside, coding=beside - rates.digest)
+    turns = -(-job.views * per_view // gpus)
+
+    looked = min(job.images, max(calibrate._LEAST, min(calibrate._MOST, job.images // calibrate._SHARE)))
+    alone, _ = _pace(rates, job, 1, {"teacher": rates.teach})
+    return Spent((turns * gpus * block * seconds + looked * (alone + rates.fit)) / 3600, bottleneck)
+
+
+def training(rates: Rates, job: Job, gpus: int, live: bool = False) -> Spent:
+    """One student."""
+    if live:
+        seconds, bottleneck = _pace(rates, job, gpus, {"teacher": rates.teach, "student": rates.learn})
+    else:
+        # Pixels are checked in the loop: all of an epoch's first batch, then a share.
+        check = rates.digest * min(TrainStudent.check_share + gpus * rates.batch_size / job.images, 1.0)
+        learn = Cost(rates.learn.seconds + check / gpus, rates.learn.cpu_seconds + check / gpus)
+        seconds, bottleneck = _pace(rates, job, gpus, {"student": learn}, planes=_planes(job) / job.epochs)
+    return Spent(job.images * job.epochs * seconds / 3600, bottleneck)
+
+
+def _planes(job: Job) -> int:
+    """Times that a student's process reads a view of labels: one that follows itself is kept."""
+    return job.epochs if job.views > 1 else 1
+
+
+def _pace(
+    rates: Rates,
+    job: Job,
+    gpus: int,
+    networks: dict[str, Cost],
+    *,
+    beside: float = 0.0,
+    coding: float = 0.0,
+    planes: float = 0.0,
+) -> tuple[float, str]:
+    """Seconds per pair of the whole job, and what it waits for.
+
+    `beside`: CPU seconds per pair beside loader and network; `coding`: those of them that are one thread's. `planes`:
+    views of labels that every process reads per epoch, all samples of each, whatever its share of the training.
+    """
+    load, network = rates.load, sum(cost.seconds for cost in networks.values())
+    slowest = max(networks, key=lambda name: networks[name].seconds)
+    labels = planes * rates.unpack / rates.cores
+    if rates.device == "cpu":  # one after another on the same cores
+        parts = {"loader": load.seconds / gpus + beside / rates.cores / gpus, slowest: network / gpus, "labels": labels}
+        limits = {max(parts, key=lambda name: parts[name]): sum(parts.values())}
+    else:
+        cpu = load.cpu_seconds + beside + sum(cost.cpu_seconds for cost in networks.values())
+        busy = cpu / rates.cores / gpus + labels
+        limits = {slowest: network / gpus}
+        if rates.decoder != "cpu":  # one after another on the same GPU
+            limits = {slowest if network > load.seconds else "loader": (load.seconds + network) / gpus}
+        at = "labels" if 2 * labels > busy else "loader"
+        limits[at] = max(limits.get(at, 0.0), load.seconds / gpus, busy)
+    limits["coding"] = coding / gpus
+    limits["storage"] = (rates.image_bytes + gpus * planes * _stored(rates)) / job.read_bytes_s
+    bottleneck = max(limits, key=lambda name: limits[name])
+    return limits[bottleneck], bottleneck
+
+
+def _stored(rates: Rates) -> float:
+    """Bytes of a pair's labels on disk, with what lies beside them."""
+    return rates.label_bytes + precompute._BESIDE
+
+
+def sizes(rates: Rates, job: Job) -> dict[str, float]:
+    """Bytes that the jobs read, write and keep."""
+    return {
+        "store": job.images * job.views * _stored(rates),
+        "plane": job.images * rates.row_bytes,
+        "teacher_pass_images": job.images * job.views * rates.image_bytes,
+        "student_images": job.images * job.epochs * rates.image_bytes,
+        "student_labels_per_gpu": job.images * _planes(job) * _stored(rates),
+    }
+
+
+# --- what is asked for
+
+
+def _check(config: Plan) -> None:
+    if not config.images and not config.data:
+        raise UserError("how many images?", found="neither", expected="--images or --data")
+    if config.data and config.classes:
+        classes = open_data(config, config.data, "train").classes
+        if classes != config.classes:
+            raise UserError("--data has other classes", found=classes, expected=config.classes, fix="drop --classes")
+
+
+def _read(config: Plan) -> Rates:
+    """The rates of `config.rates`, which must be those of the job."""
+    assert config.rates
+    found = rates.read(config.rates)
+    policy = policies.load(config.policy)
+    wanted = {
+        "teacher": config.teacher.partition("@")[0],
+        "student": config.student.partition("@")[0],
+        "classes": config.classes or found.classes,
+        "policy": policy.name,
+        "size": policy.base.size,
+        "batch_size": config.batch_size,
+    }
+    if config.precision != "auto":
+        wanted["precision"] = config.precision
+    for name, value in wanted.items():
+        if (there := getattr(found, name)) != value:
+            what = f"--rates {config.rates} are of another {name.replace('_', ' ')}"
+            raise UserError(what, found=there, expected=value, fix="measure again, without --rates")
+    return found
+
+
+# --- what is said
+
+
+def _show(rates: Rates, job: Job, rows: list[Row]) -> None:
+    unit = "GPU" if rates.device == "cuda" else "machine"
+    table = Table(
+        title=Text(f"{rates.teacher} → {rates.student}, {job.images:,} images"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
+    table.add_column(f"\n{unit}s", justify="right", min_width=8)
+    for name in ("hours of the\nteacher pass", "one student,\nstored", "one student,\nlive teacher"):
+        table.add_column(name, min_width=13)
+    for name, width in ((f"{unit}-h\nstored", 9), (f"{unit}-h\nlive", 9), ("even at\nepoch", 7)):
+        table.add_column(name, justify="right", min_width=width)
+    for each in rows:
+        spent = [f"{_hours(s.hours)} {s.bottleneck}" for s in (each.teacher_pass, each.stored, each.live)]
+        even = f"{each.break_even_epochs:,}" if each.break_even_epochs else "never"
+        table.add_row(str(each.gpus), *spent, _hours(each.stored_gpu_hours), _hours(each.live_gpu_hours), even)
+    console_out.print(table)
+    size = {name: decimal(value) for name, value in sizes(rates, job).items()}
+    alone = {"loader": rates.load, "teacher": rates.teach, "student": rates.learn}
+    storage = "without limit" if job.read_bytes_s == math.inf else f"at {job.read_bytes_s / 1e6:,.4g} MB/s for all"
+    summary(
+        "plan",
+        {
+            "views": f"{job.views:,}",
+            "students": f"{job.students:,} of {job.epochs:,} epochs",
+            "break-even": _break_even(rows[0], job, unit),
+            "store": f"{size['store']} on disk; a view's labels take {size['plane']} of memory per {unit}",
+            "images read": f"teacher pass {size['teacher_pass_images']}, a student {size['student_images']}",
+            "labels read": f"{size['student_labels_per_gpu']} by each {unit} of a student on stored labels",
+            "pairs/s alone": ", ".join(f"{name} {1 / cost.seconds:,.4g}" for name, cost in alone.items()),
+            "measured with": f"{rates.data}, {decimal(rates.image_bytes)} each; {rates.precision}, "
+            f"{rates.measured_batch:,} pairs per step; labels of a simulated teacher",
+            "assumed": f"{unit}s like this one ({rates.hardware}), each with {_cores(rates)}; {_together(rates)}; "
+            f"{rates.batch_size:,} pairs per step and {unit}; storage reads {storage}",
+            "left out": f"gradients between {unit}s, evaluation, starting, checkpoints",
+        },
+    )
+
+
+def _break_even(first: Row, job: Job, unit: str) -> str:
+    if first.break_even_epochs is None:
+        return f"never: on 1 {unit} both ways wait for the {first.live.bottleneck}, and a live teacher costs nothing"
+    part = (first.live_gpu_hours - first.stored_gpu_hours) / first.live_gpu_hours
+    return (
+        f"on 1 {unit} stored labels cost fewer {unit}-hours from epoch {first.break_even_epochs:,} on, that is with "
+        f"student {first.break_even_students:,} of {job.epochs:,} epochs; as planned "
+        f"{abs(part):.0%} {'fewer' if part > 0 else 'more'}"
+    )
+
+
+def _cores(rates: Rates) -> str:
+    return f"{rates.cores:,} core{'s' * (rates.cores > 1)}"
+
+
+def _together(rates: Rates) -> str:
+    if rates.device == "cpu":
+        return "loader and networks take turns on them"
+    return "loader and networks work " + ("side by side" if rates.decoder == "cpu" else "in turns on the GPU")
+
+
+def _hours(hours: float) -> str:
+    if 0 < hours < 0.005:
+        return "<0.01"
+    return f"{hours:,.{2 if hours < 10 else 1 if hours < 100 else 0}f}"

@@ -1,0 +1,95 @@
+"""Accuracy of a network on the central crop of every sample."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.config import Evaluate, Machine
+from pipeline.data.index import Index, open_data
+from pipeline.data.skipped import Skipped
+from pipeline.networks import models
+from pipeline.system import device as devices
+from pipeline.system import ranks
+from pipeline.system.device import Normalise
+from pipeline.system.terminal import progress, summary
+from pipeline.views import drawing
+from pipeline.views import policy as policies
+from pipeline.views.batch import Request
+from pipeline.views.loader import load
+from pipeline.views.policy import Policy
+
+
+def run(config: Evaluate) -> None:
+    """Print the accuracy of a network."""
+    device = devices.pick(config)
+    index = open_data(config, config.data, "val")
+    policy = policies.load(config.policy)
+    network = models.trained(config.model, index.classes)
+    normalise = Normalise(network.mean or policy.mean, network.std or policy.std, device)
+    models.probe(network, policy.base.size)
+    module = devices.place(network.module, device)
+    precision = devices.arithmetic(config.precision, device)
+    result = evaluate(module, normalise, index, policy, config.batch_size, config, precision)
+    seen = f"{policy.base.size} pixels, as policy {policy.name} has them"
+    summary("evaluation", {"model": config.model, "data": Path(config.data), "images": seen, **shown(result)})
+
+
+def shown(result: dict) -> dict:
+    """The result as a person wants to read it."""
+    return {
+        "top-1": f"{100 * result['top1']:.2f} %",
+        "top-5": f"{100 * result['top5']:.2f} %",
+        "cross-entropy": f"{result['loss']:.4f} nats",
+        "samples": result["samples"],
+    }
+
+
+@torch.inference_mode()
+def evaluate(
+    module: torch.nn.Module,
+    normalise: Normalise,
+    index: Index,
+    policy: Policy,
+    batch_size: int,
+    machine: Machine,
+    precision: str = "fp32",
+) -> dict:
+    """{"top1", "top5": shares, "loss": mean cross-entropy in nats, "samples"}; leaves the module in eval mode.
+
+    The processes of a job share the samples; all get the result.
+    """
+    module.eval()
+    device = normalise.scale.device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, samples
+    batches = load(
+        index,
+        _plan(index, policy, batch_size),
+        policy,
+        threads=devices.threads(machine),
+        decoder=devices.decoder("auto", device),
+        pairs=False,
+        skipped=Skipped(index, machine.max_bad),
+    )
+    with progress("evaluate", len(index.good) // ranks.world(), "images", show=ranks.rank() == 0) as advance:
+        for batch in batches:
+            if not len(batch.rows):
+                continue
+            labels = batch.labels.to(device)
+            with devices.autocast(device, precision):
+                logits = module(normalise(batch.original)).float()
+            hits = logits.topk(min(5, index.classes), dim=1).indices == labels[:, None]
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(labels))])
+            advance(len(labels))
+    top1, top5, loss, samples = ranks.total(sums).tolist()
+    return {"top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples, "samples": int(samples)}
+
+
+def _plan(index: Index, policy: Policy, batch_size: int) -> Iterator[Request]:
+    mine: np.ndarray = np.array_split(index.good, ranks.world())[ranks.rank()]
+    for at in range(0, len(mine), batch_size):
+        rows = mine[at : at + batch_size]
+        records = index.records[rows]
+        yield rows, drawing.centre(records["height"], records["width"], policy)

@@ -1,0 +1,199 @@
+"""What a network minimises on a batch: cross-entropy, or distillation from stored labels or from a live teacher."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache import philox
+from kernels import ccd_loss, ccd_loss_encoded, reference
+from pipeline.config import TrainStudent
+from pipeline.labels.epochs import Labels
+from pipeline.networks.teacher import Teacher
+from pipeline.training import losses
+from pipeline.views.batch import Batch
+
+_FRACTION = 0x0DE7  # counter word that keeps these draws apart from orders and views
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the network saw of a batch, and what its loss is for."""
+
+    batch: Batch
+    chosen: np.ndarray
+    """Bool (V, B): the views that it saw."""
+    count: Tensor | float
+    """Number of views that means divide by; with several processes their mean number, as DDP averages gradients."""
+    loss_scale: Tensor | None = None
+    parts: bool = False
+    """Whether to say what the loss is made of."""
+
+
+class Objective(Protocol):
+    def wants(self, batch: Batch) -> np.ndarray:
+        """The views to look at, bool (V, B)."""
+        ...
+
+    def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (n, C) of the views that `seen.chosen` names, view by view -> loss, scalar, and means over pairs."""
+        ...
+
+
+class CrossEntropy:
+    """Of the views that `choose` takes, by default every one."""
+
+    def __init__(self, label_smoothing: float = 0.0, choose: Callable[[Batch], np.ndarray] | None = None):
+        self._label_smoothing, self._choose = label_smoothing, choose
+
+    def wants(self, batch: Batch) -> np.ndarray:
+        return self._choose(batch) if self._choose else np.ones((len(batch.images), len(batch.rows)), bool)
+
+    def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        target = seen.batch.labels[torch.from_numpy(np.nonzero(seen.chosen)[1])].to(logits.device)
+        each = torch.nn.functional.cross_entropy(
+            logits.float(), target, reduction="none", label_smoothing=self._label_smoothing
+        )
+        return each.sum() / seen.count, {}
+
+
+def choice(fraction: float, seed: int, epoch: int) -> Callable[[Batch], np.ndarray]:
+    """Which views to look at if a share `fraction` of them is to be augmented ones (claim c of the paper).
+
+    Up to a half all originals and a random part of the augmented views, above all augmented ones and a part of the
+    originals; a function of (seed, epoch, row).
+    """
+
+    def choose(batch: Batch) -> np.ndarray:
+        chosen = np.ones((2, len(batch.rows)), bool)
+        if fraction != 0.5:
+            rare, share = (1, fraction / (1 - fraction)) if fraction < 0.5 else (0, (1 - fraction) / fraction)
+            words = philox.philox((batch.rows.astype(np.uint64), 0, epoch, _FRACTION), seed)[:, 0]
+            chosen[rare] = words < share * 2**32
+        return chosen
+
+    return choose
+
+
+class Distillation:
+    """A loss of `TrainStudent` on the pairs of an epoch."""
+
+    def __init__(
+        self,
+        config: TrainStudent,
+        epoch: int,
+        labels: Labels | None = None,
+        teacher: Teacher | None = None,
+        checks: tuple[Callable[[Batch], None], ...] = (),
+    ):
+        """Learns from `labels`, or from the `teacher` as it answers now."""
+        assert labels or teacher
+        self._config, self._labels, self._teacher, self._checks = config, labels, teacher, checks
+        self._choose = choice(config.augmented_fraction, config.seed, epoch)
+        self._mean_w = float(np.nanmean(labels.plane.weight)) if labels and config.loss == "ccd-mean" else 0.0
+        self._factors = _factors(config, epoch)
+
+    def wants(self, batch: Batch) -> np.ndarray:
+        """Views without labels are left out: a quarantined sample costs nothing."""
+        chosen = self._choose(batch)
+        if self._labels and not self._teacher:
+            chosen &= ~np.isnan(self._labels.plane.weight[batch.rows])
+        return chosen
+
+    def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        for check in self._checks:
+            check(seen.batch)
+        config, chosen = self._config, seen.chosen
+        if not len(logits):
+            return logits.sum() * 0.0, {}
+        if config.loss in ("kd", "ccd", "ccd-mean") and (chosen[0] == chosen[1]).all():
+            return self._by_kernel(logits.unflatten(0, (2, -1)), seen)
+        some = chosen[0] | chosen[1]
+        teacher, weight = self._answers(seen.batch, some, logits.device)
+        student = logits.new_zeros((2, int(some.sum()), logits.shape[1]), dtype=torch.float32)
+        valid = torch.from_numpy(chosen[:, some]).to(logits.device)
+        student = student.masked_scatter(valid[..., None], logits.float())
+        loss = losses.loss(
+            {"ccd": "kd", "ccd-mean": "kd"}.get(config.loss, config.loss),
+            student,
+            teacher,
+            seen.batch.labels[torch.from_numpy(np.flatnonzero(some))].to(logits.device),
+            weight,
+            temperature=config.temperature,
+            label_smoothing=config.label_smoothing,
+            valid=valid,
+            count=seen.count / 2,
+            **self._factors,
+        )
+        return loss, _agreement(student, teacher, valid) if seen.parts else {}
+
+    def _by_kernel(self, students: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        config, some = self._config, seen.chosen[0]
+        student_o, student_a = students.unbind(0)
+        device = students.device
+        target = seen.batch.labels
+        target = (target if some.all() else target[torch.from_numpy(np.flatnonzero(some))]).to(device)
+        options = {
+            "temperature": config.temperature,
+            "label_smoothing": config.label_smoothing,
+            "count": seen.count / 2,
+            **self._factors,
+            "loss_scale": seen.loss_scale if device.type == "cuda" else None,
+            "parts": seen.parts,
+        }
+        labels = self._labels
+        if labels and not self._teacher and labels.decoder:
+            rows = seen.batch.rows[some]
+            encoded, keys = labels.encoded_rows(rows)
+            weight = self._weight(labels.plane.weight[rows], device)
+            found = ccd_loss_encoded(
+                student_o, student_a, encoded, keys, labels.decoder, target, weight=weight, **options
+            )
+        else:
+            teacher, weight = self._answers(seen.batch, some, device)
+            found = ccd_loss(student_o, student_a, teacher[:, 0], teacher[:, 1], target, weight=weight, **options)
+        if not seen.parts:
+            return found, {}
+        loss, parts = found
+        means = {name: getattr(parts, name).mean() for name in ("kl_o", "kl_a", "w")}
+        means["ce"] = (parts.ce_o + parts.ce_a).mean() / 2
+        means["agreement"] = (parts.agree_o + parts.agree_a).mean() / 2
+        return loss, means
+
+    def _answers(self, batch: Batch, some: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor | float]:
+        """Teacher logits f32 (B', 2, C) of some of the batch's pairs, and w."""
+        if self._teacher:
+            logits = self._teacher(batch)[torch.from_numpy(some).to(device)]
+            w = reference.cosine_weight(logits[:, 0].double(), logits[:, 1].double()).float()
+            return logits, w if self._config.loss == "ccd" else 1.0
+        assert self._labels
+        rows = batch.rows[some]
+        return self._labels.logits(rows), self._weight(self._labels.plane.weight[rows], device)
+
+    def _weight(self, w: np.ndarray, device: torch.device) -> Tensor | float:
+        if self._config.loss == "ccd":
+            return torch.from_numpy(w).to(device, non_blocking=True)
+        return self._mean_w if self._config.loss == "ccd-mean" else 1.0
+
+
+def _factors(config: TrainStudent, epoch: int) -> dict[str, float]:
+    """alpha and kd_weight that leave the hard term as it is and fade the soft one in."""
+    part = (epoch + 1) / config.kd_warmup_epochs if epoch + 1 < config.kd_warmup_epochs else 1.0
+    shares = config.alpha + (1 - config.alpha) * part
+    return {"alpha": config.alpha / shares, "kd_weight": config.kd_weight * shares}
+
+
+def _agreement(student: Tensor, teacher: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    same = student.argmax(2) == teacher.swapaxes(0, 1).argmax(2)
+    return {"agreement": same[valid].float().mean()}
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Mean entropy of softmax(logits) in nats, (n, C) -> scalar."""
+    log_p = logits.detach().float().log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1).mean()
+
+

@@ -1,0 +1,105 @@
+"""What a run tells others while it goes on: `run.json`, TensorBoard, Weights & Biases, and a page at the end."""
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+import zlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache import UserError
+from pipeline.config import Training
+from pipeline.networks import models
+from pipeline.system import ranks
+from pipeline.system.files import write_atomically
+from pipeline.training import page
+
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # by the option that asks for it
+_VERSIONS = ("torch", "triton", "numpy", "timm", "zarr", "pillow")
+
+
+def describe(device: torch.device, network: models.Network, about: dict) -> dict:
+    """Facts of a run, JSON-safe: command, versions, machine."""
+    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
+    dali = [name for name in installed if name.startswith("nvidia-dali-cuda")]
+    return {
+        "command": ["pipeline", *sys.argv[1:]],
+        "versions": {"python": platform.python_version()}
+        | {name: installed[name] for name in (*_VERSIONS, *dali) if name in installed},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "world": ranks.world(),
+        "parameters": sum(parameter.numel() for parameter in network.module.parameters()),
+        **about,
+    }
+
+
+class Writers:
+    """As a context; does nothing on other processes than the first."""
+
+    def __init__(self, config: Training, first: bool, facts: dict):
+        """Raises UserError if what was asked for is not installed."""
+        self._out, self._first, self._tensorboard, self._wandb = config.out, first, None, None
+        if not first:
+            return
+        write_atomically(config.out / "run.json", json.dumps(facts, indent=1, default=str).encode())
+        if config.tensorboard:
+            writer = _needed("tensorboard")
+            self._tensorboard = writer.SummaryWriter(str(config.out / "tensorboard"))
+        if config.wandb:
+            options = (config.out / "config.json").read_bytes()
+            wandb = _needed("wandb")
+            # The same for a resumed run, wherever it lies now; another for a folder of the same name elsewhere.
+            run = f"{config.out.name}-{zlib.crc32(options):08x}"
+            self._wandb = wandb.init(
+                project=config.wandb, id=run, resume="allow", config=json.loads(options), dir=str(config.out)
+            )
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def step(self, number: int, record: dict[str, float]) -> None:
+        """Scalars after so many steps of the run."""
+        self._write(number, {f"step/{name}": value for name, value in record.items()})
+
+    def epoch(self, epoch: int, number: int, record: dict) -> None:
+        values = {name: value for name, value in record.items() if isinstance(value, float)}
+        values |= {f"val_{name}": value for name, value in record.get("val", {}).items()}
+        self._write(number, {f"epoch/{name}": value for name, value in values.items()})
+
+    def close(self) -> Path | None:
+        """Write the page; its path."""
+        return page.write(self._out) if self._first else None
+
+    def _write(self, number: int, values: dict[str, float]) -> None:
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, number)
+        if self._wandb:
+            self._wandb.log(values, step=number)
+
+
+def check(config: Training) -> None:
+    """Raise UserError unless what the flags ask for is installed."""
+    for option in _MODULES:
+        if getattr(config, option):
+            _needed(option)
+
+
+def _needed(option: str) -> Any:
+    try:
+        return importlib.import_module(_MODULES[option])
+    except ImportError:
+        raise UserError(f"--{option} needs a package", found="not installed", fix=f"pip install {option}") from None

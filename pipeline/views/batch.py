@@ -1,0 +1,83 @@
+"""A batch asked for, one made, and the bytes read ahead of it."""
+
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.data.decode import as_rgb
+from pipeline.data.index import BadSample, Index
+from pipeline.data.skipped import Skipped
+
+Request = tuple[np.ndarray, np.ndarray]
+"""One batch of a plan: index rows i64 (B,) and their views (B,), a record array of `pipeline.views.drawing.VIEW`."""
+AHEAD = 3  # batches under way beside the one that is finished next
+_TOGETHER = 8  # samples
+_READERS, _REMOTE_READERS = 4, 64  # a remote read waits some 50 ms, and costs no core while it waits
+
+
+@dataclass(frozen=True)
+class Batch:
+    rows: np.ndarray
+    """Index rows i64 (B,), those of the request less the skipped ones."""
+    labels: torch.Tensor
+    """i64 (B,)."""
+    images: torch.Tensor
+    """u8 (2, B, S, S, 3): original views, then augmented ones; (1, B, S, S, 3) for evaluation."""
+    digests: np.ndarray | None
+    """CRC-32 of each view's pixels, u32 (B, 2), if asked for."""
+
+    def part(self, at: np.ndarray) -> "Batch":
+        """The samples at some places."""
+        places = torch.from_numpy(at)
+        digests = None if self.digests is None else self.digests[at]
+        return Batch(self.rows[at], self.labels[places], self.images[:, places.to(self.images.device)], digests)
+
+    @property
+    def original(self) -> torch.Tensor:
+        return self.images[0]
+
+    @property
+    def augmented(self) -> torch.Tensor:
+        return self.images[1]
+
+
+def read_ahead(
+    index: Index, plan: Iterable[Request], skipped: Skipped, ahead: int
+) -> Generator[tuple[Request, list[Future]], None, None]:
+    """Requests with the futures of their bytes, None for a skipped sample; `ahead` more requests are being read.
+
+    Every future but the last is of as many samples. Local ones are read several at a time, as a future costs as much
+    as a read.
+    """
+    threads, together = (_REMOTE_READERS, 1) if index.remote else (_READERS, _TOGETHER)
+    readers = ThreadPoolExecutor(threads, thread_name_prefix="read")
+    waiting: deque[tuple[Request, list[Future]]] = deque()
+    try:
+        for request in plan:
+            rows = request[0].tolist()
+            parts = [rows[at : at + together] for at in range(0, len(rows), together)]
+            waiting.append((request, [readers.submit(_read, index, part, skipped) for part in parts]))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        yield from waiting
+        readers.shutdown(wait=False)  # what was yielded is still wanted
+    except BaseException:
+        readers.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _read(index: Index, rows: list[int], skipped: Skipped) -> list[bytes | None]:
+    found: list[bytes | None] = []
+    for row in rows:
+        data = None
+        if row not in skipped:
+            try:
+                data = index.read(row)
+            except BadSample as error:
+                skipped.add(row, str(error))
+        found.append(as_rgb(data) if data and index.records["cmyk"][row] else data)
+    return found
