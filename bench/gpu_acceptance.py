@@ -237,7 +237,7 @@ def measure_kernels(found: str) -> None:
     """`bench kernels`, a size at a time; without a GPU what it counts quickly."""
     import torch
 
-    from bench import kernels
+    from bench.kernels import suite as kernels
 
     def of(size: str) -> list[dict]:
         sizes = (tuple(map(int, size.split("×"))),)
@@ -256,7 +256,7 @@ def measure_decoding(found: str, data: str) -> None:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
-    from bench import arms
+    from bench.loader import arms
     from pipeline.views import loader
 
     gpu, threads = torch.cuda.is_available(), len(os.sched_getaffinity(0))

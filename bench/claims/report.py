@@ -1,9 +1,9 @@
-"""Tables and plots of `bench.claims`."""
+"""Tables and plots of `bench.claims.suite`."""
 
 from pathlib import Path
 
 from bench import harness
-from bench.claims_studies import STUDIES
+from bench.claims.studies import STUDIES
 from pipeline.system.terminal import console_out
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bench import arms, harness
-from bench.arms import ARMS, POLICY, SEED, Job
+from bench import harness
 from bench.harness import Slot
+from bench.loader import arms
+from bench.loader.arms import ARMS, POLICY, SEED, Job
 from cache import UserError
 from cache.errors import did_you_mean
 from kernels import jda

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import harness, simulated, storage
-from bench.codec_transfer import ARMS, REFERENCE, Make
+from bench import harness
+from bench.labels import simulated, storage
+from bench.labels.codec_transfer import ARMS, REFERENCE, Make
 from cache import UserError, philox
 from cache.codec.fidelity import TEMPERATURES, measure
 from cache.errors import did_you_mean

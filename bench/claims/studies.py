@@ -1,4 +1,4 @@
-"""What `bench.claims` trains and compares: settings of students, and differences of their accuracies."""
+"""What `bench.claims.suite` trains and compares: settings of students, and differences of their accuracies."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bench import harness, pillow
+from bench import harness
+from bench.loader import pillow
 from cache import UserError
 from kernels.jda.ops import Op
 from pipeline.data import order

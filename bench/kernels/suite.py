@@ -5,7 +5,7 @@ CUDA graph, with the L2 cache warm and flushed, interleaved round by round; besi
 time that a copy of so many bytes takes on this GPU (the floor); peak memory beyond the logits.
 
 Without one nothing is timed. What can be known is counted: operators that eager PyTorch launches, bytes per pair, what
-every kernel compiles to for sm_80, 90 and 100 (`bench.ahead`), and how far the loss is from float64.
+every kernel compiles to for sm_80, 90 and 100 (`bench.kernels.ahead`), and how far the loss is from float64.
 """
 
 import importlib.util
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import ahead, harness
+from bench import harness
+from bench.kernels import ahead
 from cache import codec as codecs
 from kernels import ccd_loss, ccd_loss_encoded, reference
 from pipeline.config import Bench

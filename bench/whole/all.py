@@ -9,7 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bench import all_page, harness
+from bench import MODULES, harness
+from bench.whole import page as all_page
 from cache import UserError
 from cache.errors import did_you_mean
 from pipeline.config import Bench
@@ -38,7 +39,7 @@ def run(config: Bench) -> dict:
     for name in names:
         rounds = SUITES[name] if config.rounds == Bench.rounds else config.rounds
         chosen = dataclasses.replace(config, suite=name, rounds=rounds, arms=None, json=None, out=None)
-        found[name] = import_module(f"bench.{name.replace('-', '_')}").run(chosen)
+        found[name] = import_module(MODULES[name]).run(chosen)
         harness.write(path, document(machine, config, found))
     whole = document(machine, config, found)
     page = out / "bench.html"

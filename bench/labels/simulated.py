@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-HEAD = Path(__file__).parent / "data" / "resnet34_head.npz"
+HEAD = Path(__file__).parents[1] / "data" / "resnet34_head.npz"
 """weight f32 (1000, 512) and bias f32 (1000,) of a linear layer trained on this problem."""
 CLASSES, FEATURES = 1000, 512
 _NOISE = 4.8  # radius of a class's cloud against that of the tree of class means

@@ -46,8 +46,8 @@ import torch
 
 import cache
 from bench import harness
-from bench.claims_report import plot, show
-from bench.claims_studies import FULL, JDA, PLAIN, ROTATE, STUDIES, Contrast, Setting, studies
+from bench.claims.report import plot, show
+from bench.claims.studies import FULL, JDA, PLAIN, ROTATE, STUDIES, Contrast, Setting, studies
 from cache import UserError
 from cache.errors import did_you_mean
 from pipeline import demo

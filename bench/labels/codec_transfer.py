@@ -8,7 +8,7 @@ that is not augmented, as test sets are.
 
 Labels are encoded once per view and decoded batch by batch, as a loader would. Bytes on disk are those of `pack` for
 the first `CHUNK_PAIRS` pairs of a view, a store's chunk; bytes in memory are the row's. Peers' rows include what the
-peer needs to make the view again (`bench.peers`); other arms need nothing. A finished student is kept in
+peer needs to make the view again (`bench.labels.peers`); other arms need nothing. A finished student is kept in
 WORK/codec-transfer.json under a hash of all that it depends on: run again to resume.
 """
 
@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench import harness, peers, simulated
+from bench import harness
+from bench.labels import peers, simulated
 from cache import UserError, codec, philox
 from cache.codec.fidelity import divergence
 from cache.errors import did_you_mean

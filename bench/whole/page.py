@@ -16,7 +16,7 @@ Draw = Callable[[Any], None]
 
 
 def render(found: dict) -> bytes:
-    """The page of a document of `bench.all`."""
+    """The page of a document of `bench.whole.all`."""
     about = found["machine"]
     sections = {"Machine": _machine(found)}
     for name, (title, plots) in _SECTIONS.items():

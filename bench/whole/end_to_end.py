@@ -12,7 +12,7 @@ All arms train the student on the same pairs of views, step by step interleaved:
 
 The teachers' forward passes are timed in the same rounds. From all this follows after how many epochs, or students,
 the teacher pass has paid for itself. Weights are random, and stored labels those of a simulated teacher
-(`bench.simulated`): nothing here depends on what they say.
+(`bench.labels.simulated`): nothing here depends on what they say.
 """
 
 import itertools
@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 import cache
-from bench import harness, peers, simulated
+from bench import harness
+from bench.labels import peers, simulated
 from cache import Plane, UserError
 from cache import codec as codecs
 from cache.errors import did_you_mean

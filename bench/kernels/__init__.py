@@ -1,0 +1,1 @@
+"""The loss kernels: timed, and counted ahead of time."""

@@ -1,0 +1,1 @@
+"""Codes and stores of labels, against other formats."""
