@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import mixed_tar, tar_of
-from images import jpeg
+from support.commands import command, refused
+from support.images import jpeg
+from support.tars import mixed_tar, tar_of
 
 import cache
 from pipeline import cli
@@ -23,22 +24,6 @@ from pipeline.system.terminal import duration
 
 MAIN = "import sys; from pipeline.cli import main; sys.exit(main())"  # what the console script does
 IMAGE = jpeg(np.random.default_rng(0), 48, 40)
-
-
-def command(capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    code = cli.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def refused(capsys, *arguments) -> str:
-    """The one line on stderr."""
-    code, _, err = command(capsys, *arguments)
-    assert code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    assert "Traceback" not in err
-    return err
 
 
 def precompute(digits, teacher, store, *more) -> list:

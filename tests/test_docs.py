@@ -24,10 +24,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import yaml
-from conftest import tar_of
-from images import jpeg
 from moto.server import ThreadedMotoServer
-from remote_servers import serve
+from support.images import jpeg
+from support.remote_servers import serve
+from support.tars import tar_of
 from torch.distributed.run import get_args_parser
 
 from pipeline import cli

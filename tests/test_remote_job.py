@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from remote_servers import KINDS, hurry, serve
 from safetensors.torch import load_file
+from support.remote_servers import KINDS, hurry, serve
 
 import cache
 from pipeline.config import PrecomputeTeacher, TrainStudent

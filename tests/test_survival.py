@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tar_of
-from images import encode, jpeg, pixels, png
+from support.images import encode, jpeg, pixels, png
+from support.tars import tar_of
 
 import cache
 from cache import UserError

@@ -2,8 +2,8 @@
 
 URLs are s3://bucket/prefix (gs:// and az:// too), configured by the usual variables: AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_SKIP_SIGNATURE=true for public buckets, AWS_ENDPOINT_URL for other servers of
-the protocol (http:// is allowed). Requests are repeated (`cache.store.retry`). A put is atomic everywhere; in a folder it
-is a file ``name#1`` that is renamed, and a kill may leave one behind.
+the protocol (http:// is allowed). Requests are repeated (`cache.store.retry`). A put is atomic everywhere; in a folder
+it is a file ``name#1`` that is renamed, and a kill may leave one behind.
 """
 
 import contextlib

@@ -63,8 +63,8 @@ def pair(image: np.ndarray, program: Program, view: np.void, pad: int, out: np.n
     """The views of one decoded image, written to `out[:, position]`: original, then augmented.
 
     `image` u8 (H, W, 3), C-contiguous. `out` u8 (2, B, S, S, 3), or (1, B, S, S, 3) for the original alone. `view`
-    is one record of `pipeline.views.drawing.draw`: boxes `(top, left, height, width)` i32 (2, 4), flips (2,), op mask and
-    signs. `pad` ≥ 0 crops without resizing from an image padded black by `pad`; `pad` < 0 resizes the box to S
+    is one record of `pipeline.views.drawing.draw`: boxes `(top, left, height, width)` i32 (2, 4), flips (2,), op mask
+    and signs. `pad` ≥ 0 crops without resizing from an image padded black by `pad`; `pad` < 0 resizes the box to S
     (bilinear, antialiased, as torchvision on Pillow images). Releases the GIL; safe to call from many threads.
     """
     scratch = _scratch(resample.scratch_bytes(image.shape[0], image.shape[1], out.shape[2]))

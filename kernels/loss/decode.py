@@ -1,7 +1,7 @@
 """Decoding stored labels in plain PyTorch, on any device: the specification of the kernels that decode in registers.
 
-A `Decoder` is what a codec knows, as tensors; kernels know neither stores nor codecs. `cache.codec`, `cache.codec.subspace`
-and `cache.codec.entropy` describe the rows.
+A `Decoder` is what a codec knows, as tensors; kernels know neither stores nor codecs. `cache.codec`,
+`cache.codec.subspace` and `cache.codec.entropy` describe the rows.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def decode(rows: torch.Tensor, stream: torch.Tensor, decoder: Decoder) -> torch.
 
 
 def dither(stream: torch.Tensor, dims: int) -> torch.Tensor:
-    """u in (-1/2, 1/2) of both views' coefficients: f32 (B, 2, d) for keys i64 (B,); see `cache.codec.entropy.dither`."""
+    """u in (-1/2, 1/2) of both views' coefficients: f32 (B, 2, d) for keys i64 (B,); see `codec.entropy.dither`."""
     calls = -(-dims // 16)
     counter = torch.arange(calls, device=stream.device)
     view = torch.arange(2, device=stream.device)[:, None]

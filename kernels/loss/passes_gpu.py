@@ -1,8 +1,8 @@
 """The distillation loss in Triton: loss and gradient of pairs of rows in one go; launched by `kernels.loss.autograd`.
 
 `one_pass` holds whole rows in registers; `two_pass` reads them twice, the second time from L2. Both work on tiles
-(rows, classes), so that their terms, `kernels.loss.terms_gpu`, look alike. Teachers are dense in any dtype, or int8 rows
-with a header of scale and offset; `OFFSET_*` is where a view's logits start behind an aligned pointer.
+(rows, classes), so that their terms, `kernels.loss.terms_gpu`, look alike. Teachers are dense in any dtype, or int8
+rows with a header of scale and offset; `OFFSET_*` is where a view's logits start behind an aligned pointer.
 
 Every sum has one order, so that the same bits come out every run. The pairs' shares of the loss are added by
 `total_of`, or, where `ticket` is given, by the program that draws its last number: an integer, the only thing that

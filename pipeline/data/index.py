@@ -1,8 +1,8 @@
 """The data set as one memory-mapped array: a fixed record per sample, rows in shard order.
 
 A data set folder is local and holds `index.npy` (the records), `dataset.json` (classes, shards, fingerprint) and
-`quarantine.jsonl` (one line per damaged sample or shard); the shards lie anywhere that `pipeline.data.shards` reads. A row
-never moves: a damaged sample keeps its row with a non-zero status, so soft labels, random numbers and order can all
+`quarantine.jsonl` (one line per damaged sample or shard); the shards lie anywhere that `pipeline.data.shards` reads. A
+row never moves: a damaged sample keeps its row with a non-zero status, so soft labels, random numbers and order can all
 hang on the row or on its key hash.
 """
 

@@ -291,7 +291,7 @@ def share_of_cores(config: Plan) -> int:
 def simulated(classes: int) -> np.ndarray:
     """Logits f32 (512, 2, C) with the spread and about the spectrum of an ImageNet teacher's, original and augmented.
 
-    At 1000 classes their code takes the 40-odd bytes per vector of `bench.simulated`'s, which has a trained head.
+    At 1000 classes their code takes the 40-odd bytes per vector of `bench.labels.simulated`'s, whose head is trained.
     """
     rng, width = np.random.default_rng(0), min(classes, 512)
     spectrum = np.arange(1, width + 1) ** -0.5

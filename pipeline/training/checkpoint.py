@@ -125,5 +125,3 @@ def load(out: Path) -> dict | None:
         raise UserError(
             f"damaged checkpoint {path}", found=str(error).splitlines()[0], fix="delete it to start again"
         ) from None
-
-

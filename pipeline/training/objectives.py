@@ -195,5 +195,3 @@ def entropy(logits: Tensor) -> Tensor:
     """Mean entropy of softmax(logits) in nats, (n, C) -> scalar."""
     log_p = logits.detach().float().log_softmax(1)
     return -(log_p.exp() * log_p).sum(1).mean()
-
-

@@ -1,4 +1,4 @@
-"""Training a student on stored soft labels, or beside its teacher: what it learns from; `pipeline.training.loop` is the loop."""
+"""Training a student on stored soft labels, or beside its teacher: what it learns from; `training.loop` is the loop."""
 
 import hashlib
 import json

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tar_of
-from images import jpeg, pixels
 from PIL import Image
-from test_cli import command, refused
+from support.commands import command, refused
+from support.images import jpeg, pixels
+from support.tars import tar_of
 
-from bench import arms, harness, loader, pillow
+from bench import harness
 from bench.harness import Slot
+from bench.loader import arms, pillow, suite
 from cache import UserError
 from kernels.jda.ops import Op
 from pipeline.data import prepare
@@ -155,7 +156,7 @@ def test_threads_are_known_by_their_python_names():
 def test_the_profile_adds_up():
     """Threads nobody knows are the rest."""
     threads = {"work": 3.2, "decode()": 1.0, "pair()": 2.0, "read": 0.5, "else": 0.1}
-    rows = loader.profile([Slot(500, 3.0, 5.0, threads, 0, 0)] * 2)
+    rows = suite.profile([Slot(500, 3.0, 5.0, threads, 0, 0)] * 2)
     assert [(row["stage"], row["share %"]) for row in rows] == [
         ("decode", 20.0),
         ("pair kernel", 40.0),
@@ -242,7 +243,7 @@ def test_the_loader_benchmark_runs_every_arm(small, tmp_path, capsys):
         (slot,) = arm["slots"]
         assert slot["items"] == 16 and min(slot["seconds"], slot["own_bytes"], slot["peak_rss_bytes"]) > 0
     threads = found["arms"]["jda-distill"]["slots"][0]["thread_cpu_seconds"]
-    assert threads.keys() >= set(loader._STAGES.values())
+    assert threads.keys() >= set(suite._STAGES.values())
     assert {row["stage"] for row in found["tables"]["profile"]} >= {"decode", "pair kernel", "rest", "total"}
     calls = {row["call"]: row["ms"] for row in found["tables"]["stages"]}
     assert calls.keys() >= {"Pillow decode", "posterize 4", "rotate 26.67", "equalize", "crop and resize, mean box"}
@@ -267,7 +268,7 @@ def test_an_arm_that_is_killed_or_cannot_read_is_one_line(small, tmp_path):
     with harness.host() as host:
         killed = host.submit(os._exit, 9)
         with pytest.raises(UserError, match="the process of arm decode was killed; fix: free memory"):
-            loader._hosted(host, job, "decode", 0, 1)
+            suite._hosted(host, job, "decode", 0, 1)
         assert killed.exception()
     tar_of(tmp_path / "s.tar", {"0.jpg": jpeg(np.random.default_rng(0), 40, 30), "0.cls": b"0"})
     prepare.build(f"webdataset:{tmp_path}/s.tar", tmp_path / "data", classes=1)
@@ -277,19 +278,19 @@ def test_an_arm_that_is_killed_or_cannot_read_is_one_line(small, tmp_path):
         file.write(bytes(int(index.records["size"][0])))
     message = r"arm dali-conditionals failed; found .*; fix: leave it out by --arms"
     with harness.host() as host, pytest.raises(UserError, match=message):
-        loader._hosted(host, arms.Job(tmp_path / "data", 1, 1), "dali-conditionals", 0, 1)
+        suite._hosted(host, arms.Job(tmp_path / "data", 1, 1), "dali-conditionals", 0, 1)
 
 
 def test_the_synthetic_data_set_is_made_once_and_mended(tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "_SYNTHETIC", "synthetic:2")
-    made = loader._synthetic(tmp_path)
+    monkeypatch.setattr(suite, "_SYNTHETIC", "synthetic:2")
+    made = suite._synthetic(tmp_path)
     stamp = (made.path / "index.npy").stat().st_mtime_ns
-    assert (loader._synthetic(tmp_path).path / "index.npy").stat().st_mtime_ns == stamp
+    assert (suite._synthetic(tmp_path).path / "index.npy").stat().st_mtime_ns == stamp
     (made.path / "dataset.json").write_text("{}")
-    assert loader._synthetic(tmp_path).fingerprint == made.fingerprint
+    assert suite._synthetic(tmp_path).fingerprint == made.fingerprint
 
 
 def test_the_photograph_of_the_stages_has_its_size(small):
     """Where no image is 500 x 375, one is made."""
-    image = Image.open(io.BytesIO(loader._photograph(Index.open(small))))
+    image = Image.open(io.BytesIO(suite._photograph(Index.open(small))))
     assert (image.size, image.mode, image.format) == ((500, 375), "RGB", "JPEG")

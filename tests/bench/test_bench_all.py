@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import refused
+from support.commands import refused
 
-from bench import all as all_suites
-from bench import all_page, end_to_end, harness, peers
+from bench import MODULES, harness
+from bench.labels import peers
+from bench.whole import all as all_suites
+from bench.whole import end_to_end
+from bench.whole import page as all_page
 from pipeline.config import Bench
 from pipeline.training.losses import loss
 
@@ -69,7 +72,7 @@ def test_break_even_follows_from_the_seconds(found):
 
 
 def test_the_peers_labels_are_decoded_as_the_peer_does():
-    """Against NumPy's decoding in `bench.peers`, by the loss that they teach; row 7 has the label of row 3."""
+    """Against NumPy's decoding in `bench.labels.peers`, by the loss that they teach; row 7 has the label of row 3."""
     logits = np.random.default_rng(0).normal(size=(4, 2, 300)).astype(np.float32) * 3
     form = peers.tinyvit(300, 100)
     encoded = form.encode(logits, np.arange(4, dtype=np.uint64))
@@ -160,7 +163,9 @@ def test_the_page_stands_alone_and_shows_every_suite(found, tmp_path, monkeypatc
                 raise KeyboardInterrupt
             return found if self.name == "end_to_end" else _document(self.name, *SUITES[self.name])
 
-    monkeypatch.setattr(all_suites, "import_module", lambda name: Suite(name.removeprefix("bench.")))
+    monkeypatch.setattr(
+        all_suites, "import_module", lambda name: Suite({module: suite for suite, module in MODULES.items()}[name])
+    )
     config, broken = Bench(suite="all", out=tmp_path / "out"), "kernels"
     with pytest.raises(KeyboardInterrupt):
         all_suites.run(config)

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from bench import harness, storage, store
+from bench import harness
+from bench.labels import storage, store
 from cache import UserError
 from pipeline.config import Bench
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import claims
-from bench.claims import sign_flip_p
-from bench.claims_studies import FULL, JDA, PLAIN, STUDIES, less, more, policy, setting, studies
+from bench.claims import suite as claims
+from bench.claims.studies import FULL, JDA, PLAIN, STUDIES, less, more, policy, setting, studies
+from bench.claims.suite import sign_flip_p
 from cache import UserError
 from pipeline.config import Bench, TrainStudent
 from pipeline.demo import POLICY

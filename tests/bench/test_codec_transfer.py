@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import codec_transfer, peers, simulated
-from bench.codec_transfer import ARMS, Labels, Problem
+from bench.labels import codec_transfer, peers, simulated
+from bench.labels.codec_transfer import ARMS, Labels, Problem
 from cache import UserError
 from pipeline.config import Bench
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_acceptance, kernels
+from bench import gpu_acceptance
 from bench.gpu_acceptance import Part, run_limited, run_parts, verdicts
+from bench.kernels import suite as kernels
 from pipeline import cli
 from pipeline.config import Bench, Prepare
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from bench import peers, simulated
-from bench.peers import ABSENT, Field
+from bench.labels import peers, simulated
+from bench.labels.peers import ABSENT, Field
 
 CLASSES = simulated.CLASSES
 

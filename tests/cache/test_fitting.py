@@ -10,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_subspace import coefficients, dither, fields, integers
+from support.subspace import coefficients, dither, fields, integers
 from threadpoolctl import threadpool_limits
 
-from bench import simulated
+from bench.labels import simulated
 from cache import UserError
 from cache import codec as codecs
 from cache.codec import entropy, fidelity, fitting

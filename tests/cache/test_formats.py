@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_subspace import reference_decode
+from support.subspace import reference_decode
 
 from cache import codec as codecs
 from cache.codec.subspace import Subspace

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import SAMPLES, content, fill, make, status
+from support.stores import SAMPLES, content, fill, make, status
 
 import cache
 from cache import Plane, UserError

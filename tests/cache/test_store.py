@@ -11,7 +11,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from obstore.store import LocalStore
-from stores import (
+from support.stores import (
     BLOCK_ROWS,
     BLOCKED,
     SAMPLES,

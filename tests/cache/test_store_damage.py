@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import BLOCKED, assert_exact, assert_exact_block, chunk, files, fill, framed, make, manifest, zipped
+from support.stores import BLOCKED, assert_exact, assert_exact_block, chunk, files, fill, framed, make, manifest, zipped
 
 import cache
 from cache import UserError

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from obstore.exceptions import GenericError
-from stores import (
+from support.stores import (
     BLOCKED,
     VIEWS,
     assert_exact,
@@ -37,7 +37,7 @@ from cache.store.objects import Files
 WRITER = """
 import multiprocessing, random, sys, time
 from pathlib import Path
-from stores import cache, content, make
+from support.stores import cache, content, make
 
 SIZES = dict(samples=96, block_rows=4, views=2)
 

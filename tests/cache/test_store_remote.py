@@ -13,8 +13,8 @@ import pytest
 import zarr
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store, from_url
-from remote_servers import Remote, hurry, serve
-from stores import VIEWS, assert_exact, content, files, fill, key_hash, make, manifest, status, zipped
+from support.remote_servers import Remote, hurry, serve
+from support.stores import VIEWS, assert_exact, content, files, fill, key_hash, make, manifest, status, zipped
 from zarr.storage import ObjectStore
 
 import cache

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_entropy import as_path, decoded_steps, follow, normal_codec, rows_of, tables
-from test_subspace import coded, codes, coefficients, dither, header, integers, resolved, streams, with_coefficients
+from support.subspace import coded, codes, coefficients, dither, header, integers, resolved, streams, with_coefficients
+from support.trellis import as_path, decoded_steps, follow, normal_codec, rows_of, tables
 
 from cache.codec import entropy, fitting
 

@@ -22,7 +22,7 @@ from cache.errors import UserError
 from pipeline.data import index, shards
 from pipeline.data.index import RECORD, BadSample, Index, fingerprint, key_hash, split_name
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def make(

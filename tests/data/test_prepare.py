@@ -2,7 +2,6 @@
 
 import gc
 import io
-import json
 import os
 import resource
 import subprocess
@@ -14,39 +13,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 from google_crc32c import value as crc32c
-from images import encode, jpeg, pixels, png, png_claiming, tar
 from PIL import Image, PngImagePlugin
+from support.images import encode, jpeg, pixels, png, png_claiming, tar
+from support.prepared import RNG, SMALL, quarantine, refuse, samples
 from webdataset import tariterators
 
-from cache.errors import UserError
 from pipeline.config import Prepare
 from pipeline.data import prepare
 from pipeline.data.index import MAX_SIDE, Index, key_hash
 
-ROOT = Path(__file__).parents[1]
-RNG = np.random.default_rng(0)
-SMALL = jpeg(RNG, 24, 17)
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An image folder with names that WebDataset's rule for keys would tear or drop."""
+    root = tmp_path_factory.mktemp("images")
+    names = ["cat/1.jpg", "cat/1.png", "cat/a.b.v2.JPEG", "dog/deep.er/x%.jpg", "dog/x.jpg", "ant/a\nb.c/ü.jpg"]
+    names.append(os.fsdecode(b"dog/latin-\xfc.jpg"))
+    for number, name in enumerate(names):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        make = png if file.suffix == ".png" else jpeg
+        file.write_bytes(make(np.random.default_rng(number), 20 + number, 10))
+    for ignored in ("cat/.hidden.jpg", "cat/notes.txt", "top.jpg"):
+        (root / ignored).write_bytes(b"")
+    (root / ".git").mkdir()
+    (root / "void").mkdir()
+    return root, names
 
 
-def samples(count: int, prefix: str = "k", image: bytes = SMALL) -> list[tuple[str, bytes]]:
-    return [
-        member for i in range(count) for member in ((f"{prefix}{i}.jpg", image), (f"{prefix}{i}.cls", b"%d" % (i % 3)))
-    ]
-
-
-def quarantine(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
-
-
-def refuse(source: str, out: Path, *words: str, **options) -> None:
-    """The source ends in one line that holds all `words`, and nothing is left beside it."""
-    before = sorted(out.parent.iterdir())
-    with pytest.raises(UserError) as caught:
-        prepare.build(source, out, **options)
-    message = str(caught.value)
-    assert "\n" not in message and "fix: " in message
-    assert all(word in message for word in words), message
-    assert sorted(out.parent.iterdir()) == before
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_kind_of_image_is_indexed_with_its_own_size_bytes_and_label(tmp_path):
@@ -242,24 +237,6 @@ def test_an_output_that_exists_is_left_alone(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("empty", "link"):
         refuse("synthetic:5", tmp_path / name, "exists", name)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An image folder with names that WebDataset's rule for keys would tear or drop."""
-    root = tmp_path_factory.mktemp("images")
-    names = ["cat/1.jpg", "cat/1.png", "cat/a.b.v2.JPEG", "dog/deep.er/x%.jpg", "dog/x.jpg", "ant/a\nb.c/ü.jpg"]
-    names.append(os.fsdecode(b"dog/latin-\xfc.jpg"))
-    for number, name in enumerate(names):
-        file = root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        make = png if file.suffix == ".png" else jpeg
-        file.write_bytes(make(np.random.default_rng(number), 20 + number, 10))
-    for ignored in ("cat/.hidden.jpg", "cat/notes.txt", "top.jpg"):
-        (root / ignored).write_bytes(b"")
-    (root / ".git").mkdir()
-    (root / "void").mkdir()
-    return root, names
 
 
 def test_an_image_folder_becomes_shards_that_webdataset_reads(folder, tmp_path):

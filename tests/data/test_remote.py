@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from google_crc32c import value as crc32c
-from images import jpeg, png, tar
-from remote_servers import KINDS, Remote, hurry, serve
-from test_prepare import quarantine, refuse
+from support.images import jpeg, png, tar
+from support.prepared import quarantine, refuse
+from support.remote_servers import KINDS, Remote, hurry, serve
 
 from cache.errors import UserError
 from cache.store import retry

@@ -10,7 +10,7 @@ import pytest
 from cache.errors import UserError
 from pipeline.data.shards import RangeCache
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def kept(folder: Path) -> int:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from images import cifar, tar
 from PIL import Image
-from test_prepare import SMALL, quarantine, refuse, samples
+from support.images import cifar, tar
+from support.prepared import SMALL, quarantine, refuse, samples
 from webdataset import tariterators
 
 from cache.errors import UserError

@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from test_ccd import DEFAULTS
-from test_subspace import coded, reference_decode, streams
+from support.losses import DEFAULTS
+from support.subspace import coded, reference_decode, streams
 
 from kernels import ccd_loss, ccd_loss_encoded, reference
 from pipeline.labels.epochs import decoder_of

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from interpreted import CPU, TOLERANCE, assert_close, call, exact, students, subspace
-from test_ccd import DEFAULTS, oracle, random_case
-from test_subspace import streams
+from support.losses import DEFAULTS, oracle, random_case
+from support.subspace import streams
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -307,7 +307,9 @@ def test_opcheck_passes(encoded):
     torch.library.opcheck(autograd.pair_loss, (*arguments(encoded), True))
     with torch.no_grad():
         torch.library.opcheck(
-            autograd.pair_loss, (*arguments(encoded, torch.bfloat16), False), test_utils=("test_schema", "test_faketensor")
+            autograd.pair_loss,
+            (*arguments(encoded, torch.bfloat16), False),
+            test_utils=("test_schema", "test_faketensor"),
         )
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench import ahead
-from bench.ahead import Case
+from bench.kernels import ahead
+from bench.kernels.ahead import Case
 
 QUICK = [
     Case(90, 10, "bf16", "int8"),

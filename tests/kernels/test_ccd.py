@@ -12,24 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.losses import oracle, random_case
 from torch.nn import functional as F
 
 import kernels
 from kernels import reference
 from kernels.loss.ccd import ccd_loss
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLASSES = {10: 8, 100: 5, 257: 3, 1000: 4}  # classes: batch
-DEFAULTS = {"temperature": 4.0, "alpha": 0.5, "kd_weight": 2.0}
-
-
-def random_case(classes: int, batch: int, *, scale: float = 3.0, offsets=(0, 0, 0, 0), **options) -> dict:
-    """float32 logits [student_o, student_a, teacher_o, teacher_a] (B, C), target (B,), keyword arguments."""
-    generator = torch.Generator().manual_seed(classes)
-    logits = torch.randn(4, batch, classes, generator=generator) * scale
-    logits += torch.tensor(offsets)[:, None, None]
-    target = torch.randint(classes, (batch,), generator=generator)
-    return {"logits": list(logits), "target": target, "options": DEFAULTS | options}
 
 
 def one_hot(index: torch.Tensor, classes: int, gap: float = 1e4) -> torch.Tensor:
@@ -81,17 +72,6 @@ def evaluate(case: dict, impl: str, device: str = "cpu") -> dict[str, torch.Tens
     loss = ccd_loss(*logits, case["target"].to(device), impl=impl, **options)
     (loss * case.get("loss_scale", 1.0)).backward()
     return {"loss": loss.detach(), "grad_o": students[0].grad, "grad_a": students[1].grad}
-
-
-def oracle(case: dict) -> dict[str, torch.Tensor]:
-    """float64 autograd of the specification, on the very inputs the kernel gets."""
-    logits = [row.to(torch.float64, copy=True) for row in case["logits"]]
-    students = [row.requires_grad_() for row in logits[:2]]
-    weight = case["options"].get("weight")
-    options = case["options"] | {"weight": None if weight is None else weight.double()}
-    loss = reference.ccd_loss(*logits, case["target"], **options)
-    grad_o, grad_a = torch.autograd.grad(loss, students)
-    return {"loss": loss.detach(), "grad_o": grad_o, "grad_a": grad_a}
 
 
 def special_cases() -> dict[str, dict]:

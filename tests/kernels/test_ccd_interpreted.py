@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def test_the_kernels_meet_float64_in_the_interpreter():
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "interpreted_ccd.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "kernels" / "interpreted_ccd.py"],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 CONTROL = "nothing is broken"
 MUTATIONS = {
@@ -154,7 +154,7 @@ def main(folder: Path) -> None:
         number, (name, (*_, test)) = todo.pop()
         if (child := os.fork()) == 0:
             sys.path.insert(0, str(folder / str(number)))
-            code = pytest.main(["-xq", "-p", "no:cacheprovider", f"{TESTS / 'interpreted_ccd.py'}::{test}"])
+            code = pytest.main(["-xq", "-p", "no:cacheprovider", f"{TESTS / 'kernels' / 'interpreted_ccd.py'}::{test}"])
             sys.stdout.flush()
             os._exit(code)
         running[child] = name

@@ -8,10 +8,10 @@ import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from images import guarded, jpeg
 from numba import njit
 from PIL import Image
-from pillow import base, jda, operation
+from support.images import guarded, jpeg
+from support.pillow import base, jda, operation
 
 import kernels.jda
 from kernels.jda import resample, simd

@@ -18,21 +18,23 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from images import guarded, pixels
 from PIL import Image
-from pillow import base, jda
+from support.images import guarded, pixels
+from support.pillow import base, jda
 
 import kernels.jda
 from kernels.jda.gpu import pairs as jda_gpu
 from kernels.jda.gpu import plan
 from kernels.jda.ops import BOUNDS, CODES, TABLES, Op, compile_table
 
-VIEW = np.dtype([("box", "<i4", (2, 4)), ("flip", "u1", 2), ("mask", "<u4"), ("signs", "<u4")])  # pipeline.views.drawing.VIEW
+VIEW = np.dtype(
+    [("box", "<i4", (2, 4)), ("flip", "u1", 2), ("mask", "<u4"), ("signs", "<u4")]
+)  # pipeline.views.drawing.VIEW
 SIZES = [(1, 1), (1, 7), (5, 1), (2, 2), (3, 3), (2, 9), (17, 33)]
 
 
 def pairs(device: str, images: list, table, views, pad: int, size: int, both=True, **settings) -> np.ndarray:
-    """`kernels.jda.gpu.pairs.pairs` of numpy images, which it must leave alone; `settings` are constants of its module."""
+    """`kernels.jda.gpu.pairs.pairs` of numpy images, which it must leave alone; `settings` are its constants."""
     tensors = [
         torch.from_numpy(guarded(image, bool(i % 2))) if device == "cpu" else torch.from_numpy(image).to(device)
         for i, image in enumerate(images)

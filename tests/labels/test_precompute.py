@@ -2,22 +2,20 @@
 
 import dataclasses
 import io
-import multiprocessing
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import pillow
 import pytest
 import torch
-from conftest import tar_of
 from PIL import Image
+from support import pillow
+from support.processes import FORK, finished, killed
+from support.tars import tar_of
 
 import cache
 from cache import UserError, philox
@@ -31,8 +29,9 @@ from pipeline.views import drawing
 from pipeline.views import policy as policies
 from pipeline.views.loader import load
 
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["pipeline.labels.precompute", "pipeline.training.train_student"])  # so that a child starts in milliseconds
+FORK.set_forkserver_preload(
+    ["pipeline.labels.precompute", "pipeline.training.train_student"]
+)  # so that a child starts in milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -129,27 +128,6 @@ def test_a_finished_store_is_left_alone(whole, capsys):
     precompute.run(whole)
     assert before == {path: path.stat().st_mtime_ns for path in whole.store.rglob("*") if path.is_file()}
     assert "none, all were there" in capsys.readouterr().out
-
-
-def finished(target, config) -> float:
-    """Run in a child of its own to the end; seconds."""
-    child = FORK.Process(target=target, args=(config,))
-    started = time.monotonic()
-    child.start()
-    child.join()
-    assert child.exitcode == 0
-    return time.monotonic() - started
-
-
-def killed(target, config, delay: float, number: int = signal.SIGKILL) -> bool:
-    """Run in a child and send it a signal after `delay` seconds; did it end of that?"""
-    child = FORK.Process(target=target, args=(config,))
-    child.start()
-    child.join(delay)
-    if child.is_alive():
-        os.kill(child.pid, number)
-    child.join()
-    return child.exitcode in (-number, 128 + number)
 
 
 def changed(options, **fields):

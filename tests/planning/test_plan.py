@@ -8,9 +8,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_cli import command, refused
+from support.commands import command, refused
 
-from bench import plan as agreement
+from bench.whole import plan as agreement
 from cache import codec as codecs
 from cache.codec.fidelity import measure
 from pipeline import config
@@ -375,7 +375,7 @@ def test_a_step_that_does_not_fit_the_gpu_is_one_line(digits, capsys, monkeypatc
 
 @pytest.mark.slow
 def test_simulated_labels_take_what_a_trained_head_s_do():
-    """`bench.simulated`'s logits take 42 bytes per vector of 1000 classes at the default budget."""
+    """`bench.labels.simulated`'s logits take 42 bytes per vector of 1000 classes at the default budget."""
     logits = rates.simulated(1000)
     fitted = codecs.fit("subspace", logits[:384], kl=0.05)
     assert 35 < measure(fitted, logits[384:], np.arange(128, dtype=np.uint64)).bytes_per_vector < 55

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from test_inspect import Node
+from support.nodes import Node
 
 from pipeline.training import page as run_page
 

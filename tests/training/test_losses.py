@@ -8,7 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from papers import PER_SAMPLE, combined, lists, logits, pairs, paper_dist, paper_mean, softmax, views, with_gradient
+from support.papers import (
+    PER_SAMPLE,
+    combined,
+    lists,
+    logits,
+    pairs,
+    paper_dist,
+    paper_mean,
+    softmax,
+    views,
+    with_gradient,
+)
 from torch.nn import functional as F
 
 from kernels import reference

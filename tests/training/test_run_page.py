@@ -10,8 +10,22 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from run_pages import CONFIG, MEANS, PERCENT, PLOTS, RUN, TIMES, by_id, cells, line, plots, records, scale, written
-from test_inspect import HOSTILE, Node, section
+from support.nodes import HOSTILE, Node, section
+from support.run_pages import (
+    CONFIG,
+    MEANS,
+    PERCENT,
+    PLOTS,
+    RUN,
+    TIMES,
+    by_id,
+    cells,
+    line,
+    plots,
+    records,
+    scale,
+    written,
+)
 
 from cache import UserError
 from pipeline.training import checkpoint

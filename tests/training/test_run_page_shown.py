@@ -8,8 +8,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from run_pages import CONFIG, MEANS, PLOTS, RUN, cells, plots, records, written
-from test_inspect import CHROMIUM, HOSTILE, Node, section
+from support.nodes import CHROMIUM, HOSTILE, Node, section
+from support.run_pages import CONFIG, MEANS, PLOTS, RUN, cells, plots, records, written
 
 
 @pytest.fixture(scope="module")

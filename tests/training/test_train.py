@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_precompute import finished, killed
+from support.processes import finished, killed
 
 import cache
 from cache import UserError, philox

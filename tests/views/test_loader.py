@@ -10,11 +10,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pillow
 import pytest
-from conftest import tar_of
-from images import jpeg
 from PIL import Image
+from support import pillow
+from support.images import jpeg
+from support.tars import tar_of
 
 from cache import UserError
 from pipeline.data import prepare

@@ -1,7 +1,7 @@
 """The pixel path of a view on the GPU: the twin of `kernels.jda`, byte for byte.
 
-A batch is worked on in steps (`kernels.jda.gpu.plan`); step k of all images is three launches at most, and the crops are
-two more: their number grows with the longest chain of a batch, not with its size. One copy from pinned memory brings
+A batch is worked on in steps (`kernels.jda.gpu.plan`); step k of all images is three launches at most, and the crops
+are two more: their number grows with the longest chain of a batch, not with its size. One copy from pinned memory brings
 all arguments; the host never waits for the device.
 
 What 256 images of 500 × 375 with policy `imagenet` move, in MB, on average: statistics read 174; operations on pixels

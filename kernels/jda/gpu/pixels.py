@@ -130,7 +130,7 @@ def _fixed(v):
 
 @triton.jit
 def _rotated(cos, sin, height, width, top, left, dy, dx):
-    """Row and column that rotate reads for the pixel (top + dy, left + dx): affine_fixed, as `kernels.jda.enhance.rotate`.
+    """Row and column that rotate reads for the pixel (top + dy, left + dx): affine_fixed, as `jda.enhance.rotate`.
 
     The corner of the tile is 64-bit; only its fraction meets what is added inside the tile.
     """

@@ -127,8 +127,8 @@ def _translations(fractions: np.ndarray, sides: np.ndarray) -> np.ndarray:
 def translation(shift: float, side: int) -> tuple[int, int]:
     """(offset, jump) of a shift: pixel x of `side` comes from x + offset + (x ≥ jump).
 
-    `kernels.jda.enhance.translate` adds 1 to shift + 0.5 again and again. Rounding can carry that over an integer, and only
-    once, since no fraction is left to round after it.
+    `kernels.jda.enhance.translate` adds 1 to shift + 0.5 again and again. Rounding can carry that over an integer, and
+    only once, since no fraction is left to round after it.
     """
     at = np.floor(np.add.accumulate([shift + 0.5] + [1.0] * (side - 1))).astype(np.int64) - np.arange(side)
     return int(at[0]), int(np.argmax(at != at[0])) or side

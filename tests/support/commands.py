@@ -1,0 +1,19 @@
+"""Commands run as a user runs them."""
+
+from pipeline import cli
+
+
+def command(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line on stderr."""
+    code, _, err = command(capsys, *arguments)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert "Traceback" not in err
+    return err
