@@ -35,9 +35,9 @@ def load(
     """Yield one `Batch` per request of `plan`, in its order, working ahead in the background.
 
     `threads` decode and make views. `decoder` is one of `pipeline.data.decode.identity`; with a GPU's the views are
-    made there too, and `images` stay on it. `pairs=False` makes only the first view. A sample that cannot be read or decoded
-    is entered in `skipped` and left out of its batch, which may become empty. Raises UserError if that happens to more
-    samples than `skipped` allows.
+    made there too, and `images` stay on it. `pairs=False` makes only the first view. A sample that cannot be read or
+    decoded is entered in `skipped` and left out of its batch, which may become empty. Raises UserError if that
+    happens to more samples than `skipped` allows.
     """
     ready: queue.Queue = queue.Queue(maxsize=2)
     stopped = threading.Event()

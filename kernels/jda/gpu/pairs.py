@@ -1,8 +1,8 @@
 """The pixel path of a view on the GPU: the twin of `kernels.jda`, byte for byte.
 
 A batch is worked on in steps (`kernels.jda.gpu.plan`); step k of all images is three launches at most, and the crops
-are two more: their number grows with the longest chain of a batch, not with its size. One copy from pinned memory brings
-all arguments; the host never waits for the device.
+are two more: their number grows with the longest chain of a batch, not with its size. One copy from pinned memory
+brings all arguments; the host never waits for the device.
 
 What 256 images of 500 × 375 with policy `imagenet` move, in MB, on average: statistics read 174; operations on pixels
 read 306 and write 348; coefficients 12; crops read 143 and write 77. Sum 1.06 GB, at the least 0.32 ms of an H100's
