@@ -12,7 +12,7 @@ import tyro
 
 from cache import UserError
 from cache.errors import did_you_mean
-from pipeline import config, ranges
+from pipeline import config
 
 # The functions are named, not imported: `--help` need not wait for torch and DALI.
 COMMANDS = {
@@ -41,7 +41,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"unknown command {command}", fix=did_you_mean(command, COMMANDS))
         schema, module = COMMANDS[command]
         options = _parse(command, schema, rest)
-        ranges.check(options)
         if (path := getattr(options, "json", None)) and not path.absolute().parent.is_dir():
             raise UserError(f"no folder for {path}", fix="create it")  # now, and not after an hour
         importlib.import_module(module).run(options)
@@ -83,6 +82,8 @@ def _parse(command: str, schema: type, arguments: list[str]):
                 description=f"{schema.__doc__} --config recipe.yaml sets options that flags override.",
             )
     except SystemExit as stop:
+        if isinstance(stop.__context__, UserError):  # of the record itself: tyro took it for a value it cannot read
+            raise stop.__context__ from None
         if stop.code:
             # tyro draws a box of several lines; errors here are one line.
             text = re.sub(r"[─│╭╮╰╯]|\x1b\[[0-9;]*m", " ", output.getvalue())

@@ -1,0 +1,58 @@
+"""What `bench` takes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pipeline.config.ranges import Count, Natural, Options, Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Options):
+    """Time this package against its alternatives: interleaved, with medians and their spread."""
+
+    suite: Annotated[
+        Literal[
+            "all", "loader", "kernels", "store", "end-to-end", "plan", "gpu-acceptance", "codec-transfer", "claims"
+        ],
+        tyro.conf.Positional,
+    ]
+    """What to time. all: loader, store, kernels and end-to-end, with a page; plan: `pipeline plan` against runs;
+    gpu-acceptance: what a GPU machine has to show, in nine minutes; codec-transfer trains small students on each label
+    format, claims tries what the paper claims."""
+    data: Path | None = None
+    """Prepared data set; without it synthetic:512 (claims: the digits), prepared once and kept in WORK."""
+    work: Path | None = None
+    """Folder for what is made once; without it jda-distill/bench in the user's cache folder."""
+    arms: str | None = None
+    """Arms to run, separated by commas; without it all."""
+    rounds: Count = 7
+    """Timed rounds; each runs every arm once. One more goes first and is not counted."""
+    pairs: Count = 1024
+    """Pairs per arm and round, rounded up to whole batches of every worker."""
+    batch_size: Annotated[int, Range(1, 2**20)] = 64
+    """Pairs per batch."""
+    threads: Natural = 0
+    """Threads that decode and as many that augment, or DataLoader workers; 0: one per core."""
+    json: Path | None = None
+    """File to write every figure to."""
+    out: Path | None = None
+    """Folder for plots."""
+    logits: tuple[Path, ...] = ()
+    """store: teacher logits as .npz to compare formats on; without them the simulated teacher's."""
+    samples: Natural = 0
+    """store: rows of the plane, by default as many as ImageNet-1k has; codec-transfer: pairs per view (40,000)."""
+    seeds: Count = 5
+    """codec-transfer, claims: students per format or setting."""
+    steps: Count = 1000
+    """codec-transfer: optimiser steps per student."""
+    teacher: str | None = None
+    """claims: teacher as NAME@WEIGHTS; NAME is trained twice, without and with JDA. By default the demo's."""
+    student: str | None = None
+    """claims: student NAME, by default the demo's."""
+    policy: str | None = None
+    """claims: imagenet, cifar10, cifar100 or a YAML file, by default the demo's."""
+    epochs: Annotated[int, Range(1, 10_000)] = 8
+    """claims: epochs of a student, each on views of its own."""

@@ -1,0 +1,78 @@
+"""What the teacher pass takes, and what looks into a store."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pipeline.config.machine import Machine
+from pipeline.config.ranges import Count, Part, Range, Seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeTeacher(Machine):
+    """Let the teacher look at every augmented view once and keep its soft labels. Rerun to resume."""
+
+    data: Path
+    """Prepared data set."""
+    teacher: str
+    """Network as NAME@WEIGHTS; NAME@pretrained takes timm's own weights."""
+    store: str
+    """Store to create, to complete, or to extend to more views or shards: a folder or an s3:// URL."""
+    views: Count
+    """Augmented views per sample; epoch e of a student uses view e mod VIEWS."""
+    policy: str = "imagenet"
+    """imagenet, cifar10, cifar100 or a YAML file."""
+    codec: Literal["auto", "subspace", "int8", "fp16"] = "auto"
+    """How a pair of logit vectors is kept; auto takes the smallest that is unbiased and within the budget."""
+    kl_budget: Annotated[float | None, Range(0, above=True)] = None
+    """Mean KL(T = 4) in nats that the code may add to a label; by default 0.05, or that of an existing store."""
+    dry_run: bool = False
+    """Measure codec, size and time on some pairs, print them and write nothing."""
+    seed: Seed = 0
+    """Seed of the views."""
+    batch_size: Count = 128
+    """Images per forward pass."""
+    block_rows: Count = 8192
+    """Rows per block: the unit of commit and resume."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the teacher."""
+    decoder: Literal["auto", "cpu", "gpu", "gpu-hw"] = "auto"
+    """Who decodes JPEG; part of the store's identity, because decoders differ in bytes. auto follows the device;
+    gpu-hw takes nvJPEG's hardware engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Machine):
+    """Make a random share of a store's rows again, name whatever differs and its cause; exits 1 if anything does."""
+
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    """Store to verify."""
+    data: Path
+    """Prepared data set that it was made for."""
+    teacher: str | None = None
+    """Teacher as NAME@WEIGHTS; without it pixels and integrity are verified, but not what the teacher said."""
+    fraction: Part = 0.001
+    """Share of the rows of every view; at least 64 rows in all."""
+    seed: Seed = 0
+    """Which rows."""
+    batch_size: Count = 128
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the teacher; take that of the teacher pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Machine):
+    """One HTML page about a store: sizes, view pairs with their top classes, histograms, what the code loses."""
+
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    """Store to look at."""
+    data: Path
+    """Prepared data set that it was made for."""
+    out: Path = Path("report.html")
+    """File to write."""
+    teacher: str | None = None
+    """Teacher as NAME@WEIGHTS: pictures then also show its top classes before coding."""
+    samples: Annotated[int, Range(0, 1000)] = 12
+    """View pairs to show."""
