@@ -50,7 +50,7 @@ def _hints(schema: type) -> dict[str, Any]:
     return get_type_hints(schema, include_extras=True)
 
 
-def _check(name: str, value: object, hint: Any) -> None:
+def _check(name: str, value: Any, hint: Any) -> None:
     values = value if isinstance(value, tuple) else () if value is None else (value,)
     for allowed in getattr(hint, "__metadata__", ()):
         if isinstance(allowed, Range) and (wrong := [each for each in values if each not in allowed]):
