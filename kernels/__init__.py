@@ -1,19 +1,22 @@
-"""Compute kernels: the distillation loss (`ccd_loss`, `ccd_loss_encoded`) and the pixel path of a view (`jda`)."""
+"""Compute kernels: the distillation loss (`ccd_loss`, of logits or `EncodedPairs`), and the pixels of views (`jda`)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kernels import jda
-    from kernels.loss.ccd import ccd_loss, ccd_loss_encoded
+    from kernels.loss.ccd import ccd_loss
+    from kernels.loss.decode import EncodedPairs
 
-__all__ = ["ccd_loss", "ccd_loss_encoded", "jda"]
+__all__ = ["EncodedPairs", "ccd_loss", "jda"]
 
 
 def __getattr__(name: str):
     # On first use: a process that only decodes images should not wait for torch and Triton, nor the loss for numba.
-    if name in ("ccd_loss", "ccd_loss_encoded"):
-        return getattr(import_module("kernels.loss.ccd"), name)
+    if name == "ccd_loss":
+        return import_module("kernels.loss.ccd").ccd_loss
+    if name == "EncodedPairs":
+        return import_module("kernels.loss.decode").EncodedPairs
     if name == "jda":
         return import_module("kernels.jda")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

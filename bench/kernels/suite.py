@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import harness
 from bench.kernels import ahead
 from cache import codec as codecs
-from kernels import ccd_loss, ccd_loss_encoded, reference
+from kernels import EncodedPairs, ccd_loss, reference
 from pipeline.config import Bench
 from pipeline.labels.epochs import decoder_of
 from pipeline.system.terminal import progress
@@ -227,10 +227,8 @@ def _arms(batch: int, classes: int) -> tuple[dict[str, Step], int]:
         "compile int8": lambda: gradients(compiled_int8(z_o, z_a, encoded["int8"][1])),
     }
     for name, (codec, rows) in encoded.items():
-        decoder = decoder_of(codec, torch.device("cuda"))
-        arms[f"ours {name}"] = lambda rows=rows, decoder=decoder: gradients(
-            ccd_loss_encoded(z_o, z_a, rows, stream, decoder, target, weight=weight, **_OPTIONS)
-        )
+        labels = EncodedPairs(rows, stream, decoder_of(codec, torch.device("cuda")), weight)
+        arms[f"ours {name}"] = lambda labels=labels: gradients(ccd_loss(z_o, z_a, labels, target, **_OPTIONS))
     if importlib.util.find_spec("liger_kernel"):
         arms["liger"] = _liger((z_o, z_a), (t_o, t_a), target, weight, gradients)
     return arms, 2 * batch * classes * 2

@@ -255,8 +255,7 @@ def _labelled(index: Index, path: str, teacher: answers.Teacher) -> tuple[labels
     plane = Plane(0, np.resize(encoded, (rows, codec.row_bytes)), np.resize(w, rows), digest, status == 0)
     device, at = teacher.device, torch.from_numpy(plane.encoded)
     on_gpu = labels.place(store, device, "auto") == "gpu"
-    decoder = labels.decoder_of(codec, device) if device.type == "cuda" else None
-    found = labels.Labels(store, plane, device, at.to(device) if on_gpu else at, decoder)
+    found = labels.Labels(store, plane, device, at.to(device) if on_gpu else at)
 
     form = peers.tinyvit(index.classes, min(_TOP, index.classes))
     fields = peers.read(form.encode(pairs, np.arange(_CODED, dtype=np.uint64)), form.layout)

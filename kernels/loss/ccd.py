@@ -1,134 +1,126 @@
 """Cosine Confidence Distillation for users: the arguments are checked here, and who computes is chosen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.loss import autograd, decode
-from kernels.loss.decode import Decoder
+from kernels.loss import autograd
+from kernels.loss.decode import EncodedPairs
 from kernels.reference import Parts
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What `ccd_loss` takes beside logits, labels and targets. Raises ValueError for numbers out of range."""
+
+    temperature: float = 4.0
+    alpha: float = 0.5
+    kd_weight: float = 2.0
+    weight: Tensor | float | None = None
+    """w, float (B,) or one number for all pairs; 1.0 makes it plain distillation (KD). None takes the weight of
+    encoded pairs, else 1 + cosine of the teacher's raw logits."""
+    label_smoothing: float = 0.0
+    valid: Tensor | None = None
+    """Bool (B,); other pairs are not read, and have no loss and no gradient."""
+    count: Tensor | float | None = None
+    """The number of pairs that means divide by, also as a device scalar; None: those that are valid. Of many GPUs each
+    gives its share of a global mean with count = global number / GPUs, as DDP averages."""
+    loss_scale: Tensor | None = None
+    """The scalar on the device that the loss will be multiplied with (`GradScaler._scale`): a float16 student's
+    gradient is then stored in float16, scaled, instead of waiting in float32."""
+    inplace: bool = False
+    """The gradients take the place of the students' logits, which nobody may read any more: neither a leaf nor a
+    float16 without `loss_scale`, contiguous, for one backward, not under torch.compile."""
+    parts: bool = False
+    """Whether to return what the loss is made of as well."""
+    impl: str = "auto"
+    """"triton" (CUDA), "torch" (anywhere, computed in float64), or "auto", which takes Triton where it can. "triton"
+    takes CPU tensors if TRITON_INTERPRET=1 was set before this module was imported."""
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected a number > 0, got {self.temperature}")
+        for name in ("alpha", "label_smoothing"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+        if self.count is not None and not isinstance(self.count, Tensor) and not self.count > 0:
+            raise ValueError(f"count: expected a number > 0, got {self.count}")
+        if self.impl not in ("auto", "triton", "torch"):
+            raise ValueError(f"impl: expected auto, triton or torch, got {self.impl!r}")
 
 
 def ccd_loss(
     student_o: Tensor,
     student_a: Tensor,
-    teacher_o: Tensor,
-    teacher_a: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = 4.0,
-    alpha: float = 0.5,
-    kd_weight: float = 2.0,
-    weight: Tensor | float | None = None,
-    label_smoothing: float = 0.0,
-    valid: Tensor | None = None,
-    count: Tensor | float | None = None,
-    loss_scale: Tensor | None = None,
-    inplace: bool = False,
-    parts: bool = False,
-    impl: str = "auto",
+    teacher_o: Tensor | EncodedPairs,
+    teacher_a: Tensor | None = None,
+    target: Tensor | None = None,
+    **options: Any,
 ) -> Any:
     """Cosine Confidence Distillation of a batch of pairs of views; the formula is `reference.ccd_loss`.
 
-    `student_*`, `teacher_*`: logits (B, C) of the original and the augmented views, any floating dtypes. `target`:
-    integer (B,); a label outside [0, C) makes the loss NaN on the GPU and raises elsewhere. `weight`: float (B,) or
-    one number for all pairs; None takes 1 + cosine of the teacher's raw logits, 1.0 makes it plain distillation (KD).
-    `valid`: bool (B,); other pairs are not read, and have no loss and no gradient. `count`: the number of pairs that
-    means divide by, also as a device scalar; None: those that are valid (of many GPUs each gives its share of a global
-    mean with count = global number / GPUs, as DDP averages).
-    `loss_scale`: the scalar on the device that the loss will be multiplied with (`GradScaler._scale`): a float16
-    student's gradient is then stored in float16, scaled, instead of waiting in float32.
-    `inplace`: the gradients take the place of the students' logits, which nobody may read any more: neither a leaf
-    nor a float16 without `loss_scale`, contiguous, for one backward, not under torch.compile.
-    `impl`: "triton" (CUDA), "torch" (anywhere, computed in float64), or "auto", which takes Triton where it can.
-    "triton" takes CPU tensors if TRITON_INTERPRET=1 was set before this module was imported.
+        ccd_loss(student_o, student_a, teacher_o, teacher_a, target, **options)
+        ccd_loss(student_o, student_a, encoded_pairs, target, **options)
+
+    `student_*`, `teacher_*`: logits (B, C) of the original and the augmented views, any floating dtypes. The teacher
+    may be one `EncodedPairs`, stored labels of both views: the target then follows it. `target`: integer (B,); a label
+    outside [0, C) makes the loss NaN on the GPU and raises elsewhere. `options`: the fields of `Options`. int8 and fp16
+    labels are decoded in registers, subspace ones by a product right before the loss, whose 8·B·C bytes live until the
+    loss has read them.
 
     Returns a scalar, float32 (float64 for a float64 student), differentiable once in `student_*`; the gradients have
     the students' dtypes. With `parts` a tuple of it and `reference.Parts`, not differentiable. Against float64: loss
     to 5e-7 relative, gradient to 1e-7 + 1e-6 of its largest entry (before the rounding of a 16-bit dtype). Bitwise
     deterministic; never synchronises. Raises ValueError for arguments that do not fit together.
     """
-    options = _Options(
-        temperature, alpha, kd_weight, weight, label_smoothing, valid, count, loss_scale, inplace, parts, impl
-    )
-    _check(student_o, student_a, target, options)
-    for name, tensor in (("teacher_o", teacher_o), ("teacher_a", teacher_a)):
-        _expect(name, tensor, student_o.shape, student_o.device, floating=True)
-    if not _by_triton(options, student_o, student_a, teacher_o, teacher_a):
-        return _by_torch(student_o, student_a, teacher_o, teacher_a, target, options)
-    return _by_kernel(student_o, student_a, target, [_rows(teacher_o), _rows(teacher_a)], options)
-
-
-def ccd_loss_encoded(
-    student_o: Tensor,
-    student_a: Tensor,
-    rows: Tensor,
-    stream: Tensor,
-    decoder: Decoder,
-    target: Tensor,
-    *,
-    weight: Tensor | float | None,
-    temperature: float = 4.0,
-    alpha: float = 0.5,
-    kd_weight: float = 2.0,
-    label_smoothing: float = 0.0,
-    valid: Tensor | None = None,
-    count: Tensor | float | None = None,
-    loss_scale: Tensor | None = None,
-    inplace: bool = False,
-    parts: bool = False,
-    impl: str = "auto",
-) -> Any:
-    """`ccd_loss` with the teacher as stored rows, decoded on the way.
-
-    `rows`: u8 (B, row_bytes), gathered from a plane; `stream`: i64 (B,), their dither keys (the bits of a u64);
-    `decoder`: of the codec. `weight` None takes the cosine of the decoded logits, which `subspace`, whose logits are
-    centred, does not have: give it the stored w. int8 and fp16 are decoded in registers, subspace by a product right
-    before the loss, whose 8·B·C bytes live until the loss has read them. Everything else as in `ccd_loss`.
-    """
-    options = _Options(
-        temperature, alpha, kd_weight, weight, label_smoothing, valid, count, loss_scale, inplace, parts, impl
-    )
-    _check(student_o, student_a, target, options)
-    batch, classes = student_o.shape
-    if decoder.classes != classes:
-        raise ValueError(f"decoder: expected {classes} classes, got {decoder.classes}")
-    _expect("rows", rows, (batch, rows.shape[-1]), student_o.device, dtype=torch.uint8)
-    if decoder.kind == "subspace":
-        _expect("stream", stream, (batch,), student_o.device, dtype=torch.int64)
-        if weight is None:
-            raise ValueError("weight: expected the stored w, got None: logits of subspace rows are centred")
-    if not _by_triton(options, student_o, student_a):
-        teacher_o, teacher_a = decode.decode(rows, stream, decoder).unbind(1)
-        return _by_torch(student_o, student_a, teacher_o, teacher_a, target, options)
-    encoded = [rows.contiguous()]
+    asked = Options(**options)
+    encoded = teacher_o if isinstance(teacher_o, EncodedPairs) else None
+    if encoded is not None and target is None:
+        teacher_a, target = None, teacher_a
+    if target is None or (encoded is None) != isinstance(teacher_a, Tensor):
+        raise ValueError("ccd_loss: expected teacher_o, teacher_a and target, or EncodedPairs and target")
+    _check(student_o, student_a, target, asked)
+    if encoded is None:
+        assert isinstance(teacher_o, Tensor) and isinstance(teacher_a, Tensor)
+        for name, tensor in (("teacher_o", teacher_o), ("teacher_a", teacher_a)):
+            _expect(name, tensor, student_o.shape, student_o.device, floating=True)
+        if _by_triton(asked, student_o, student_a, teacher_o, teacher_a):
+            return _by_kernel(student_o, student_a, target, [_rows(teacher_o), _rows(teacher_a)], asked)
+        return _by_torch(student_o, student_a, teacher_o, teacher_a, target, asked)
+    _check_encoded(encoded, student_o)
+    if asked.weight is None and encoded.weight is not None:
+        _expect("weight", encoded.weight, target.shape, student_o.device, floating=True)
+        asked = replace(asked, weight=encoded.weight)
+    decoder = encoded.decoder
+    if asked.weight is None and decoder.kind == "subspace":
+        raise ValueError("weight: expected the stored w, got None: logits of subspace rows are centred")
+    if not _by_triton(asked, student_o, student_a):
+        teacher_o, teacher_a = encoded.logits().unbind(1)
+        return _by_torch(student_o, student_a, teacher_o, teacher_a, target, asked)
+    teacher = [encoded.gathered()]
     if decoder.kind == "subspace":
         tensors = decoder.basis, decoder.scale, decoder.beta, decoder.mean
-        encoded += [stream.contiguous(), *(tensor for tensor in tensors if tensor is not None)]
-    return _by_kernel(student_o, student_a, target, encoded, options, decoder.kind, decoder.wide, decoder.unit)
+        teacher += [encoded.dither_keys.contiguous(), *(tensor for tensor in tensors if tensor is not None)]
+    return _by_kernel(student_o, student_a, target, teacher, asked, decoder.kind, decoder.wide, decoder.unit)
 
 
-@dataclass(frozen=True, eq=False)
-class _Options:
-    """As in `ccd_loss`."""
-
-    temperature: float
-    alpha: float
-    kd_weight: float
-    weight: Tensor | float | None
-    label_smoothing: float
-    valid: Tensor | None
-    count: Tensor | float | None
-    loss_scale: Tensor | None
-    inplace: bool
-    parts: bool
-    impl: str
+def _check_encoded(encoded: EncodedPairs, student: Tensor) -> None:
+    batch, classes = student.shape
+    if encoded.decoder.classes != classes:
+        raise ValueError(f"decoder: expected {classes} classes, got {encoded.decoder.classes}")
+    device = student.device
+    if encoded.rows is None:
+        _expect("codes", encoded.codes, (batch, encoded.codes.shape[-1]), device, dtype=torch.uint8)
+    else:
+        _expect("codes", encoded.codes, encoded.codes.shape, device, dtype=torch.uint8)
+        _expect("rows", encoded.rows, (batch,), device, dtype=torch.int64)
+    _expect("dither_keys", encoded.dither_keys, (batch,), device, dtype=torch.int64)
 
 
-def _by_torch(student_o, student_a, teacher_o, teacher_a, target: Tensor, options: _Options):
+def _by_torch(student_o, student_a, teacher_o, teacher_a, target: Tensor, options: Options):
     logits = student_o.double(), student_a.double(), teacher_o.double(), teacher_a.double()
     weight = options.weight.double() if isinstance(options.weight, Tensor) else options.weight
     numbers = {
@@ -148,7 +140,7 @@ def _by_torch(student_o, student_a, teacher_o, teacher_a, target: Tensor, option
         return loss, Parts(*(part.to(dtype) for part in reference.ccd_parts(*logits, target, **numbers)))
 
 
-def _by_kernel(student_o, student_a, target, teacher, options: _Options, kind="dense", wide=0, unit=1.0):
+def _by_kernel(student_o, student_a, target, teacher, options: Options, kind="dense", wide=0, unit=1.0):
     batch = len(target)
     hard, soft = (
         factor / 2 for factor in reference.coefficients(options.temperature, options.alpha, options.kd_weight)
@@ -186,10 +178,8 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _by_triton(options: _Options, *logits: Tensor) -> bool:
+def _by_triton(options: Options, *logits: Tensor) -> bool:
     """Whether the kernels compute. Raises ValueError if they are asked for and cannot."""
-    if options.impl not in ("auto", "triton", "torch"):
-        raise ValueError(f'impl: expected "auto", "triton" or "torch", got {options.impl!r}')
     obstacle = None
     if not (logits[0].is_cuda or autograd.INTERPRETED):
         obstacle = f"expected CUDA tensors (or TRITON_INTERPRET=1), got {logits[0].device}"
@@ -204,7 +194,7 @@ def _by_triton(options: _Options, *logits: Tensor) -> bool:
     return True
 
 
-def _check(student_o: Tensor, student_a: Tensor, target: Tensor, options: _Options) -> None:
+def _check(student_o: Tensor, student_a: Tensor, target: Tensor, options: Options) -> None:
     if student_o.ndim != 2 or student_o.numel() == 0:
         raise ValueError(f"student_o: expected logits (B, C), got shape {tuple(student_o.shape)}")
     device, batch = student_o.device, student_o.shape[:1]
@@ -219,22 +209,15 @@ def _check(student_o: Tensor, student_a: Tensor, target: Tensor, options: _Optio
         _expect("valid", options.valid, batch, device, dtype=torch.bool)
     if isinstance(options.count, Tensor):
         _expect("count", options.count, (), device)
-    elif options.count is not None and not options.count > 0:
-        raise ValueError(f"count: expected a number > 0, got {options.count}")
     if options.loss_scale is not None:
         _expect("loss_scale", options.loss_scale, options.loss_scale.shape, device, dtype=torch.float32)
         if options.loss_scale.numel() != 1:
             raise ValueError(f"loss_scale: expected one number, got shape {tuple(options.loss_scale.shape)}")
-    if not options.temperature > 0:
-        raise ValueError(f"temperature: expected a number > 0, got {options.temperature}")
-    for name in ("alpha", "label_smoothing"):
-        if not 0 <= (value := getattr(options, name)) <= 1:
-            raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
     if options.inplace:
         _check_inplace(student_o, student_a, options)
 
 
-def _check_inplace(student_o: Tensor, student_a: Tensor, options: _Options) -> None:
+def _check_inplace(student_o: Tensor, student_a: Tensor, options: Options) -> None:
     if torch.compiler.is_compiling():
         raise ValueError("inplace: expected eager mode, got torch.compile, which reuses memory by itself")
     spans = []

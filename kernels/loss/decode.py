@@ -30,6 +30,29 @@ class Decoder:
     """subspace: f32 (C,)."""
 
 
+@dataclass(frozen=True, eq=False)
+class EncodedPairs:
+    """Stored labels of a batch of pairs, both views together: what `kernels.ccd_loss` takes as its teacher."""
+
+    codes: torch.Tensor
+    """u8 (B, row_bytes), or a whole plane (N, row_bytes) that `rows` chooses from; on the student's device."""
+    dither_keys: torch.Tensor
+    """i64 (B,), the bits of a u64."""
+    decoder: Decoder
+    weight: torch.Tensor | None = None
+    """w f32 (B,), as stored: NaN where there is no label."""
+    rows: torch.Tensor | None = None
+    """i64 (B,): pair i's label is codes[rows[i]]; None: codes[i]."""
+
+    def gathered(self) -> torch.Tensor:
+        """The batch's codes u8 (B, row_bytes)."""
+        return (self.codes if self.rows is None else self.codes[self.rows]).contiguous()
+
+    def logits(self) -> torch.Tensor:
+        """The teacher's logits f32 (B, 2, C)."""
+        return decode(self.gathered(), self.dither_keys, self.decoder)
+
+
 def decode(rows: torch.Tensor, stream: torch.Tensor, decoder: Decoder) -> torch.Tensor:
     """Rows u8 (B, row_bytes) and their dither keys i64 (B,) (the bits of a u64) -> logits f32 (B, 2, C)."""
     batch = len(rows)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 import cache
 from cache import Manifest, Plane, Store, UserError
 from cache.codec import Codec, Subspace
+from kernels import EncodedPairs
 from kernels.loss.decode import Decoder
-from kernels.loss.decode import decode as decoded
 from pipeline.data import decode
 from pipeline.system.terminal import decimal, progress
 from pipeline.views import policy as policies
@@ -39,27 +40,32 @@ class Labels:
     device: torch.device
     encoded: torch.Tensor
     """u8 (N, row_bytes), on the device or in memory."""
-    decoder: Decoder | None
-    """None: the codec decodes, on the CPU."""
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return decoder_of(self.store.codec, self.device)
 
     def logits(self, rows: np.ndarray) -> torch.Tensor:
         """The teacher's logits of index rows i64 (B,): f32 (B, 2, C) on the device."""
-        if self.decoder is None:
+        if self.device.type == "cpu":  # the codec's own decoder is the faster one there
             stream = self.store.stream(self.plane.view, rows)
             return torch.from_numpy(self.store.codec.decode(self.plane.gather(rows)[0], stream))
-        return decoded(*self.encoded_rows(rows), self.decoder)
+        return self.pairs(rows).logits()
 
-    def encoded_rows(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoded labels u8 (B, row_bytes) of index rows i64 (B,), and their dither keys i64 (B,), on the device."""
-        keys = self.store.stream(self.plane.view, rows).view(np.int64)
-        keys = torch.from_numpy(keys).to(self.device, non_blocking=True)
-        at = torch.from_numpy(rows)
+    def pairs(self, rows: np.ndarray) -> EncodedPairs:
+        """The encoded labels of index rows i64 (B,) with their w f32 (B,), NaN where there is none, on the device."""
+        keys = torch.from_numpy(self.store.stream(self.plane.view, rows).view(np.int64))
+        weight, at = torch.from_numpy(self.plane.weight[rows]), torch.from_numpy(rows)
         if self.encoded.is_cuda:
-            return self.encoded[at.to(self.device, non_blocking=True)], keys
+            return EncodedPairs(self.encoded, self._put(keys), self.decoder, self._put(weight), self._put(at))
         # Page-locked, so that the copy runs beside the network.
         pinned = self.device.type == "cuda"
         staged = torch.empty((len(rows), self.encoded.shape[1]), dtype=torch.uint8, pin_memory=pinned)
-        return torch.index_select(self.encoded, 0, at, out=staged).to(self.device, non_blocking=True), keys
+        torch.index_select(self.encoded, 0, at, out=staged)
+        return EncodedPairs(self._put(staged), self._put(keys), self.decoder, self._put(weight))
+
+    def _put(self, values: torch.Tensor) -> torch.Tensor:
+        return (values.pin_memory() if self.device.type == "cuda" else values).to(self.device, non_blocking=True)
 
 
 def epochs(store: Store, views: Iterator[int], device: torch.device, placement: str, folder: Path) -> Iterator[Labels]:
@@ -69,14 +75,13 @@ def epochs(store: Store, views: Iterator[int], device: torch.device, placement: 
     that the plane fits. Only the first plane is waited for, and shows its progress.
     """
     placement = place(store, device, placement)
-    decoder = decoder_of(store.codec, device) if device.type == "cuda" else None
     mode = "mmap" if placement == "mmap" else "memory"
     with ExitStack() as waiting:
         advance = waiting.enter_context(progress("labels", store.manifest.blocks, "blocks"))
         for plane in cache.planes(store, views, mode=mode, folder=folder, progress=lambda *_: advance(1)):
             waiting.close()
             encoded = torch.from_numpy(plane.encoded)
-            yield Labels(store, plane, device, encoded.to(device) if placement == "gpu" else encoded, decoder)
+            yield Labels(store, plane, device, encoded.to(device) if placement == "gpu" else encoded)
 
 
 def place(store: Store, device: torch.device, wanted: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cache import philox
-from kernels import ccd_loss, ccd_loss_encoded, reference
+from kernels import ccd_loss, reference
 from pipeline.config import TrainStudent
 from pipeline.labels.epochs import Labels
 from pipeline.networks.teacher import Teacher
@@ -93,7 +93,7 @@ class Distillation:
         assert labels or teacher
         self._config, self._labels, self._teacher, self._checks = config, labels, teacher, checks
         self._choose = choice(config.augmented_fraction, config.seed, epoch)
-        self._mean_w = float(np.nanmean(labels.plane.weight)) if labels and config.loss == "ccd-mean" else 0.0
+        self._same_weight = float(np.nanmean(labels.plane.weight)) if labels and config.loss == "ccd-mean" else 1.0
         self._factors = _factors(config, epoch)
 
     def wants(self, batch: Batch) -> np.ndarray:
@@ -144,14 +144,10 @@ class Distillation:
             "loss_scale": seen.loss_scale if device.type == "cuda" else None,
             "parts": seen.parts,
         }
-        labels = self._labels
-        if labels and not self._teacher and labels.decoder:
-            rows = seen.batch.rows[some]
-            encoded, keys = labels.encoded_rows(rows)
-            weight = self._weight(labels.plane.weight[rows], device)
-            found = ccd_loss_encoded(
-                student_o, student_a, encoded, keys, labels.decoder, target, weight=weight, **options
-            )
+        if self._labels and not self._teacher and device.type == "cuda":
+            encoded = self._labels.pairs(seen.batch.rows[some])
+            weight = encoded.weight if config.loss == "ccd" else self._same_weight
+            found = ccd_loss(student_o, student_a, encoded, target, weight=weight, **options)
         else:
             teacher, weight = self._answers(seen.batch, some, device)
             found = ccd_loss(student_o, student_a, teacher[:, 0], teacher[:, 1], target, weight=weight, **options)
@@ -171,12 +167,9 @@ class Distillation:
             return logits, w if self._config.loss == "ccd" else 1.0
         assert self._labels
         rows = batch.rows[some]
-        return self._labels.logits(rows), self._weight(self._labels.plane.weight[rows], device)
-
-    def _weight(self, w: np.ndarray, device: torch.device) -> Tensor | float:
-        if self._config.loss == "ccd":
-            return torch.from_numpy(w).to(device, non_blocking=True)
-        return self._mean_w if self._config.loss == "ccd-mean" else 1.0
+        w = torch.from_numpy(self._labels.plane.weight[rows])
+        weight = w.to(device, non_blocking=True) if self._config.loss == "ccd" else self._same_weight
+        return self._labels.logits(rows), weight
 
 
 def _factors(config: TrainStudent, epoch: int) -> dict[str, float]:

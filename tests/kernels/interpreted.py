@@ -5,7 +5,7 @@ import torch
 from support.losses import DEFAULTS
 from support.subspace import coded, reference_decode, streams
 
-from kernels import ccd_loss, ccd_loss_encoded, reference
+from kernels import EncodedPairs, ccd_loss, reference
 from pipeline.labels.epochs import decoder_of
 
 CPU = torch.device("cpu")
@@ -18,10 +18,9 @@ def students(batch: int, classes: int, seed: int = 0, scale: float = 3.0) -> lis
 
 
 def call(logits, target, teacher, **options):
-    """Loss and gradients: `teacher` are two tensors, or rows, stream and decoder."""
+    """Loss and gradients: `teacher` are two tensors, or one `EncodedPairs`."""
     rows = [row.detach().requires_grad_() for row in logits]
-    function = ccd_loss if len(teacher) == 2 else ccd_loss_encoded
-    loss = function(*rows, *teacher, target, impl="triton", **options)
+    loss = ccd_loss(*rows, *teacher, target, impl="triton", **options)
     return loss.detach(), *torch.autograd.grad(loss, rows)
 
 
@@ -43,11 +42,11 @@ def assert_close(found, expected, loss=TOLERANCE):
 
 
 def subspace(classes: int, dims: int, wide: int, batch: int, seed: int = 0):
-    """Rows, their keys and decoder, and the float64 logits that they mean."""
+    """[EncodedPairs], and the float64 logits that they mean."""
     codec = coded(classes, dims, wide, seed, scale=np.geomspace(1, 0.05, dims) / 127)
     rng = np.random.default_rng(seed)
     stream = streams(batch, seed)
     rows = codec.encode((rng.normal(size=(batch, 2, classes)) * 4).astype(np.float32), stream)
     truth, _ = reference_decode(codec, rows, stream)
     keys = torch.from_numpy(stream.view(np.int64))
-    return (torch.from_numpy(rows), keys, decoder_of(codec, CPU)), torch.from_numpy(truth)
+    return [EncodedPairs(torch.from_numpy(rows), keys, decoder_of(codec, CPU))], torch.from_numpy(truth)

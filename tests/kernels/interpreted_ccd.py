@@ -17,7 +17,7 @@ from support.subspace import streams
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import ccd_loss, ccd_loss_encoded, reference
+from kernels import EncodedPairs, ccd_loss, reference
 from kernels.loss import autograd
 from pipeline.labels.epochs import decoder_of
 
@@ -95,7 +95,7 @@ def test_rows_are_decoded_in_registers(classes, kind, stored):
     teacher = torch.from_numpy(codec.decode(rows, streams(batch))).double()
     target = torch.from_numpy(rng.integers(0, classes, batch))
     weight = torch.rand(batch) * 2 if stored else None
-    encoded = torch.from_numpy(rows), torch.zeros(batch, dtype=torch.int64), decoder_of(codec, CPU)
+    encoded = [EncodedPairs(torch.from_numpy(rows), torch.zeros(batch, dtype=torch.int64), decoder_of(codec, CPU))]
     found = call(students(batch, classes), target, encoded, weight=weight)
     # The decoder's float32 arithmetic is that of the specification too: scale · q + offset, in one or two roundings.
     assert_close(found, exact(students(batch, classes), target, teacher.unbind(1), weight=weight), loss=1e-6)
@@ -280,8 +280,9 @@ def arguments(encoded, dtype=torch.float32) -> tuple:
     z_o, z_a = (row.to(dtype, copy=True).requires_grad_() for row in students(3, 40))
     numbers = 1.0, False, 4.0, 0.1, 0.2, 0.0
     if encoded:
-        (rows, stream, decoder), _ = subspace(40, 24, 8, 3)
-        teacher = [rows, stream, decoder.basis, decoder.scale, decoder.beta, decoder.mean]
+        (pairs,), _ = subspace(40, 24, 8, 3)
+        decoder = pairs.decoder
+        teacher = [pairs.codes, pairs.dither_keys, decoder.basis, decoder.scale, decoder.beta, decoder.mean]
         return (
             z_o,
             z_a,
@@ -318,13 +319,12 @@ def test_the_loss_compiles_to_one_graph(kind):
     torch.manual_seed(0)
     teacher = subspace(40, 24, 8, 3)[0] if kind == "subspace" else students(3, 40, 1)
     options = {"weight": torch.rand(3), "impl": "triton", "label_smoothing": 0.1}
-    function = ccd_loss_encoded if kind == "subspace" else ccd_loss
     head = torch.nn.Linear(6, 40)
     x = torch.randn(2, 3, 6)
 
     def loss(x):
         logits = head(x)
-        value, parts = function(logits[0], logits[1], *teacher, torch.arange(3), parts=True, **options)
+        value, parts = ccd_loss(logits[0], logits[1], *teacher, torch.arange(3), parts=True, **options)
         return value * 3, parts.kl_o
 
     value, kl = loss(x)
@@ -367,10 +367,9 @@ def test_launches_are_few(monkeypatch, classes, batch):
     dense = students(batch, classes, 1)
     for teacher, forward in ((dense, [one_pass, "total_of"]), (encoded, ["decode", one_pass])):
         rows = [row.requires_grad_() for row in students(batch, classes)]
-        function = ccd_loss if len(teacher) == 2 else ccd_loss_encoded
         target, weight = torch.zeros(batch, dtype=torch.int64), torch.ones(batch)
         with Work():
-            loss = function(*rows, *teacher, target, weight=weight, valid=weight > 0.5, impl="triton")
+            loss = ccd_loss(*rows, *teacher, target, weight=weight, valid=weight > 0.5, impl="triton")
         assert count == ["aten::gt.Scalar", *forward]
         count.remove("aten::gt.Scalar")
         loss.backward()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +17,10 @@ from support.losses import oracle, random_case
 from torch.nn import functional as F
 
 import kernels
+from cache import codec as codecs
 from kernels import reference
 from kernels.loss.ccd import ccd_loss
+from kernels.loss.decode import Decoder
 
 ROOT = Path(__file__).parents[2]
 CLASSES = {10: 8, 100: 5, 257: 3, 1000: 4}  # classes: batch
@@ -269,6 +272,27 @@ def test_parts_leave_the_loss_differentiable():
     assert not any(part.requires_grad for part in parts)
     total = (parts.ce_o + parts.ce_a).mean() / 2 + 16 * (parts.kl_o + parts.w * parts.kl_a).mean() / 2
     torch.testing.assert_close(total, expected["loss"])
+
+
+def test_one_object_may_carry_the_stored_labels_of_a_batch():
+    """Rows of a plane, w and all; pairs without a label, whose w is NaN, are left out by `valid`."""
+    codec = codecs.make("int8", classes=10)
+    keys = np.arange(5, dtype=np.uint64)
+    plane = codec.encode(np.random.default_rng(0).normal(size=(5, 2, 10)).astype(np.float32), keys)
+    rows, weight = torch.tensor([4, 0, 2]), torch.tensor([1.5, torch.nan, 0.5])
+    decoder = Decoder("int8", 10)
+    pairs = kernels.EncodedPairs(torch.from_numpy(plane), torch.zeros(3).long(), decoder, weight, rows)
+    expected = torch.from_numpy(codec.decode(plane, keys))[rows]
+    torch.testing.assert_close(pairs.logits(), expected)
+    students, target = torch.randn(6, 10), torch.arange(3)
+    loss = ccd_loss(*students.chunk(2), pairs, target, valid=~weight.isnan())
+    there = torch.tensor([0, 2])
+    dense = [row[there] for row in (*students.chunk(2), *expected.unbind(1))]
+    torch.testing.assert_close(loss, ccd_loss(*dense, target[there], weight=weight[there]))
+    with pytest.raises(ValueError, match="expected teacher_o, teacher_a and target, or EncodedPairs and target"):
+        ccd_loss(*students.chunk(2), pairs)
+    with pytest.raises(ValueError, match="decoder: expected 9 classes, got 10"):
+        ccd_loss(*students[:, :9].chunk(2), pairs, target)
 
 
 def test_float64_stays_float64():

@@ -177,7 +177,7 @@ def test_a_live_check_stops_labels_of_another_teacher(whole, teacher, tmp_path):
         train_student.run(wrong)
     store, index = cache.open(whole.store), Index.open(whole.data)
     plane = store.load_plane(0)
-    labels = Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.encoded), None)
+    labels = Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.encoded))
     batch = Batch(index.good[:16], torch.zeros(16), torch.zeros(2, 16, 1), None)
     right = labels.logits(batch.rows)
 
@@ -201,7 +201,7 @@ def test_the_loss_is_that_of_the_stored_labels(whole):
 
     store, index = cache.open(whole.store), Index.open(whole.data)
     plane = store.load_plane(1)
-    stored = Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.encoded), None)
+    stored = Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.encoded))
     rows = index.good[:9]
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 9, 10, generator=generator) * 3
