@@ -257,16 +257,16 @@ def measure_decoding(found: str, data: str) -> None:
     from nvidia.dali.pipeline import Pipeline
 
     from bench.loader import arms
-    from pipeline.views import loader
+    from pipeline.views.loader import Loader
 
     gpu, threads = torch.cuda.is_available(), len(os.sched_getaffinity(0))
     job = arms.Job(Path(data), 256 if gpu else 16, threads)
     index = arms.opened(job.data)
-    encoded = [[np.frombuffer(index.read(row), np.uint8) for row in arms.rows_of(job, step)[0]] for step in range(4)]
+    encoded = [[np.frombuffer(index.read(row), np.uint8) for row in arms.part_of(job, step)[1]] for step in range(4)]
 
     def pairs(decoder: str) -> Iterator[int]:
         plan = map(partial(arms.request, job), itertools.count())
-        batches = loader.load(index, plan, arms.POLICY, threads=threads, decoder=decoder)
+        batches = Loader(index, arms.POLICY, threads=threads, decoder=decoder).batches(plan)
         return (len(batch.rows) for batch in batches)
 
     def images(decoder: str) -> Iterator[int]:

@@ -16,12 +16,11 @@ from cache import UserError
 from pipeline.config import PrecomputeTeacher, TrainStudent
 from pipeline.data import prepare
 from pipeline.data.index import Index, key_hash
-from pipeline.data.skipped import Skipped
 from pipeline.demo import POLICY
 from pipeline.labels import precompute
 from pipeline.training import train_student
 from pipeline.views import drawing
-from pipeline.views.loader import load
+from pipeline.views.loader import Loader
 from pipeline.views.policy import POLICIES
 
 CIFAR = POLICIES["cifar10"]
@@ -92,17 +91,17 @@ def row_of(index: Index, number: int) -> int:
     return int(rows[0])
 
 
-def run(index: Index, skipped: Skipped, numbers=(0, 1)) -> dict[int, dict[int, tuple]]:
+def run(loader: Loader, numbers=(0, 1)) -> dict[int, dict[int, tuple]]:
     """By view and key hash: the digests, after checking that rows come in the order of the plan."""
-    out: dict[int, dict[int, tuple]] = {}
+    index, out = loader.index, {}
     order = np.random.default_rng(1).permutation(index.good)
     for view in numbers:
         parts = [order[at : at + 64] for at in range(0, len(order), 64)]
         plan = [(part, drawing.of(index.records[part], 3, view, CIFAR)) for part in parts]
-        batches = list(load(index, plan, CIFAR, threads=2, digests=True, skipped=skipped))
+        batches = list(loader.batches(plan, digests=True))
         seen = np.concatenate([batch.rows for batch in batches])
         assert len(batches) == len(plan)
-        np.testing.assert_array_equal(seen, [row for row in order if row not in skipped])
+        np.testing.assert_array_equal(seen, [row for row in order if row not in loader.skipped])
         digests = np.concatenate([batch.digests for batch in batches])
         out[view] = dict(zip(index.records["key_hash"][seen].tolist(), map(tuple, digests.tolist()), strict=True))
     return out
@@ -159,13 +158,13 @@ def harmed(bad, monkeypatch) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def expected(clean) -> dict[int, dict[int, tuple]]:
-    return run(clean, Skipped(clean))
+    return run(Loader(clean, CIFAR, threads=2))
 
 
 def test_damage_after_indexing_is_skipped_alike_in_every_view(expected, bad, harmed, capfd):
     """Every bad key is named with shard and byte; what is left equals a clean run, in the order of the plan."""
-    skipped = Skipped(bad, max_bad=0.01)
-    got = run(bad, skipped)
+    loader = Loader(bad, CIFAR, threads=2, max_bad=0.01)
+    got, skipped = run(loader), loader.skipped
     assert set(skipped.causes) == set(harmed.values())
     words = {
         "bit flips": "changed since it was indexed",
@@ -190,13 +189,13 @@ def test_damage_after_indexing_is_skipped_alike_in_every_view(expected, bad, har
 
 def test_beyond_max_bad_the_run_ends_with_one_line(bad, harmed):
     with pytest.raises(UserError, match=r"too many samples cannot be read; found 3, the last: .*at most 2 .*--max-bad"):
-        run(bad, Skipped(bad, max_bad=2 / len(bad.good)))
+        run(Loader(bad, CIFAR, threads=2, max_bad=2 / len(bad.good)))
 
 
 def test_a_batch_of_which_nothing_is_left_is_empty(bad, harmed):
     rows = np.array([[harmed["read error"]], [harmed["undecodable"]], [int(bad.good[0])]])
     plan = [(part, drawing.of(bad.records[part], 3, 0, CIFAR)) for part in rows]
-    batches = list(load(bad, plan, CIFAR, threads=1, skipped=Skipped(bad, 0.01)))
+    batches = list(Loader(bad, CIFAR, threads=1, max_bad=0.01).batches(plan))
     assert [len(batch.rows) for batch in batches] == [0, 0, 1]
 
 
@@ -212,7 +211,7 @@ def test_memory_does_not_grow(clean):
             rows = np.random.default_rng(number).choice(clean.good, 16)
             yield rows, drawing.of(clean.records[rows], 3, number, CIFAR)
 
-    held = [resident() for _ in load(clean, plan(), CIFAR, threads=2, digests=True)][1000:]
+    held = [resident() for _ in Loader(clean, CIFAR, threads=2).batches(plan(), digests=True)][1000:]
     assert len(held) == 9000
     slope, _ = np.polyfit(np.arange(len(held)) / 1000, held, 1)
     print(f"{slope:.3f} MB per 1,000 batches, {held[0]:.0f} to {held[-1]:.0f} MB")

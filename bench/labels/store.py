@@ -25,9 +25,9 @@ from pipeline.config import Bench
 from pipeline.data.index import Index
 from pipeline.networks import models
 from pipeline.networks.teacher import Teacher
-from pipeline.views import drawing
+from pipeline.views import plan
 from pipeline.views import policy as policies
-from pipeline.views.loader import load
+from pipeline.views.loader import Loader
 
 _KL = tuple(f"KL T={temperature:g}" for temperature in TEMPERATURES)
 BUDGETS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
@@ -196,8 +196,8 @@ def _digits(config: Bench) -> tuple[np.ndarray, np.ndarray]:
     index, policy = Index.open(data, split="train"), policies.load(demo.POLICY)
     teacher = Teacher(models.create(spec, index.classes), policy, torch.device("cpu"), "fp32")
     rows = np.random.default_rng(_SEED).permutation(index.good)
-    requests = [(part, drawing.of(index.records[part], _SEED, 0, policy)) for part in np.array_split(rows, 12)]
-    batches = load(index, requests, policy, threads=len(os.sched_getaffinity(0)))
+    requests = plan.requests(index, policy, _SEED, plan.cut(0, rows, -(-len(rows) // 12)))
+    batches = Loader(index, policy, threads=len(os.sched_getaffinity(0))).batches(requests)
     logits = np.concatenate([said.numpy() for _, said in teacher.answers(batches)])
     cut = len(logits) * 3 // 4
     return logits[:cut], logits[cut:]

@@ -26,11 +26,10 @@ from cache import UserError
 from kernels.jda.ops import Op
 from pipeline.data import order
 from pipeline.data.index import Index
-from pipeline.views import drawing
 from pipeline.views.policy import POLICIES
 
 if TYPE_CHECKING:
-    from pipeline.views.batch import Request  # imports DALI, which only its own arms should carry
+    from pipeline.views.plan import Request
 
 POLICY = POLICIES["imagenet"]
 SEED = 0
@@ -59,16 +58,18 @@ def _shuffled(data: Path, epoch: int) -> np.ndarray:
     return order.permutation(SEED, epoch, opened(data).good)
 
 
-def rows_of(job: Job, step: int) -> tuple[np.ndarray, int]:
-    """Index rows of a step counted from the first epoch on, and the epoch."""
+def part_of(job: Job, step: int) -> tuple[int, np.ndarray]:
+    """The view, which is the epoch, and the index rows of a step counted from the first epoch on."""
     epoch, step = divmod(step, order.steps_per_epoch(len(opened(job.data).good), job.batch_size))
-    return _shuffled(job.data, epoch)[step * job.batch_size : (step + 1) * job.batch_size], epoch
+    return epoch, _shuffled(job.data, epoch)[step * job.batch_size : (step + 1) * job.batch_size]
 
 
 def request(job: Job, step: int) -> "Request":
-    """Rows of a step and their views; each epoch has views of its own."""
-    rows, epoch = rows_of(job, step)
-    return rows, drawing.of(opened(job.data).records[rows], SEED, epoch, POLICY)
+    """Rows of a step and their views."""
+    from pipeline.views import plan
+
+    (found,) = plan.requests(opened(job.data), POLICY, SEED, [part_of(job, step)])
+    return found
 
 
 # --- this loader
@@ -77,12 +78,14 @@ def request(job: Job, step: int) -> "Request":
 def jda_distill(job: Job) -> Generator[torch.Tensor]:
     """u8 (2, B, S, S, 3)."""
     from kernels import jda
-    from pipeline.views import loader
+    from pipeline.views import on_cpu, plan
+    from pipeline.views.loader import Loader
 
-    harness.time_calls(loader, "decode")
+    harness.time_calls(on_cpu, "decode")
     harness.time_calls(jda, "pair")
-    plan = map(partial(request, job), count())
-    for batch in loader.load(opened(job.data), plan, POLICY, threads=job.threads):
+    index = opened(job.data)
+    requests = plan.requests(index, POLICY, SEED, map(partial(part_of, job), count()))
+    for batch in Loader(index, POLICY, threads=job.threads).batches(requests):
         yield batch.images
 
 
@@ -261,7 +264,7 @@ def _decoded(job: Job, outputs: Callable) -> Any:
     index, steps = opened(job.data), count()
 
     def read() -> list[np.ndarray]:
-        rows, _ = rows_of(job, next(steps))
+        _, rows = part_of(job, next(steps))
         return [np.frombuffer(index.read(row), np.uint8) for row in rows]
 
     graph = Pipeline(job.batch_size, job.threads, device_id=None, exec_dynamic=True, prefetch_queue_depth=2)

@@ -45,9 +45,9 @@ from pipeline.system import device as devices
 from pipeline.system.device import Normalise
 from pipeline.training import loop
 from pipeline.training.objectives import CrossEntropy, Distillation, Objective
-from pipeline.views import drawing
-from pipeline.views.batch import Batch, Request
-from pipeline.views.loader import load
+from pipeline.views import plan
+from pipeline.views.batch import Batch
+from pipeline.views.loader import Loader
 from pipeline.views.policy import POLICIES
 
 STUDENT, TEACHER, LARGE = "timm/resnet18", "timm/resnet34", "timm/resnet101"
@@ -159,13 +159,9 @@ class Job:
         trainee.module.train()
         normalise = Normalise(network.mean or _POLICY.mean, network.std or _POLICY.std, device)
         objective, label_bytes = self._objective(name)
-        batches: Iterator[Batch] = load(
-            self.index,
-            self._requests(None if name == "loaded" else _KEPT),
-            _POLICY,
-            threads=devices.threads(config),
-            decoder=devices.decoder("auto", device),
-        )
+        loader = Loader(self.index, _POLICY, threads=devices.threads(config), decoder=devices.decoder("auto", device))
+        parts = self._parts(None if name == "loaded" else _KEPT)
+        batches: Iterator[Batch] = loader.batches(plan.requests(self.index, _POLICY, 0, parts))
         if name != "loaded":
             batches = itertools.cycle(list(batches))
         held = _allocated(device) - held
@@ -205,13 +201,13 @@ class Job:
 
         return step
 
-    def _requests(self, count: int | None) -> Iterator[Request]:
+    def _parts(self, count: int | None) -> Iterator[plan.Part]:
         """`count` whole batches; without it they never end."""
         size = self.config.batch_size
         epochs = itertools.count()
         parts = (part for epoch in epochs for _, part in order.steps(epoch, self.index.good, size, 1))
         for part in itertools.islice((part for part in parts if len(part) == size), count):
-            yield part, drawing.of(self.index.records[part], 0, 0, _POLICY)
+            yield 0, part
 
     def bytes_per_pair(self) -> float:
         """Mean bytes of an image as it is read from its shard."""

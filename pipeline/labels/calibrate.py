@@ -10,11 +10,11 @@ from cache import codec as codecs
 from cache.codec.fidelity import Fidelity, measure
 from pipeline.config import PrecomputeTeacher
 from pipeline.data.index import Index
-from pipeline.data.skipped import Skipped
-from pipeline.networks.teacher import Teacher, requests
+from pipeline.networks.teacher import Teacher
 from pipeline.system import device as devices
 from pipeline.system.terminal import progress
-from pipeline.views.loader import load
+from pipeline.views import plan
+from pipeline.views.loader import Loader
 from pipeline.views.policy import Policy
 
 _MOST, _LEAST, _SHARE = 8192, 1024, 16  # pairs that are looked at: a sixteenth of the data, within these bounds
@@ -59,14 +59,14 @@ def _look(config, index: Index, policy: Policy, teacher: Teacher) -> tuple[np.nd
     rng = np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(good, count, replace=False))
 
-    batches = load(
+    loader = Loader(
         index,
-        requests(index, rows, config.seed, 0, policy, config.batch_size),
         policy,
         threads=devices.threads(config),
         decoder=devices.decoder(config.decoder, teacher.device),
-        skipped=Skipped(index, config.max_bad),
+        max_bad=config.max_bad,
     )
+    batches = loader.batches(plan.requests(index, policy, config.seed, plan.cut(0, rows, config.batch_size)))
     logits, seen, marks = [], [], []
     with progress("calibration", count, "pairs") as advance:
         for batch, answer in teacher.answers(batches):

@@ -10,8 +10,7 @@ import numpy as np
 import cache
 from cache import Store
 from pipeline.config import Inspect
-from pipeline.data.index import Index, open_data
-from pipeline.data.skipped import Skipped
+from pipeline.data.index import open_data
 from pipeline.labels import page
 from pipeline.labels.epochs import replayed
 from pipeline.labels.page import Looked, Pair, softmax
@@ -20,9 +19,8 @@ from pipeline.networks.teacher import Teacher
 from pipeline.system import device as devices
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import decimal, summary
-from pipeline.views import drawing
-from pipeline.views.loader import load
-from pipeline.views.policy import Policy
+from pipeline.views import plan
+from pipeline.views.loader import Loader
 
 _BLOCKS = 256
 _SAMPLED = 20_000
@@ -44,8 +42,8 @@ def run(config: Inspect) -> None:
     missing = set(store.missing_blocks())
     there = [(v, b) for v in range(manifest.views) for b in range(manifest.blocks) if (v, b) not in missing]
     looked = _look(store, there)
-    loading = {"threads": devices.threads(config), "decoder": decoder, "skipped": Skipped(index, config.max_bad)}
-    pairs = list(_pairs(store, index, policy, teacher, _spread(there, config.samples), loading))
+    loader = Loader(index, policy, threads=devices.threads(config), decoder=decoder, max_bad=config.max_bad)
+    pairs = list(_pairs(store, loader, teacher, _spread(there, config.samples)))
     html = page.render(store, index, there, looked, pairs)
     write_atomically(config.out, html)
     summary(
@@ -96,7 +94,7 @@ def _spread(blocks: list[tuple[int, int]], count: int) -> list[tuple[tuple[int, 
     return [(block, picks.count(block)) for block in dict.fromkeys(picks)]
 
 
-def _pairs(store: Store, index: Index, policy: Policy, teacher: Teacher | None, picks, loading) -> Iterator[Pair]:
+def _pairs(store: Store, loader: Loader, teacher: Teacher | None, picks) -> Iterator[Pair]:
     """Random pairs of the blocks picked, as many of each as `picks` says."""
     rng = np.random.default_rng(0)
     for (view, number), count in picks:
@@ -105,8 +103,8 @@ def _pairs(store: Store, index: Index, policy: Policy, teacher: Teacher | None, 
         rows = np.sort(rng.choice(labelled, min(count, len(labelled)), replace=False))
         if not len(rows):
             continue
-        drawn = drawing.of(index.records[rows], store.manifest.seed, view, policy)
-        (batch,) = load(index, [(rows, drawn)], policy, **loading)
+        (request,) = plan.requests(loader.index, loader.policy, store.manifest.seed, [(view, rows)])
+        (batch,) = loader.batches([request])
         if not len(batch.rows):
             continue
         at = batch.rows - store.block_range(number)[0]
@@ -114,7 +112,7 @@ def _pairs(store: Store, index: Index, policy: Policy, teacher: Teacher | None, 
         before = teacher(batch).cpu().numpy() if teacher else None
         pixels = batch.images.cpu().numpy().swapaxes(0, 1)
         for i, row in enumerate(batch.rows.tolist()):
-            mask = int(drawn["mask"][np.searchsorted(rows, row)])
-            fired = tuple(op.name for bit, op in enumerate(policy.table) if mask >> bit & 1)
+            mask = int(request[1]["mask"][np.searchsorted(rows, row)])
+            fired = tuple(op.name for bit, op in enumerate(loader.policy.table) if mask >> bit & 1)
             said = None if before is None else before[i]
             yield Pair(view, row, pixels[i], float(block.weight[at[i]]), fired, after[i], said)

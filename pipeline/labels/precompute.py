@@ -24,16 +24,16 @@ from kernels.reference import cosine_weight
 from pipeline.config import PrecomputeTeacher
 from pipeline.data import decode
 from pipeline.data.index import Index, open_data
-from pipeline.data.skipped import Skipped
 from pipeline.labels.calibrate import Calibration, calibrate
 from pipeline.networks import models
-from pipeline.networks.teacher import Teacher, requests
+from pipeline.networks.teacher import Teacher
 from pipeline.system import device as devices
 from pipeline.system import ranks
 from pipeline.system.terminal import decimal, duration, progress, summary
+from pipeline.views import plan
 from pipeline.views import policy as policies
-from pipeline.views.batch import Batch, Request
-from pipeline.views.loader import load
+from pipeline.views.batch import Batch
+from pipeline.views.loader import Loader
 from pipeline.views.policy import Policy
 
 _CHECKED = 1024  # pairs per block whose labels are decoded again and compared
@@ -59,9 +59,15 @@ def run(config: PrecomputeTeacher) -> None:
 
     todo = store.missing_blocks()
     ranks.gather("listed")  # before anyone commits a block
-    skipped = Skipped(index, config.max_bad)
+    loader = Loader(
+        index,
+        policy,
+        threads=devices.threads(config),
+        decoder=devices.decoder(config.decoder, teacher.device),
+        max_bad=config.max_bad,
+    )
     started = time.perf_counter()
-    blocks, done, outside = _fill(config, index, policy, teacher, store, todo, skipped)
+    blocks, done, outside = _fill(config, loader, teacher, store, todo)
     found = [json.loads(text) for text in ranks.gather("filled", json.dumps([blocks, done, outside]))]
     if ranks.rank():
         return
@@ -78,19 +84,22 @@ def run(config: PrecomputeTeacher) -> None:
             "bytes per vector": f"{store.label_bytes() / (2 * len(index) * config.views):.1f} on disk",
             "blocks outside the budget": f"{len(outside)}, the first {outside[0]}" if outside else "none",
             "quarantined samples": int((index.records["status"] != 0).sum()),
-            "skipped samples": len(skipped.causes),
+            "skipped samples": len(loader.skipped.causes),
         },
     )
 
 
-def _fill(config, index, policy, teacher, store: Store, todo: list, skipped) -> tuple[int, int, list[str]]:
+def _fill(
+    config, loader: Loader, teacher: Teacher, store: Store, todo: list[tuple[int, int]]
+) -> tuple[int, int, list[str]]:
     """Compute the missing blocks that fall to this process: their number, pairs, and those the code does not suit."""
+    index = loader.index
     sizes = [len(good_rows(index, store, block)) for _, block in todo]
     under_way: deque[tuple[_Block, bool]] = deque()  # the block of each batch under way, and whether it is its last
     blocks, done, outside = 0, 0, []
     with progress("teacher", sum(sizes), "pairs", show=ranks.rank() == 0) as advance, _Later() as later:
 
-        def plan() -> Iterator[Request]:
+        def parts() -> Iterator[plan.Part]:
             ours = 0
             for number in ranks.hand_out("blocks", len(todo)):
                 advance(sum(sizes[ours:number]))  # what other processes have taken
@@ -98,21 +107,13 @@ def _fill(config, index, policy, teacher, store: Store, todo: list, skipped) -> 
                 view, at = todo[number]
                 rows = good_rows(index, store, at)
                 block, left = _Block(store, view, at, rows), len(rows)
-                for request in requests(index, rows, config.seed, view, policy, config.batch_size):
-                    left -= len(request[0])
+                for part in plan.cut(view, rows, config.batch_size):
+                    left -= len(part[1])
                     under_way.append((block, not left))
-                    yield request
+                    yield part
 
-        batches = load(
-            index,
-            plan(),
-            policy,
-            threads=devices.threads(config),
-            decoder=devices.decoder(config.decoder, teacher.device),
-            digests=True,
-            skipped=skipped,
-        )
-        for batch in batches:
+        requests = plan.requests(index, loader.policy, config.seed, parts())
+        for batch in loader.batches(requests, digests=True):
             block, last = under_way.popleft()
             if len(batch.rows):
                 later(block.put, batch, teacher(batch))

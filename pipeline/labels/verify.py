@@ -31,16 +31,15 @@ import cache
 from cache import Store, UserError
 from pipeline.config import Verify
 from pipeline.data.index import Index, open_data
-from pipeline.data.skipped import Skipped
 from pipeline.labels.epochs import replayed
 from pipeline.labels.judge import DAMAGED, TEACHER, Judge
 from pipeline.networks import models
 from pipeline.networks.teacher import Teacher
 from pipeline.system import device as devices
 from pipeline.system.terminal import decimal, progress, summary
-from pipeline.views import drawing
-from pipeline.views.batch import Batch, Request
-from pipeline.views.loader import load
+from pipeline.views import plan
+from pipeline.views.batch import Batch
+from pipeline.views.loader import Loader
 from pipeline.views.policy import Policy
 
 DATA, PIXELS = "wrong data set", "pixels differ"
@@ -110,16 +109,16 @@ def verify(config: Verify) -> Report:
 
     chosen = _choose(config, store, blocks)
     groups: deque[_Group] = deque()
-    skipped, tally = Skipped(index, config.max_bad), Counter()
+    loader = Loader(index, policy, threads=devices.threads(config), decoder=decoder, max_bad=config.max_bad)
+    tally = Counter()
     with progress("verify", total - len(missing), "blocks") as advance:
 
-        def plan() -> Iterator[Request]:
+        def parts() -> Iterator[plan.Part]:
             for group in _groups(config.batch_size, blocks, chosen, report, tally, advance):
                 groups.append(group)
-                yield group.rows, drawing.of(index.records[group.rows], manifest.seed, group.view, policy)
+                yield group.view, group.rows
 
-        threads = devices.threads(config)
-        for batch in load(index, plan(), policy, threads=threads, decoder=decoder, digests=True, skipped=skipped):
+        for batch in loader.batches(plan.requests(index, policy, manifest.seed, parts()), digests=True):
             group = groups.popleft()
             tally["rows"] += len(batch.rows)
             group, batch = _compare_pixels(group, batch, report)
@@ -133,7 +132,7 @@ def verify(config: Verify) -> Report:
         "blocks read": f"{tally['blocks']:,} of {total:,}; {len(missing):,} are missing",
         "bytes read": decimal(store.label_bytes() + tally["bytes"]),
         "samples without labels": f"{tally['skipped']:,} of those drawn: the teacher pass skipped them",
-        "samples unreadable now": f"{len(skipped.causes):,}",
+        "samples unreadable now": f"{len(loader.skipped.causes):,}",
         "labels": f"compared with those of {config.teacher}" if judge else "not compared with a teacher",
         **(judge.facts() if judge else {}),
     }

@@ -3,25 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline.data.index import Index
 from pipeline.networks import models
 from pipeline.system import device as devices
 from pipeline.system.device import Normalise
-from pipeline.views import drawing
-from pipeline.views.batch import Batch, Request
+from pipeline.views.batch import Batch
 from pipeline.views.policy import Policy
-
-
-def requests(
-    index: Index, rows: np.ndarray, seed: int, view: int, policy: Policy, batch_size: int
-) -> Iterator[Request]:
-    """One view of index rows i64 (n,) in batches; of no rows one empty batch."""
-    for at in range(0, max(len(rows), 1), batch_size):
-        part = rows[at : at + batch_size]
-        yield part, drawing.of(index.records[part], seed, view, policy)
 
 
 class Teacher:

@@ -10,6 +10,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ from pipeline.system.device import Normalise
 from pipeline.system.terminal import progress
 from pipeline.training import loop
 from pipeline.training.objectives import Distillation
-from pipeline.views import drawing as views
+from pipeline.views import plan
 from pipeline.views import policy as policies
-from pipeline.views.batch import AHEAD, Batch, Request
-from pipeline.views.loader import load
+from pipeline.views.batch import AHEAD, Batch
+from pipeline.views.loader import Loader
 
 IMAGES = 64  # synthetic ones, where there is no data set
 _SECONDS, _ROUNDS = 2.0, 3  # that a stage is timed for, in so many turns
@@ -199,21 +200,18 @@ class Stages:
 
     def _loaded(self, calls: int) -> tuple[list[Batch], tuple[float, float, int]]:
         """Batches for the networks, and what so many of them cost."""
-        made = load(self.index, self._plan(), self.policy, threads=self.threads, decoder=self.decoder)
-        try:
+        loader = Loader(self.index, self.policy, threads=self.threads, decoder=self.decoder)
+        with closing(loader.batches(plan.requests(self.index, self.policy, 0, self._parts()))) as made:
             # As much is under way when the clock starts as when it stops.
             kept = list(itertools.islice(made, AHEAD + 3))[-_KEPT:]
             return kept, self._spent(lambda: next(made), calls)
-        finally:
-            made.close()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _plan(self) -> Iterator[Request]:
+    def _parts(self) -> Iterator[plan.Part]:
         """Batches without end and of one size, whatever that of the data set."""
         orders = (order.permutation(0, epoch, self._rows) for epoch in itertools.count())
         rows = itertools.chain.from_iterable(orders)
         for view in itertools.count():
-            part = np.fromiter(itertools.islice(rows, self.batch_size), np.int64)
-            yield part, views.of(self.index.records[part], 0, view, self.policy)
+            yield view, np.fromiter(itertools.islice(rows, self.batch_size), np.int64)
 
     def _trainee(self) -> Callable[[Batch], object]:
         """A student's step as `pipeline.training.loop` takes it, on labels from a store."""

@@ -1,6 +1,5 @@
 """Accuracy of a network on the central crop of every sample."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +7,14 @@ import torch
 
 from pipeline.config import Evaluate, Machine
 from pipeline.data.index import Index, open_data
-from pipeline.data.skipped import Skipped
 from pipeline.networks import models
 from pipeline.system import device as devices
 from pipeline.system import ranks
 from pipeline.system.device import Normalise
 from pipeline.system.terminal import progress, summary
-from pipeline.views import drawing
+from pipeline.views import plan
 from pipeline.views import policy as policies
-from pipeline.views.batch import Request
-from pipeline.views.loader import load
+from pipeline.views.loader import Loader
 from pipeline.views.policy import Policy
 
 
@@ -63,15 +60,15 @@ def evaluate(
     module.eval()
     device = normalise.scale.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, samples
-    batches = load(
+    loader = Loader(
         index,
-        _plan(index, policy, batch_size),
         policy,
         threads=devices.threads(machine),
         decoder=devices.decoder("auto", device),
-        pairs=False,
-        skipped=Skipped(index, machine.max_bad),
+        max_bad=machine.max_bad,
     )
+    mine: np.ndarray = np.array_split(index.good, ranks.world())[ranks.rank()]
+    batches = loader.batches(plan.requests(index, policy, 0, plan.cut(None, mine, batch_size)), pairs=False)
     with progress("evaluate", len(index.good) // ranks.world(), "images", show=ranks.rank() == 0) as advance:
         for batch in batches:
             if not len(batch.rows):
@@ -85,11 +82,3 @@ def evaluate(
             advance(len(labels))
     top1, top5, loss, samples = ranks.total(sums).tolist()
     return {"top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples, "samples": int(samples)}
-
-
-def _plan(index: Index, policy: Policy, batch_size: int) -> Iterator[Request]:
-    mine: np.ndarray = np.array_split(index.good, ranks.world())[ranks.rank()]
-    for at in range(0, len(mine), batch_size):
-        rows = mine[at : at + batch_size]
-        records = index.records[rows]
-        yield rows, drawing.centre(records["height"], records["width"], policy)

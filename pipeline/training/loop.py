@@ -18,7 +18,6 @@ from cache import UserError
 from pipeline.config import Training
 from pipeline.data import order
 from pipeline.data.index import Index, open_data
-from pipeline.data.skipped import Skipped
 from pipeline.networks import models
 from pipeline.system import device as devices
 from pipeline.system import ranks, signals
@@ -30,9 +29,9 @@ from pipeline.training import record as run_record
 from pipeline.training.evaluate import evaluate, shown
 from pipeline.training.metrics import Log, Means, means
 from pipeline.training.objectives import Objective, Seen, entropy
-from pipeline.views import drawing as views
-from pipeline.views.batch import Batch, Request
-from pipeline.views.loader import load
+from pipeline.views import plan
+from pipeline.views.batch import Batch
+from pipeline.views.loader import Loader
 from pipeline.views.policy import Policy
 
 _SETTLING = 8  # steps that a dry run does not time
@@ -164,33 +163,29 @@ def _fit(job: Job, device: torch.device, asked: signals.Requests, stack: ExitSta
 
     start = epoch, step  # the loader may ask for the plan when this function has moved on
 
-    def plan() -> Iterator[Request]:
-        shards, window = index.records["shard"][rows], config.shuffle_window
+    def parts() -> Iterator[plan.Part]:
         for at, part in order.steps(
             config.seed,
             rows,
             config.batch_size,
             config.epochs,
             start,
-            shards=shards,
-            window=window,
+            shards=index.records["shard"][rows],
+            window=config.shuffle_window,
             rank=ranks.rank(),
             world=ranks.world(),
         ):
-            view = at % job.views if job.views else at
-            yield part, views.of(index.records[part], job.seed_of_views, view, policy)
+            yield at % job.views if job.views else at, part
 
-    skipped = Skipped(index, config.max_bad)
-    batches = load(
+    loader = Loader(
         index,
-        plan(),
         policy,
         threads=devices.threads(config),
         decoder=job.decoder or devices.decoder("auto", device),
-        pairs=job.pairs,
-        skipped=skipped,
+        max_bad=config.max_bad,
     )
-    stack.callback(batches.close)  # pyright: ignore[reportAttributeAccessIssue]
+    batches = loader.batches(plan.requests(index, policy, job.seed_of_views, parts()), pairs=job.pairs)
+    stack.callback(batches.close)
     started = time.perf_counter()
     recent, since, images, waits = Means(), started, 0, 0.0
     timed: list[float] = []
@@ -265,7 +260,7 @@ def _fit(job: Job, device: torch.device, asked: signals.Requests, stack: ExitSta
                 "run": config.out,
                 "loss": f"{last['loss']:.4f}",
                 **(shown(last["val"]) if "val" in last else {}),
-                "skipped samples": len(skipped.causes),
+                "skipped samples": len(loader.skipped.causes),
                 "weights": "model.safetensors",
                 "report": page,
             },

@@ -1,4 +1,4 @@
-"""A batch asked for, one made, and the bytes read ahead of it."""
+"""A batch made, what all batches of a loader share, and the bytes read ahead of them."""
 
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -11,12 +11,25 @@ import torch
 from pipeline.data.decode import as_rgb
 from pipeline.data.index import BadSample, Index
 from pipeline.data.skipped import Skipped
+from pipeline.views.plan import Request
+from pipeline.views.policy import Policy
 
-Request = tuple[np.ndarray, np.ndarray]
-"""One batch of a plan: index rows i64 (B,) and their views (B,), a record array of `pipeline.views.drawing.VIEW`."""
 AHEAD = 3  # batches under way beside the one that is finished next
 _TOGETHER = 8  # samples
 _READERS, _REMOTE_READERS = 4, 64  # a remote read waits some 50 ms, and costs no core while it waits
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is made of the requests of a plan, and by how many threads."""
+
+    index: Index
+    policy: Policy
+    threads: int
+    skipped: Skipped
+    pairs: bool
+    """Whether there are augmented views."""
+    digests: bool
 
 
 @dataclass(frozen=True)
@@ -45,22 +58,20 @@ class Batch:
         return self.images[1]
 
 
-def read_ahead(
-    index: Index, plan: Iterable[Request], skipped: Skipped, ahead: int
-) -> Generator[tuple[Request, list[Future]], None, None]:
+def read_ahead(job: Job, plan: Iterable[Request], ahead: int) -> Generator[tuple[Request, list[Future]], None, None]:
     """Requests with the futures of their bytes, None for a skipped sample; `ahead` more requests are being read.
 
     Every future but the last is of as many samples. Local ones are read several at a time, as a future costs as much
     as a read.
     """
-    threads, together = (_REMOTE_READERS, 1) if index.remote else (_READERS, _TOGETHER)
+    threads, together = (_REMOTE_READERS, 1) if job.index.remote else (_READERS, _TOGETHER)
     readers = ThreadPoolExecutor(threads, thread_name_prefix="read")
     waiting: deque[tuple[Request, list[Future]]] = deque()
     try:
         for request in plan:
             rows = request[0].tolist()
             parts = [rows[at : at + together] for at in range(0, len(rows), together)]
-            waiting.append((request, [readers.submit(_read, index, part, skipped) for part in parts]))
+            waiting.append((request, [readers.submit(_read, job.index, part, job.skipped) for part in parts]))
             if len(waiting) > ahead:
                 yield waiting.popleft()
         yield from waiting

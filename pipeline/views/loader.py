@@ -9,36 +9,51 @@ never the order in which threads happen to work; batches leave in the order in w
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 
 import torch
 
 from pipeline.data.index import Index
 from pipeline.data.skipped import Skipped
-from pipeline.views.batch import Batch, Request
+from pipeline.views.batch import Batch, Job
 from pipeline.views.on_cpu import on_cpu
+from pipeline.views.plan import Request
 from pipeline.views.policy import Policy
 
 
-def load(
-    index: Index,
-    plan: Iterable[Request],
-    policy: Policy,
-    *,
-    threads: int,
-    decoder: str = "cpu",
-    pairs: bool = True,
-    digests: bool = False,
-    skipped: Skipped | None = None,
-) -> Iterator[Batch]:
-    """Yield one `Batch` per request of `plan`, in its order, working ahead in the background.
+class Loader:
+    """Makes the batches of one plan after another. A sample that it has skipped once stays skipped."""
 
-    `threads` decode and make views. `decoder` is one of `pipeline.data.decode.identity`; with a GPU's the views are
-    made there too, and `images` stay on it. `pairs=False` makes only the first view. A sample that cannot be read or
-    decoded is entered in `skipped` and left out of its batch, which may become empty. Raises UserError if that
-    happens to more samples than `skipped` allows.
-    """
+    def __init__(
+        self, index: Index, policy: Policy, *, threads: int, decoder: str = "cpu", max_bad: float = 0.001
+    ) -> None:
+        """`threads` decode and make views. `decoder` is one of `pipeline.data.decode.identity`; with a GPU's the views
+        are made there too, and a batch's images stay on it. `max_bad` is the largest share of the data set that may be
+        skipped.
+        """
+        self.index, self.policy, self.threads, self.decoder = index, policy, threads, decoder
+        self.skipped = Skipped(index, max_bad)
+
+    def batches(
+        self, plan: Iterable[Request], *, pairs: bool = True, digests: bool = False
+    ) -> Generator[Batch, None, None]:
+        """Yield one `Batch` per request of `plan`, in its order, working ahead in the background.
+
+        `pairs=False` makes only the first view. A sample that cannot be read or decoded is entered in `skipped` and
+        left out of its batch, which may become empty. Closing the generator stops all of its threads. Raises UserError
+        if more samples are skipped than `max_bad` allows.
+        """
+        job = Job(self.index, self.policy, self.threads, self.skipped, pairs, digests)
+        if self.decoder == "cpu":
+            return _behind(lambda: on_cpu(job, plan))
+        from pipeline.views.on_gpu import on_gpu  # it needs Triton
+
+        return _behind(lambda: on_gpu(self.decoder, job, plan))
+
+
+def _behind(start) -> Generator[Batch, None, None]:
+    """What the generator made by `start` yields, run by a thread of its own that is two items ahead."""
     ready: queue.Queue = queue.Queue(maxsize=2)
     stopped = threading.Event()
 
@@ -57,14 +72,7 @@ def load(
         try:
             if device is not None:
                 torch.cuda.set_device(device)  # a thread starts out on the first GPU
-            arguments = index, plan, policy, threads, pairs, digests, skipped or Skipped(index)
-            if decoder == "cpu":
-                run = on_cpu(*arguments)
-            else:
-                from pipeline.views.on_gpu import on_gpu  # it needs Triton
-
-                run = on_gpu(decoder, *arguments)
-            with closing(run) as batches:
+            with closing(start()) as batches:
                 for batch in batches:
                     if not put(batch):
                         return

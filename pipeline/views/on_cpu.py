@@ -3,7 +3,7 @@
 import os
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -12,28 +12,26 @@ import torch
 
 from kernels import jda
 from pipeline.data.decode import Undecodable, decode
-from pipeline.data.index import Index
-from pipeline.data.skipped import Skipped
-from pipeline.views.batch import AHEAD, Batch, read_ahead
+from pipeline.views.batch import AHEAD, Batch, Job, read_ahead
+from pipeline.views.plan import Request
 
 
-def on_cpu(index, plan, policy, threads, pairs, digests, skipped) -> Generator[Batch, None, None]:
+def on_cpu(job: Job, plan: Iterable[Request]) -> Generator[Batch, None, None]:
+    """As `pipeline.views.loader.Loader.batches`."""
+    threads = job.threads
     workers = ThreadPoolExecutor(threads, thread_name_prefix="work", initializer=partial(_settle, cores(threads)))
-    under_way: deque[tuple[np.ndarray, torch.Tensor, np.ndarray, list[Future]]] = deque()
-    requests = read_ahead(index, plan, skipped, 0)
+    under_way: deque[tuple[_Drawing, list[Future]]] = deque()
+    requests = read_ahead(job, plan, 0)
     try:
-        for (rows, views), reads in requests:
-            shape = (1 + pairs, len(rows), policy.base.size, policy.base.size, 3)
-            images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-            checks = np.zeros((len(rows), 1 + pairs), np.uint32)
-            draw = partial(_draw, index, rows, views, reads, policy, images.numpy(), checks, digests, skipped)
+        for request, reads in requests:
+            drawing = _Drawing(job, *request, reads)
             # The positions are shared: whoever is free takes the next sample.
-            samples = iter(range(len(rows)))
-            under_way.append((rows, images, checks, [workers.submit(draw, samples) for _ in range(threads)]))
+            samples = iter(range(len(request[0])))
+            under_way.append((drawing, [workers.submit(drawing.draw, samples) for _ in range(threads)]))
             if len(under_way) > AHEAD:
-                yield _finish(index, *under_way.popleft(), skipped, digests)
+                yield _finished(*under_way.popleft())
         while under_way:
-            yield _finish(index, *under_way.popleft(), skipped, digests)
+            yield _finished(*under_way.popleft())
     finally:
         workers.shutdown(cancel_futures=True)
         requests.close()
@@ -59,34 +57,51 @@ def _settle(free: Iterator[int]) -> None:
         os.sched_setaffinity(0, {core})
 
 
-def _draw(index, rows, views, reads, policy, pixels, checks, digests, skipped, samples: Iterator[int]) -> None:
-    """Make the crops of the samples that `samples` hands out."""
-    program = jda.program_of(policy.table)
-    together = len(reads[0].result()) if reads else 1
-    records = index.records[rows]
-    sizes = list(zip(records["height"].tolist(), records["width"].tolist(), strict=True))
-    for i in samples:
-        part, at = divmod(i, together)
-        data, reads[part].result()[at] = reads[part].result()[at], None  # the bytes are not needed any more
-        if data is None:
-            continue
-        try:
-            image = decode(data)
-        except Undecodable as error:
-            skipped.add(int(rows[i]), str(index.bad(rows[i], f"cannot be decoded: {error}")))
-            continue
-        if image.shape[:2] != sizes[i]:  # the boxes were drawn for that size, and the kernel does not look
-            skipped.add(int(rows[i]), str(index.bad(rows[i], f"not of the indexed size: {image.shape[:2]}")))
-            continue
-        jda.pair(image, program, views[i], policy.base.pad, pixels, i)
-        if digests:
-            checks[i] = [zlib.crc32(view) for view in pixels[:, i]]
+def _finished(drawing: "_Drawing", workers: list[Future]) -> Batch:
+    for worker in workers:
+        worker.result()
+    return drawing.batch()
 
 
-def _finish(index: Index, rows, images, checks, drawing: list[Future], skipped: Skipped, digests) -> Batch:
-    for future in drawing:
-        future.result()
-    if skipped.causes and len(kept := [i for i, row in enumerate(rows) if row not in skipped]) < len(rows):
-        rows, images, checks = rows[kept], images[:, kept], checks[kept]
-    labels = torch.from_numpy(index.records["label"][rows].astype(np.int64))
-    return Batch(rows, labels, images, checks if digests else None)
+class _Drawing:
+    """A batch while threads draw it."""
+
+    def __init__(self, job: Job, rows: np.ndarray, views: np.ndarray, reads: list[Future]):
+        self.job, self.rows, self.views, self.reads = job, rows, views, reads
+        size = job.policy.base.size
+        shape = (1 + job.pairs, len(rows), size, size, 3)
+        self.images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self.checks = np.zeros((len(rows), 1 + job.pairs), np.uint32)
+
+    def draw(self, samples: Iterator[int]) -> None:
+        """Make the crops of the samples that `samples` hands out."""
+        index, policy, skipped = self.job.index, self.job.policy, self.job.skipped
+        rows, reads, pixels = self.rows, self.reads, self.images.numpy()
+        program = jda.program_of(policy.table)
+        together = len(reads[0].result()) if reads else 1
+        records = index.records[rows]
+        sizes = list(zip(records["height"].tolist(), records["width"].tolist(), strict=True))
+        for i in samples:
+            part, at = divmod(i, together)
+            data, reads[part].result()[at] = reads[part].result()[at], None  # the bytes are not needed any more
+            if data is None:
+                continue
+            try:
+                image = decode(data)
+            except Undecodable as error:
+                skipped.add(int(rows[i]), str(index.bad(rows[i], f"cannot be decoded: {error}")))
+                continue
+            if image.shape[:2] != sizes[i]:  # the boxes were drawn for that size, and the kernel does not look
+                skipped.add(int(rows[i]), str(index.bad(rows[i], f"not of the indexed size: {image.shape[:2]}")))
+                continue
+            jda.pair(image, program, self.views[i], policy.base.pad, pixels, i)
+            if self.job.digests:
+                self.checks[i] = [zlib.crc32(view) for view in pixels[:, i]]
+
+    def batch(self) -> Batch:
+        """What was drawn, less the skipped samples."""
+        rows, images, checks, skipped = self.rows, self.images, self.checks, self.job.skipped
+        if skipped.causes and len(kept := [i for i, row in enumerate(rows) if row not in skipped]) < len(rows):
+            rows, images, checks = rows[kept], images[:, kept], checks[kept]
+        labels = torch.from_numpy(self.job.index.records["label"][rows].astype(np.int64))
+        return Batch(rows, labels, images, checks if self.job.digests else None)

@@ -2,7 +2,7 @@
 
 import zlib
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,11 +13,13 @@ from cache import UserError
 from kernels import jda
 from kernels.jda.gpu import pairs as jda_gpu
 from pipeline.data.decode import cause, gpu_pipeline
-from pipeline.views.batch import AHEAD, Batch, read_ahead
+from pipeline.views.batch import AHEAD, Batch, Job, read_ahead
+from pipeline.views.plan import Request
 
 
-def on_gpu(decoder, index, plan, policy, threads, pairs, digests, skipped) -> Generator[Batch, None, None]:
-    """As `pipeline.views.loader.load`, on the current CUDA device and a stream of its own."""
+def on_gpu(decoder: str, job: Job, plan: Iterable[Request]) -> Generator[Batch, None, None]:
+    """As `pipeline.views.loader.Loader.batches`, on the current CUDA device and a stream of its own."""
+    index, policy, threads = job.index, job.policy, job.threads
     device = torch.cuda.current_device()
     stream, program = torch.cuda.Stream(device), jda.program_of(policy.table)
     pipeline: Any = None
@@ -28,9 +30,9 @@ def on_gpu(decoder, index, plan, policy, threads, pairs, digests, skipped) -> Ge
         def finished() -> Batch:
             batch, _, event = launched.popleft()  # DALI's memory goes with the second, so not before the event
             event.synchronize()
-            return _with_digests(batch, workers) if digests else batch
+            return _with_digests(batch, workers) if job.digests else batch
 
-        for (rows, views), reads in read_ahead(index, plan, skipped, AHEAD):
+        for (rows, views), reads in read_ahead(job, plan, AHEAD):
             encoded = [data for read in reads for data in read.result()]
             kept = [i for i, data in enumerate(encoded) if data is not None]
             rows, views = rows[kept], views[kept]
@@ -46,7 +48,7 @@ def on_gpu(decoder, index, plan, policy, threads, pairs, digests, skipped) -> Ge
                 addresses = np.array([image.data_ptr() for image in decoded], np.int64)
                 assert [tuple(image.shape()[:2]) for image in decoded] == list(map(tuple, sizes.tolist()))
             with torch.cuda.stream(stream):
-                images = jda_gpu.pairs(addresses, sizes, program, views, policy.base.pad, policy.base.size, pairs)
+                images = jda_gpu.pairs(addresses, sizes, program, views, policy.base.pad, policy.base.size, job.pairs)
                 # Allocated on this stream, used on the training's: not to be handed out again before that is done.
                 images.record_stream(torch.cuda.default_stream(device))
                 launched.append((Batch(rows, labels, images, None), decoded, stream.record_event()))

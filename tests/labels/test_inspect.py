@@ -31,7 +31,7 @@ from pipeline.labels import inspect, precompute
 from pipeline.networks import models
 from pipeline.views import drawing
 from pipeline.views import policy as policies
-from pipeline.views.loader import load
+from pipeline.views.loader import Loader
 
 
 def inspected(store: Path, data: Path, out: Path, *more) -> Node:
@@ -76,7 +76,7 @@ def pixels_of(store, index: Index, view: int, row: int) -> torch.Tensor:
     """u8 (2, S, S, 3), by the loader."""
     policy = policies.load(POLICY)
     request = np.array([row]), drawing.of(index.records[[row]], store.manifest.seed, view, policy)
-    (batch,) = load(index, [request], policy, threads=1)
+    (batch,) = Loader(index, policy, threads=1).batches([request])
     return batch.images[:, 0]
 
 

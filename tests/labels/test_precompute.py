@@ -27,7 +27,7 @@ from pipeline.labels import calibrate, precompute
 from pipeline.networks import models
 from pipeline.views import drawing
 from pipeline.views import policy as policies
-from pipeline.views.loader import load
+from pipeline.views.loader import Loader
 
 FORK.set_forkserver_preload(
     ["pipeline.labels.precompute", "pipeline.training.train_student"]
@@ -117,7 +117,7 @@ def test_the_student_replays_the_teachers_pixels(whole):
             (rows, drawing.of(index.records[rows], whole.seed, view, policy))
             for rows in np.array_split(rng.permutation(index.good), -(-len(index.good) // batch))
         ]
-        for item in load(index, requests, policy, threads=threads, digests=True):
+        for item in Loader(index, policy, threads=threads).batches(requests, digests=True):
             np.testing.assert_array_equal(item.digests, digest[item.rows])
             seen += len(item.rows)
         assert seen == len(index.good)

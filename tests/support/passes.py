@@ -11,7 +11,7 @@ from pipeline.labels import precompute
 from pipeline.networks import models
 from pipeline.views import drawing
 from pipeline.views import policy as policies
-from pipeline.views.loader import load
+from pipeline.views.loader import Loader
 
 
 def network(data: Path, factor: float = 1.0) -> torch.nn.Module:
@@ -19,7 +19,7 @@ def network(data: Path, factor: float = 1.0) -> torch.nn.Module:
     module = models.create("cifar/resnet8", 10, seed=3).module.eval()
     index, policy = Index.open(data), policies.load(POLICY)
     request = index.good, drawing.of(index.records[index.good], 0, 0, policy)
-    (batch,) = load(index, [request], policy, threads=1)
+    (batch,) = Loader(index, policy, threads=1).batches([request])
     with torch.no_grad():
         *_, weight, bias = module.parameters()
         said = module(batch.augmented.permute(0, 3, 1, 2) / 127.5 - 1)

@@ -27,8 +27,8 @@ from pipeline.training import loop, train_student
 from pipeline.training.checks import PixelCheck, TeacherCheck
 from pipeline.training.loop import learning_rate
 from pipeline.training.objectives import CrossEntropy, Distillation, Seen, choice
-from pipeline.views import loader
 from pipeline.views.batch import Batch
+from pipeline.views.loader import Loader
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +130,12 @@ def test_a_run_that_was_stopped_after_an_epochs_last_step_goes_on_with_the_next_
     state = torch.load(run.out / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (0, 12)
 
-    def late(*arguments, **options):
-        yield from loader.load(*arguments, **options)
+    batches = Loader.batches
 
-    monkeypatch.setattr(loop, "load", late)
+    def late(*arguments, **options):
+        yield from batches(*arguments, **options)
+
+    monkeypatch.setattr(Loader, "batches", late)
     train_student.run(run)
     assert_same_weights(run, whole)
 

@@ -19,10 +19,9 @@ from support.tars import tar_of
 from cache import UserError
 from pipeline.data import prepare
 from pipeline.data.index import Index
-from pipeline.data.skipped import Skipped
 from pipeline.views import drawing
 from pipeline.views.batch import Batch
-from pipeline.views.loader import load
+from pipeline.views.loader import Loader
 from pipeline.views.on_cpu import cores
 from pipeline.views.policy import POLICIES, Policy
 
@@ -43,7 +42,7 @@ def plan(index: Index, policy: Policy, rows: np.ndarray, batch: int, view: int =
 def digests(index: Index, policy: Policy, rows: np.ndarray, batch: int, threads: int) -> np.ndarray:
     """(N, 2) digests by row."""
     out = np.zeros((len(index), 2), np.uint32)
-    for item in load(index, plan(index, policy, rows, batch), policy, threads=threads, digests=True):
+    for item in Loader(index, policy, threads=threads).batches(plan(index, policy, rows, batch), digests=True):
         out[item.rows] = item.digests
     return out
 
@@ -53,7 +52,7 @@ def test_whole_pairs_equal_pillow(mixed, name):
     """160 pairs per policy: Pillow decodes, augments, crops, resizes and mirrors; 0 bytes differ, and the digest is
     the CRC-32 of those bytes."""
     policy = roomy(name)
-    batches = load(mixed, plan(mixed, policy, mixed.good, 17), policy, threads=2, digests=True)
+    batches = Loader(mixed, policy, threads=2).batches(plan(mixed, policy, mixed.good, 17), digests=True)
     drawn = drawing.of(mixed.records, SEED, VIEW, policy)
     pairs = 0
     for batch in batches:
@@ -84,7 +83,7 @@ def test_digests_do_not_depend_on_batch_threads_order_or_company(mixed):
 CHILD = """
 import sys
 import numpy as np
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/views"]
 from test_loader import digests
 from pipeline.data.index import Index
 from pipeline.views.policy import POLICIES
@@ -94,7 +93,7 @@ np.save(sys.argv[3], digests(index, POLICIES["imagenet"], index.good[::-1], 7, 1
 
 
 def test_digests_are_the_same_in_another_process(mixed, tmp_path):
-    arguments = [str(Path(__file__).parent), str(mixed.path), str(tmp_path / "d.npy")]
+    arguments = [str(Path(__file__).parents[1]), str(mixed.path), str(tmp_path / "d.npy")]
     subprocess.run([sys.executable, "-c", CHILD, *arguments], check=True)
     expected = digests(mixed, POLICIES["imagenet"], mixed.good, batch=64, threads=2)
     np.testing.assert_array_equal(np.load(tmp_path / "d.npy"), expected)
@@ -103,7 +102,7 @@ def test_digests_are_the_same_in_another_process(mixed, tmp_path):
 def test_rows_and_labels_follow_the_plan(mixed):
     policy = roomy("cifar10")
     rows = np.random.default_rng(1).permutation(mixed.good)
-    batches: list[Batch] = list(load(mixed, plan(mixed, policy, rows, 9), policy, threads=2))
+    batches: list[Batch] = list(Loader(mixed, policy, threads=2).batches(plan(mixed, policy, rows, 9)))
     np.testing.assert_array_equal(np.concatenate([batch.rows for batch in batches]), rows)
     labels = np.concatenate([batch.labels.numpy() for batch in batches])
     np.testing.assert_array_equal(labels, mixed.records["label"][rows])
@@ -114,7 +113,7 @@ def test_rows_and_labels_follow_the_plan(mixed):
 def test_batches_keep_their_pixels(mixed):
     """A batch that is held while others are made is not overwritten."""
     policy = roomy("cifar10")
-    held = list(load(mixed, plan(mixed, policy, mixed.good, 8), policy, threads=2, digests=True))
+    held = list(Loader(mixed, policy, threads=2).batches(plan(mixed, policy, mixed.good, 8), digests=True))
     for batch in held:
         for i in range(len(batch.rows)):
             for s in range(2):
@@ -125,7 +124,7 @@ def test_evaluation_makes_the_central_view_alone(mixed):
     policy = POLICIES["imagenet"]
     rows = mixed.good[:12]
     request = rows, drawing.centre(mixed.records["height"][rows], mixed.records["width"][rows], policy)
-    (batch,) = load(mixed, [request], policy, threads=1, pairs=False)
+    (batch,) = Loader(mixed, policy, threads=1).batches([request], pairs=False)
     assert batch.images.shape == (1, 12, 224, 224, 3)
     for i, row in enumerate(rows):
         image = Image.open(io.BytesIO(mixed.read(row))).convert("RGB")
@@ -153,15 +152,15 @@ def test_an_image_of_another_size_than_indexed_never_reaches_the_kernel(mixed):
     row = int(mixed.good[4])
     records["height"][row] += 4000
     lying, policy = dataclasses.replace(mixed, records=records), POLICIES["imagenet"]
-    skipped = Skipped(lying, max_bad=1.0)
-    (batch,) = load(lying, plan(lying, policy, mixed.good[:8], 8), policy, threads=2, skipped=skipped)
+    loader = Loader(lying, policy, threads=2, max_bad=1.0)
+    (batch,) = loader.batches(plan(lying, policy, mixed.good[:8], 8))
     assert batch.rows.tolist() == [r for r in mixed.good[:8].tolist() if r != row]
-    assert "not of the indexed size" in skipped.causes[row]
+    assert "not of the indexed size" in loader.skipped.causes[row]
 
 
 def test_leaving_early_stops_the_threads(mixed):
     policy = roomy("cifar10")
-    batches = load(mixed, plan(mixed, policy, mixed.good, 4), policy, threads=2)
+    batches = Loader(mixed, policy, threads=2).batches(plan(mixed, policy, mixed.good, 4))
     next(batches)
     ours = {thread for thread in threading.enumerate() if thread.name.startswith(("loader", "read", "work"))}
     assert ours
@@ -182,7 +181,7 @@ def test_a_shard_damaged_after_indexing_is_one_line(tmp_path):
         file.write(bytes(200))
     policy = roomy("cifar10")
     with pytest.raises(UserError, match=r"too many samples cannot be read; found 1, .* changed since it was indexed"):
-        list(load(index, plan(index, policy, index.good, 2), policy, threads=1))
+        list(Loader(index, policy, threads=1).batches(plan(index, policy, index.good, 2)))
     tar.unlink()
     with pytest.raises(UserError, match=r"shard .* is missing|cannot read shard"):
-        list(load(Index.open(tmp_path / "data"), [], policy, threads=1))
+        list(Loader(Index.open(tmp_path / "data"), policy, threads=1).batches([]))
