@@ -1,9 +1,8 @@
 """README.md and docs/*.md: every command in them runs, every Python block holds, every name and link is there.
 
-Commands are in fenced blocks of the languages sh and console (lines with ``$ ``), or of none if their first line is a
-command; text, json and yaml are not run, but a yaml block that begins with ``# NAME.yaml`` is written to that file.
-A page runs from top to bottom in a folder of its own, README.md in an empty one, the others in a copy of what README.md
-leaves, as they say. Commands run in this process, as they stand but for what follows: pages speak of ImageNet.
+Commands are in blocks of the languages sh and console (lines with ``$ ``), or of none if their first line is a command.
+A yaml block that begins with ``# NAME.yaml`` is written to that file. README.md runs in an empty folder, another page
+in a copy of what it leaves. Commands run in this process, altered as below: pages speak of ImageNet.
 """
 
 import contextlib
@@ -131,8 +130,7 @@ def prose(page: str) -> list[str]:
 
 def names(output: str) -> list[str]:
     """The words of all tables' first columns, which do not hang on where lines are broken."""
-    rows = (re.split("[│┃]", line) for line in output.splitlines() if line[:1] in ("│", "┃"))
-    return " ".join(row[1] for row in rows).split()
+    return " ".join(re.split("[│┃]", line)[1] for line in output.splitlines() if line[:1] in ("│", "┃")).split()
 
 
 def titles(output: str) -> list[str]:

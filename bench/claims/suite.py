@@ -10,18 +10,16 @@ Letters are those of the paper's claims. A setting that does not say otherwise h
 policy, all samples and as many augmented views as original ones. All students of a seed share initial weights; those
 of as many samples also order and number of steps. A setting that several studies ask for is trained once.
 
-Differences are taken within a seed. Their test is exact: under the null hypothesis each seed's difference may as well
-have the other sign, so p is the share of the 2^n choices of signs whose mean is as far from 0 (two-sided, not corrected
-for the number of comparisons). It cannot be below 2^(1-n): 0.0625 with five seeds.
+Differences are taken within a seed. Their test is exact: p is the share of the 2^n choices of their signs whose mean is
+as far from 0 (two-sided, not corrected for the number of comparisons). With five seeds it is at least 2^(1-n) = 0.0625.
 
 What seeds do not vary: the teachers (one each), the views and labels (one store each) and the samples to validate on.
 A difference of two teachers is therefore one of these two. Teachers have seen all samples, in few-shot runs too, and
 few-shot students take fewer steps. Where half the views are augmented the network sees two per sample and step, at
 other shares fewer, and one at 0 % and 100 %; "two crops" tells what that alone does.
 
-Finished students are kept in WORK/claims/students.json under a hash of all that they depend on; one that was
-interrupted goes on from its checkpoint. Students run side by side in processes with one thread of torch each, whatever
-the machine: results do not depend on it.
+Finished students are kept in WORK/claims/students.json under a hash of all that they depend on; an interrupted one
+resumes. Students run side by side in processes with one thread of torch each, whatever the machine.
 """
 
 import contextlib
