@@ -257,6 +257,7 @@ def test_a_store_of_another_class_count(labels, digits, tmp_path, capsys, monkey
     index = Index.open(digits)
     other = shutil.copytree(index.path, tmp_path / "d")
     from pipeline.data import index as indices
+    from pipeline.data.classes import Classes
 
     indices.write(
         other,
@@ -264,8 +265,7 @@ def test_a_store_of_another_class_count(labels, digits, tmp_path, capsys, monkey
         [str(path) for path in index.shards],
         [],
         source="x",
-        classes=12,
-        class_names=None,
+        classes=Classes(12),
     )
     assert "another dataset" in refused(capsys, *student(other, labels, tmp_path / "r"))
     with pytest.raises(cache.UserError, match="another classes; found 10, expected 12"):

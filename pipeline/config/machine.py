@@ -23,3 +23,6 @@ class Machine(Options):
     """Folder that keeps samples of remote shards (s3://, https://); processes may share it."""
     shard_cache_gb: Positive = 50.0
     """Size that the folder may grow to."""
+    class_map: Path | None = None
+    """File of `name: name` lines that the class names of data sets are read through before they are compared; a data
+    set that numbers the same names otherwise is then renumbered."""

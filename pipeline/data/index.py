@@ -6,6 +6,7 @@ row never moves: a damaged sample keeps its row with a non-zero status, so soft 
 hang on the row or on its key hash.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -22,6 +23,8 @@ from google_crc32c import value as crc32c
 
 from cache.errors import UserError
 from pipeline.config import Machine
+from pipeline.data import classes as class_lists
+from pipeline.data.classes import Classes
 from pipeline.data.remote import Unreadable, is_remote
 from pipeline.data.shards import CACHE_BYTES, Reader
 
@@ -44,12 +47,14 @@ MAX_SIDE = 16_383  # Pillow rotates in 16.16 fixed point, and areas must stay ex
 _IDENTITY = np.dtype(
     [(name, RECORD[name]) for name in ("key_hash", "label", "size", "crc", "height", "width", "status")]
 )
-_FORMAT = 2  # 1 held the CRC-32 of zlib
+_FORMAT = 3  # 1 held the CRC-32 of zlib; 2 did not say what numbered the classes, nor what became of each file
 _META_TYPES: dict[str, type | tuple[type, ...]] = {
     "format": int,
     "source": str,
     "classes": int,
     "class_names": (list, type(None)),
+    "class_rule": (str, type(None)),
+    "files": dict,
     "shards": list,
     "samples": int,
     "quarantined": int,
@@ -103,19 +108,24 @@ def write(
     quarantine: list[dict],
     *,
     source: str,
-    classes: int,
-    class_names: list[str] | None,
+    classes: Classes,
+    files: dict | None = None,
 ) -> None:
-    """Write the three files of a data set folder; `shards` are URLs, or paths absolute or relative to the folder."""
+    """Write the three files of a data set folder; `shards` are URLs, or paths absolute or relative to the folder.
+
+    `files` is the record of a ledger, what became of each file of the source.
+    """
     meta = {
         "format": _FORMAT,
         "source": source,
-        "classes": classes,
-        "class_names": class_names,
+        "classes": classes.count,
+        "class_names": classes.names,
+        "class_rule": classes.rule,
+        "files": files or {},
         "shards": shards,
         "samples": len(records),
         "quarantined": int(np.count_nonzero(records["status"])),
-        "fingerprint": fingerprint(records, classes),
+        "fingerprint": fingerprint(records, classes.count),
     }
     np.save(folder / "index.npy", records.astype(RECORD, copy=False), allow_pickle=False)
     (folder / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in quarantine))
@@ -155,8 +165,7 @@ class Index:
 
     path: Path
     records: np.ndarray  # (N,) RECORD, memory-mapped
-    classes: int
-    class_names: list[str] | None
+    class_list: Classes
     shards: list[str]  # absolute paths, or URLs
     fingerprint: str
     _reader: Reader = field(default_factory=Reader, repr=False)
@@ -190,11 +199,18 @@ class Index:
         _check_records(path, records, shards, reader, meta["classes"])
         if fingerprint(records, meta["classes"]) != meta["fingerprint"]:
             raise UserError(f"the index of {path} was altered", fix="run pipeline prepare again")
-        return cls(path, records, meta["classes"], meta["class_names"], shards, meta["fingerprint"], reader)
+        names = None if meta["class_names"] is None else tuple(meta["class_names"])
+        listed = Classes(meta["classes"], names, meta["class_rule"])
+        return cls(path, records, listed, shards, meta["fingerprint"], reader)
 
     def __len__(self) -> int:
         """Number of rows N, quarantined ones included."""
         return len(self.records)
+
+    @property
+    def classes(self) -> int:
+        """C, the number of classes."""
+        return self.class_list.count
 
     @cached_property
     def good(self) -> np.ndarray:
@@ -261,6 +277,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise _damaged(path, found="dataset.json that is not JSON") from None
     if not isinstance(meta, dict):
         raise _damaged(path, found=f"dataset.json that is a {type(meta).__name__}")
+    if meta.get("format") == 2:
+        meta = {"class_rule": None, "files": {}, **meta, "format": _FORMAT}
     if meta.get("format") != _FORMAT:
         raise UserError(
             f"the index of {path} has another format",
@@ -325,5 +343,23 @@ def _check_records(path: Path, records: np.ndarray, shards: list[str], reader: R
 
 
 def open_data(machine: Machine, path: str | Path, split: str) -> Index:
-    """The data set at `path`, read through the machine's cache of remote shards."""
-    return Index.open(path, split, cache=machine.shard_cache, cache_bytes=int(machine.shard_cache_gb * 2**30))
+    """The data set at `path`, read through the machine's cache of remote shards, its class names through its map."""
+    index = Index.open(path, split, cache=machine.shard_cache, cache_bytes=int(machine.shard_cache_gb * 2**30))
+    if machine.class_map:
+        return dataclasses.replace(index, class_list=index.class_list.renamed(class_lists.read_map(machine.class_map)))
+    return index
+
+
+def matched(index: Index, machine: Machine, other: Classes, here: str, there: str) -> Index:
+    """`index`, once its classes are those of `other`; its labels renumbered by name if the user gave a --class-map.
+
+    `here` and `there` name the places of the two lists in errors. Raises UserError with the first difference.
+    """
+    if not machine.class_map:
+        other.require_same(index.class_list, there, here)
+        return index
+    numbers = index.class_list.numbers_in(other, here, there)
+    records = np.array(index.records)
+    known = (records["label"] >= 0) & (records["label"] < len(numbers))
+    records["label"][known] = numbers[records["label"][known]]
+    return dataclasses.replace(index, records=records, class_list=other)

@@ -24,6 +24,7 @@ from PIL import Image
 from cache.errors import UserError
 from pipeline.config import Prepare
 from pipeline.data import index
+from pipeline.data.classes import Classes
 from pipeline.data.decode import Undecodable, decode
 from pipeline.data.remote import is_remote
 from pipeline.data.shards import Reader
@@ -126,7 +127,7 @@ def _build(
     kind, _, argument = source.partition(":")
     path = Path(os.path.expanduser(argument))
     if kind == "webdataset" and argument:
-        return {"": _index(folder, Reader().expand(argument), source, classes, None, threads)}
+        return {"": _index(folder, Reader().expand(argument), source, Classes(classes) if classes else None, threads)}
     if kind == "imagefolder" and argument:
         splits = {"": imagefolder(path, seed)}
     elif kind in ("cifar10", "cifar100") and argument:
@@ -139,17 +140,17 @@ def _build(
         raise UserError("unknown source", found=source, expected=SOURCES, fix="correct SOURCE")
     parts = {}
     for name, split in splits.items():
-        if classes not in (None, split.classes):
+        if classes not in (None, split.classes.count):
             raise UserError(
                 f"{source} has classes of its own",
                 found=f"--classes {classes}",
-                expected=split.classes,
+                expected=split.classes.count,
                 fix="drop --classes",
             )
         part = folder / name
         part.mkdir(exist_ok=True)
         shards = _write_shards(split, part, shard_size)
-        parts[name] = _index(part, shards, source, split.classes, split.class_names, threads)
+        parts[name] = _index(part, shards, source, split.classes, threads)
         if parts[name].samples != split.count:
             raise UserError(
                 f"{source} has names that WebDataset skips",
@@ -183,18 +184,19 @@ def _index(
     folder: Path,
     shards: list[str],
     source: str,
-    classes: int | None,
-    class_names: list[str] | None,
+    classes: Classes | None,
     threads: int,
 ) -> _Part:
     """Scan and check `shards` (URLs, or paths absolute or relative to `folder`), write the index into `folder`."""
     scans: list[Scan] = []
-    _check_images(_batches(shards, folder, scans, classes), threads)
+    count = classes.count if classes else None
+    _check_images(_batches(shards, folder, scans, count), threads)
     records = np.concatenate([found.records for found in scans])
     records["shard"] = np.repeat(np.arange(len(scans)), [len(found.records) for found in scans])
     keys = [key for found in scans for key in found.keys]
     causes = {row: cause for row, cause in enumerate(cause for found in scans for cause in found.causes) if cause}
-    classes = _check_labels(records, causes, classes)
+    classes = classes or Classes(_check_labels(records, causes, None))
+    _check_labels(records, causes, classes.count)
     bad = list(causes)
     records["status"][bad] = 1
     for name in ("height", "width", "cmyk"):
@@ -218,8 +220,8 @@ def _index(
             expected="at least half of them good",
             fix="check the source",
         )
-    index.write(folder, records, shards, quarantine, source=source, classes=classes, class_names=class_names)
-    return _Part(classes, len(records), good, counts, len(shards), int(records["size"].sum(dtype=np.int64)))
+    index.write(folder, records, shards, quarantine, source=source, classes=classes)
+    return _Part(classes.count, len(records), good, counts, len(shards), int(records["size"].sum(dtype=np.int64)))
 
 
 def _check_keys(scans: list[Scan], holders: dict[int, int]) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from cache.errors import UserError
 from pipeline.data import index
+from pipeline.data.classes import Classes, numbered
 
 EXTENSIONS = ("jpg", "jpeg", "png")  # the first one that a sample has is its image
 
@@ -34,8 +35,7 @@ class Sample(NamedTuple):
 class Source(NamedTuple):
     samples: Iterator[Sample]
     count: int
-    classes: int
-    class_names: list[str] | None
+    classes: Classes
 
 
 def imagefolder(root: Path, seed: int) -> Source:
@@ -68,7 +68,7 @@ def imagefolder(root: Path, seed: int) -> Source:
             # A line break would hide the member from WebDataset's rule for keys.
             yield Sample(key.replace("\n", "%0A"), _extension(path), _read(path), label)
 
-    return Source(samples(), len(files), len(names), names)
+    return Source(samples(), len(files), numbered(names))
 
 
 def _fail(error: OSError) -> None:
@@ -145,8 +145,7 @@ def cifar(path: Path, classes: int) -> dict[str, Source]:
         split: Source(
             samples(names),
             sum(len(batches[name][1]) for name in names),
-            classes,
-            [name.decode("utf-8", "replace") for name in class_names],
+            Classes(classes, tuple(name.decode("utf-8", "replace") for name in class_names), "source"),
         )
         for split, names in (("train", train), ("val", [test]))
     }
@@ -227,8 +226,8 @@ def digits(seed: int) -> dict[str, Source]:
             image = scan.resize((64, 64), Image.Resampling.BICUBIC).convert("RGB")
             yield Sample(f"digit/{i:04d}", "jpg", _encode(image, "JPEG", quality=95), int(labels[i]))
 
-    names = [str(digit) for digit in range(10)]
-    return {name: Source(samples(rows), len(rows), 10, names) for name, rows in (("train", train), ("val", val))}
+    classes = Classes(10, tuple(str(digit) for digit in range(10)), "source")
+    return {name: Source(samples(rows), len(rows), classes) for name, rows in (("train", train), ("val", val))}
 
 
 class Scan(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from cache.errors import UserError
+from pipeline.data.classes import Classes
 from pipeline.data.sources import Sample, Source
 
 _CHUNK = 256  # samples in flight
@@ -39,7 +40,7 @@ def synthetic(count: int, classes: int, seed: int, threads: int) -> Source:
             for start in range(0, count, _CHUNK):
                 yield from pool.map(sample, range(start, min(start + _CHUNK, count)))
 
-    return Source(samples(), count, classes, None)
+    return Source(samples(), count, Classes(classes))
 
 
 def _image(photographs: list[Image.Image], label: int, i: int, seed: int) -> bytes:

@@ -254,7 +254,7 @@ def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def _class_name(index: Index, label: int) -> str:
-    return index.class_names[label] if index.class_names else f"class {label}"
+    return index.class_list.name(label)
 
 
 def _key(index: Index, row: int) -> str:

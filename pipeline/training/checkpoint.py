@@ -18,7 +18,18 @@ from pipeline.system.files import write_atomically
 # places that they name is compared itself.
 _OPERATIONAL = {
     *("out", "resume", "threads", "device", "checkpoint_steps", "eval_epochs", "val", "log_steps", "tensorboard"),
-    *("wandb", "dry_run", "shard_cache", "shard_cache_gb", "plane", "check_steps", "data", "store", "policy"),
+    *(
+        "wandb",
+        "dry_run",
+        "shard_cache",
+        "shard_cache_gb",
+        "class_map",
+        "plane",
+        "check_steps",
+        "data",
+        "store",
+        "policy",
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cache import UserError
 from pipeline.config import Training
 from pipeline.data import order
-from pipeline.data.index import Index, open_data
+from pipeline.data.index import Index, matched, open_data
 from pipeline.networks import models
 from pipeline.system import device as devices
 from pipeline.system import ranks, signals
@@ -130,8 +130,8 @@ def _fit(job: Job, device: torch.device, asked: signals.Requests, stack: ExitSta
     rows = order.few_shot(index.good, index.records["label"][index.good], config.few_shot)
     steps = order.steps_per_epoch(len(rows), config.batch_size)
     val = open_data(config, config.val, "val") if config.val else None
-    if val and val.classes != index.classes:
-        raise UserError("--val has other classes", found=val.classes, expected=index.classes, fix="check --val")
+    if val:
+        val = matched(val, config, index.class_list, "--val", "--data")
     if config.nesterov and not config.momentum:
         raise UserError("--nesterov without momentum", found="--momentum 0", fix="give a momentum or --no-nesterov")
     run_record.check(config)

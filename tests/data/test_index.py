@@ -20,6 +20,7 @@ from webdataset.tariterators import base_plus_ext
 
 from cache.errors import UserError
 from pipeline.data import index, shards
+from pipeline.data.classes import Classes
 from pipeline.data.index import RECORD, BadSample, Index, fingerprint, key_hash, split_name
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def make(
     records = np.array(rows, RECORD)
     for name, value in changes.items():
         records[name][-1] = value
-    index.write(folder, records, shards, [], source="test", classes=2, class_names=["a", "b"])
+    index.write(folder, records, shards, [], source="test", classes=Classes(2, ("a", "b"), "lexical"))
     return members
 
 
@@ -102,7 +103,7 @@ def test_rows_read_back_the_bytes_and_keys_that_tarfile_sees(tmp_path, format):
     long = {f"{'very' * 30}/{'long' * n}_{n}.png": b"%d" % n for n in (3, 20, 40, 400)}
     expected = make(tmp_path / "d", {**members(7), **long, "ünï/cödé.jpg": b"x"}, format=format)
     data = Index.open(tmp_path / "d")
-    assert len(data) == 12 and data.classes == 2 and data.class_names == ["a", "b"]
+    assert len(data) == 12 and data.classes == 2 and data.class_list == Classes(2, ("a", "b"), "lexical")
     assert {data.key(row): data.read(row) for row in range(12)} == {
         name.split(".")[0]: content for name, content in expected.items()
     }
@@ -162,7 +163,7 @@ def test_a_path_without_a_data_set_is_refused(tmp_path):
 
 def test_an_empty_data_set_is_refused(tmp_path):
     (tmp_path / "d").mkdir()
-    index.write(tmp_path / "d", np.empty(0, RECORD), [], [], source="", classes=1, class_names=None)
+    index.write(tmp_path / "d", np.empty(0, RECORD), [], [], source="", classes=Classes(1))
     refuse(tmp_path / "d", "is empty")
 
 
@@ -307,7 +308,7 @@ def test_no_damage_to_the_files_escapes_as_another_exception(sound, data):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("format", 1, "has another format; found 1, expected 2"),
+        ("format", 1, "has another format; found 1, expected 3"),
         ("classes", 0, "0 classes"),
         ("classes", True, "classes of type bool"),
         ("classes", "2", "classes of type str"),
@@ -342,7 +343,8 @@ IMAGENET = """
 import re, sys
 import numpy as np
 from pathlib import Path
-from pipeline import index
+from pipeline.data import index
+from pipeline.data.classes import Classes
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 folder = Path(sys.argv[1])
@@ -359,7 +361,7 @@ if sys.argv[2] == "write":
     for shard in shards:
         with open(folder / shard, "wb") as file:
             file.truncate(4096 * 120_000)
-    index.write(folder, records, shards, [], source="", classes=1000, class_names=None)
+    index.write(folder, records, shards, [], source="", classes=Classes(1000))
 else:
     before = peak()
     data = index.Index.open(folder)

@@ -77,7 +77,7 @@ def test_every_kind_of_image_is_indexed_with_its_own_size_bytes_and_label(tmp_pa
     summary = prepare.build(f"webdataset:{tmp_path}/*.tar", tmp_path / "out", threads=2)
     data = Index.open(tmp_path / "out")
     assert quarantine(tmp_path / "out") == [] and summary["good"] == len(data) == len(images)
-    assert data.classes == summary["classes"] == len(images) and data.class_names is None
+    assert data.classes == summary["classes"] == len(images) and data.class_list.names is None
     for row, (name, image) in enumerate(images.items()):
         record = data.records[row]
         opened = Image.open(io.BytesIO(image))
@@ -243,7 +243,7 @@ def test_an_image_folder_becomes_shards_that_webdataset_reads(folder, tmp_path):
     root, names = folder
     summary = prepare.build(f"imagefolder:{root}", tmp_path / "out", shard_size=4, threads=1)
     data = Index.open(tmp_path / "out")
-    assert summary["shards"] == 2 and data.class_names == ["ant", "cat", "dog", "void"]
+    assert summary["shards"] == 2 and data.class_list.names == ("ant", "cat", "dog", "void")
     read = []
     for shard in data.shards:
         with open(shard, "rb") as file:
@@ -257,7 +257,7 @@ def test_an_image_folder_becomes_shards_that_webdataset_reads(folder, tmp_path):
     origin = {(root / name).read_bytes(): name for name in names}
     for row in range(len(data)):
         name = origin.pop(data.read(row))
-        assert data.class_names[data.records["label"][row]] == name.split("/")[0]
+        assert data.class_list.name(data.records["label"][row]) == name.split("/")[0]
         assert data.key(row).startswith(name.split("/")[0] + "/")
     assert not origin
 
@@ -287,7 +287,7 @@ def test_a_folder_name_that_webdataset_skips_is_an_error_not_a_loss(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import index, prepare
+from pipeline.data import index, prepare
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 moment, images, out = sys.argv[1:]

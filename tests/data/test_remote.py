@@ -16,6 +16,7 @@ from support.remote_servers import KINDS, Remote, hurry, serve
 from cache.errors import UserError
 from cache.store import retry
 from pipeline.data import index, prepare, remote, shards
+from pipeline.data.classes import Classes
 from pipeline.data.index import BadSample, Index
 from pipeline.data.shards import Reader
 
@@ -74,7 +75,7 @@ def moved(local: Index, base: str, folder: Path, records: np.ndarray | None = No
     folder.mkdir()
     names = [f"{base}/a/{Path(shard).name}" for shard in local.shards]
     records = np.array(local.records) if records is None else records
-    index.write(folder, records, names, [], source="", classes=4, class_names=None)
+    index.write(folder, records, names, [], source="", classes=Classes(4))
     return folder
 
 

@@ -19,6 +19,7 @@ from webdataset import tariterators
 
 from cache.errors import UserError
 from pipeline.data import prepare, sources
+from pipeline.data.classes import Classes
 from pipeline.data.index import Index, key_hash
 from pipeline.data.synthetic import synthetic
 
@@ -153,7 +154,7 @@ def test_cifar_pixels_and_labels_survive_unchanged(tmp_path, classes, form):
     seen = 0
     for split in ("train", "val"):
         data = Index.open(tmp_path / "out", split=split)
-        assert data.class_names == [f"class {i}" for i in range(classes)]
+        assert data.class_list == Classes(classes, tuple(f"class {i}" for i in range(classes)), "source")
         for row in range(len(data)):
             batch, _, number = data.key(row).partition("/")
             assert ("test" in batch) == (split == "val")
