@@ -54,8 +54,8 @@ from pipeline.data import prepare
 from pipeline.data.index import Index
 from pipeline.labels import precompute
 from pipeline.networks import models
+from pipeline.networks.placed import placed
 from pipeline.system import device as devices
-from pipeline.system.device import Normalise
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import progress
 from pipeline.training import evaluate, train_student
@@ -373,9 +373,8 @@ def _trained(config: TrainTeacher | None, asked: Evaluate) -> tuple[str, float]:
             teacher.run(config)
         index, policy = Index.open(asked.data), policies.load(asked.policy)
         network, device = models.create(asked.model, index.classes), devices.pick(asked)
-        normalise = Normalise(network.mean or policy.mean, network.std or policy.std, device)
-        module = devices.place(network.module, device)
-        return asked.model, evaluate.evaluate(module, normalise, index, policy, asked.batch_size, asked)["top1"]
+        there = placed(network, device, "fp32", policy)
+        return asked.model, evaluate.evaluate(there, index, policy, asked.batch_size, asked)["top1"]
 
 
 def _labelled(config: PrecomputeTeacher) -> None:

@@ -41,8 +41,8 @@ from pipeline.labels import epochs as labels
 from pipeline.labels import precompute
 from pipeline.networks import models
 from pipeline.networks import teacher as answers
+from pipeline.networks.placed import placed
 from pipeline.system import device as devices
-from pipeline.system.device import Normalise
 from pipeline.training import loop
 from pipeline.training.objectives import CrossEntropy, Distillation, Objective
 from pipeline.views import plan
@@ -155,9 +155,8 @@ class Job:
         held = _allocated(device)
         precision = devices.arithmetic("auto", device)
         network = models.create(config.student, self.index.classes, seed=0)
-        trainee, forward = loop.prepare(config, network, device, precision)
+        trainee, forward = loop.prepare(config, placed(network, device, precision, _POLICY))
         trainee.module.train()
-        normalise = Normalise(network.mean or _POLICY.mean, network.std or _POLICY.std, device)
         objective, label_bytes = self._objective(name)
         loader = Loader(self.index, _POLICY, threads=devices.threads(config), decoder=devices.decoder("auto", device))
         parts = self._parts(None if name == "loaded" else _KEPT)
@@ -173,7 +172,7 @@ class Job:
             clock = loop.Clock(device, True)
             batch = next(batches)
             clock.lap("wait")
-            loop._step(config, trainee, forward, normalise, objective, batch, precision, False, clock)
+            loop._step(config, trainee, forward, objective, batch, False, clock)
             peak = max(peak, held + _peak(device) - before)
             return clock.times
 

@@ -28,8 +28,8 @@ from pipeline.data.index import Index, open_data
 from pipeline.labels import epochs
 from pipeline.networks import models
 from pipeline.networks import teacher as answers
+from pipeline.networks.placed import placed
 from pipeline.system import device as devices
-from pipeline.system.device import Normalise
 from pipeline.system.terminal import progress
 from pipeline.training import loop
 from pipeline.training.objectives import Distillation
@@ -142,9 +142,9 @@ class Stages:
             self.batch_size = min(self.batch_size, max(_PIXELS // self.policy.base.size**2, 1))
         student = models.create(config.student, index.classes, seed=0)
         teacher = models.create(config.teacher, index.classes, seed=0)
-        models.probe(student, self.policy.base.size)
         self.teacher = answers.Teacher(teacher, self.policy, self.device, self.precision)
-        self._student, self._folder = student, folder
+        self._student = placed(student, self.device, self.precision, self.policy)
+        self._folder = folder
         self._rows = np.sort(np.random.default_rng(0).permutation(index.good)[:_SAMPLES])
         logits = simulated(index.classes)
         started = time.perf_counter()
@@ -177,7 +177,7 @@ class Stages:
         config, index, cuda = self.config, self.index, self.device.type == "cuda"
         return Rates(
             teacher=self.teacher.name,
-            student=self._student.name,
+            student=self._student.network.name,
             classes=index.classes,
             policy=self.policy.name,
             size=self.policy.base.size,
@@ -222,14 +222,13 @@ class Stages:
         )
         found = next(iter(epochs.epochs(store, iter([0]), self.device, "auto", out)))
         objective = Distillation(config, 0, labels=found)
-        trainee, forward = loop.prepare(config, self._student, self.device, self.precision)
-        mean, std = self._student.mean or self.policy.mean, self._student.std or self.policy.std
-        normalise, clock = Normalise(mean, std, self.device), loop.Clock(self.device, False)
+        trainee, forward = loop.prepare(config, self._student)
+        clock = loop.Clock(self.device, False)
         trainee.module.train()
 
         def step(batch: Batch) -> object:
             batch = dataclasses.replace(batch, rows=np.searchsorted(self._rows, batch.rows))
-            return loop._step(config, trainee, forward, normalise, objective, batch, self.precision, False, clock)
+            return loop._step(config, trainee, forward, objective, batch, False, clock)
 
         return step
 

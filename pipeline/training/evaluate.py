@@ -8,9 +8,9 @@ import torch
 from pipeline.config import Evaluate, Machine
 from pipeline.data.index import Index, open_data
 from pipeline.networks import models
+from pipeline.networks.placed import Placed, placed
 from pipeline.system import device as devices
 from pipeline.system import ranks
-from pipeline.system.device import Normalise
 from pipeline.system.terminal import progress, summary
 from pipeline.views import plan
 from pipeline.views import policy as policies
@@ -24,11 +24,8 @@ def run(config: Evaluate) -> None:
     index = open_data(config, config.data, "val")
     policy = policies.load(config.policy)
     network = models.trained(config.model, index.classes)
-    normalise = Normalise(network.mean or policy.mean, network.std or policy.std, device)
-    models.probe(network, policy.base.size)
-    module = devices.place(network.module, device)
-    precision = devices.arithmetic(config.precision, device)
-    result = evaluate(module, normalise, index, policy, config.batch_size, config, precision)
+    there = placed(network, device, devices.arithmetic(config.precision, device), policy)
+    result = evaluate(there, index, policy, config.batch_size, config)
     seen = f"{policy.base.size} pixels, as policy {policy.name} has them"
     summary("evaluation", {"model": config.model, "data": Path(config.data), "images": seen, **shown(result)})
 
@@ -44,21 +41,13 @@ def shown(result: dict) -> dict:
 
 
 @torch.inference_mode()
-def evaluate(
-    module: torch.nn.Module,
-    normalise: Normalise,
-    index: Index,
-    policy: Policy,
-    batch_size: int,
-    machine: Machine,
-    precision: str = "fp32",
-) -> dict:
-    """{"top1", "top5": shares, "loss": mean cross-entropy in nats, "samples"}; leaves the module in eval mode.
+def evaluate(network: Placed, index: Index, policy: Policy, batch_size: int, machine: Machine) -> dict:
+    """{"top1", "top5": shares, "loss": mean cross-entropy in nats, "samples"}; leaves the network in eval mode.
 
     The processes of a job share the samples; all get the result.
     """
-    module.eval()
-    device = normalise.scale.device
+    network.module.eval()
+    device = network.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, samples
     loader = Loader(
         index,
@@ -74,8 +63,7 @@ def evaluate(
             if not len(batch.rows):
                 continue
             labels = batch.labels.to(device)
-            with devices.autocast(device, precision):
-                logits = module(normalise(batch.original)).float()
+            logits = network(batch.original).float()
             hits = logits.topk(min(5, index.classes), dim=1).indices == labels[:, None]
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(labels))])

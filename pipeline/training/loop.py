@@ -5,7 +5,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,9 @@ from pipeline.config import Training
 from pipeline.data import order
 from pipeline.data.index import Index, matched, open_data
 from pipeline.networks import models
+from pipeline.networks.placed import Placed, placed
 from pipeline.system import device as devices
 from pipeline.system import ranks, signals
-from pipeline.system.device import Normalise
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import duration, progress, summary
 from pipeline.training import batch_norm, checkpoint
@@ -124,9 +124,7 @@ def fit(job: Job) -> dict:
 def _fit(job: Job, device: torch.device, asked: signals.Requests, stack: ExitStack) -> dict:
     config, index, policy = job.config, job.index, job.policy
     first, many = ranks.rank() == 0, ranks.world() > 1
-    precision = devices.arithmetic(config.precision, device)
-    models.probe(job.network, policy.base.size)
-    normalise = Normalise(job.network.mean or policy.mean, job.network.std or policy.std, device)
+    network = placed(job.network, device, devices.arithmetic(config.precision, device), policy)
     rows = order.few_shot(index.good, index.records["label"][index.good], config.few_shot)
     steps = order.steps_per_epoch(len(rows), config.batch_size)
     val = open_data(config, config.val, "val") if config.val else None
@@ -141,7 +139,7 @@ def _fit(job: Job, device: torch.device, asked: signals.Requests, stack: ExitSta
             checkpoint.open_run(config, sources)
         ranks.after_first("run")
 
-    trainee, forward = prepare(config, job.network, device, precision)
+    trainee, forward = prepare(config, network)
     epoch, step, sums = 0, 0, Means()
     resume = config.resume or ranks.restarted()
     if resume and not config.dry_run and (state := checkpoint.load(config.out)):
@@ -206,7 +204,7 @@ def _fit(job: Job, device: torch.device, asked: signals.Requests, stack: ExitSta
                 for group in trainee.optimizer.param_groups:
                     group["lr"] = rate
                 if many or len(batch.rows):  # else all of it was skipped
-                    found = _step(config, trainee, forward, normalise, objective, batch, precision, logged, clock)
+                    found = _step(config, trainee, forward, objective, batch, logged, clock)
                     for means_of in (sums, recent):
                         for weight, values in found:
                             means_of.add(weight, values)
@@ -241,7 +239,8 @@ def _fit(job: Job, device: torch.device, asked: signals.Requests, stack: ExitSta
                 continue
             record = {"epoch": now, "lr": trainee.optimizer.param_groups[0]["lr"], **_nested(means(sums.total()))}
             if val and (now + 1 == config.epochs or (config.eval_epochs and (now + 1) % config.eval_epochs == 0)):
-                record |= {"val": evaluate(trainee.best, normalise, val, policy, config.batch_size, config, precision)}
+                best = replace(network, module=trainee.best)
+                record |= {"val": evaluate(best, val, policy, config.batch_size, config)}
             record["seconds"] = time.perf_counter() - started
             log.write(record)
             writers.epoch(now, (now + 1) * steps, record)
@@ -271,16 +270,14 @@ def _fit(job: Job, device: torch.device, asked: signals.Requests, stack: ExitSta
 def _step(
     config: Training,
     trainee: Trainee,
-    forward: Callable[[Tensor], Tensor],
-    normalise: Normalise,
+    forward: Placed,
     objective: Objective,
     batch: Batch,
-    precision: str,
     logged: bool,
     clock: Clock,
 ) -> list[tuple[float, dict[str, Any]]]:
     """One optimiser step; (weight, values) for the means over the run."""
-    device, scaler = normalise.scale.device, trainee.scaler
+    device, scaler = forward.device, trainee.scaler
     chosen = objective.wants(batch)
     views_here = int(chosen.sum())
     count: Tensor | float = float(views_here)
@@ -296,10 +293,9 @@ def _step(
         images = piece.images.flatten(0, 1)
         if not mine.all():
             images = images[torch.from_numpy(mine.reshape(-1)).to(images.device)]
-        hold = isinstance(forward, DistributedDataParallel) and number + 1 < len(parts)
-        with forward.no_sync() if hold else nullcontext():
-            with devices.autocast(device, precision):
-                logits = forward(normalise(images))
+        module, last = forward.module, number + 1 == len(parts)
+        with nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync():
+            logits = forward(images)
             clock.lap("forward")
             seen = Seen(piece, mine, count, _scale(scaler), parts=logged)
             loss, terms = objective(logits, seen)
@@ -336,15 +332,12 @@ def _scale(scaler) -> Tensor | None:
     return scaler._scale if scaler.is_enabled() else None
 
 
-def prepare(
-    config: Training, network: models.Network, device: torch.device, precision: str
-) -> tuple[Trainee, Callable[[Tensor], Tensor]]:
-    """The network with its optimiser on the device, and what to call with images."""
-    module = network.module
+def prepare(config: Training, network: Placed) -> tuple[Trainee, Placed]:
+    """The network with its optimiser, and what to call with images."""
+    module, device = network.module, network.device
     many = ranks.world() > 1
     if many and config.sync_bn:
         module = batch_norm.synchronise(module, device)
-    module = devices.place(module, device)
     optimizer = torch.optim.SGD(
         module.parameters(),
         lr=config.lr,
@@ -352,18 +345,18 @@ def prepare(
         weight_decay=config.weight_decay,
         nesterov=config.nesterov,
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # pyright: ignore
+    scaler = torch.amp.GradScaler(device.type, enabled=network.precision == "fp16")  # pyright: ignore
     average = None
     if config.ema:
         average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-    forward: Any = module
+    wrapped: Any = module
     if many:
-        forward = DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             module, [device.index] if device.type == "cuda" else None, broadcast_buffers=not config.sync_bn
         )
     if config.compile:
-        forward = torch.compile(forward)
-    return Trainee(module, optimizer, scaler, average), forward
+        wrapped = torch.compile(wrapped)
+    return Trainee(module, optimizer, scaler, average), replace(network, module=wrapped)
 
 
 def learning_rate(config: Training, epoch: float) -> float:

@@ -21,12 +21,13 @@ from pipeline.data.index import Index
 from pipeline.demo import POLICY
 from pipeline.labels.epochs import Labels
 from pipeline.networks import models
+from pipeline.networks.placed import placed
 from pipeline.system import signals
-from pipeline.system.device import Normalise
 from pipeline.training import loop, train_student
 from pipeline.training.checks import PixelCheck, TeacherCheck
 from pipeline.training.loop import learning_rate
 from pipeline.training.objectives import CrossEntropy, Distillation, Seen, choice
+from pipeline.views import policy as policies
 from pipeline.views.batch import Batch
 from pipeline.views.loader import Loader
 
@@ -254,16 +255,17 @@ def test_parts_of_a_step_make_its_gradient(whole):
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (2, 8, 4, 4, 3), np.uint8))
     batch = Batch(np.arange(8), torch.from_numpy(rng.integers(0, 10, 8)), images, None)
+    base = policies.load(POLICY)
+    small = dataclasses.replace(base, base=dataclasses.replace(base.base, size=4))
     found = []
     for parts in (1, 3):
         config = dataclasses.replace(whole, accumulate=parts)
         torch.manual_seed(0)
         module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10))
         network = models.Network(module, "test", 10, None, None, "")
-        trainee, forward = loop.prepare(config, network, torch.device("cpu"), "fp32")
-        normalise = Normalise((0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+        trainee, forward = loop.prepare(config, placed(network, torch.device("cpu"), "fp32", small))
         clock = loop.Clock(torch.device("cpu"), False)
-        values = loop._step(config, trainee, forward, normalise, CrossEntropy(), batch, "fp32", False, clock)
+        values = loop._step(config, trainee, forward, CrossEntropy(), batch, False, clock)
         found.append((module[1].weight.detach(), values[-1][1]["loss"]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
@@ -348,12 +350,10 @@ def test_labels_that_do_not_fit_are_refused(whole):
 def test_evaluation_counts_what_pillow_and_numpy_count(whole):
     """Top-1, top-5 and cross-entropy of the trained student, from images that Pillow cropped."""
     from pipeline.training.evaluate import evaluate
-    from pipeline.views import policy
 
-    index, base = Index.open(whole.data, split="val"), policy.load(POLICY)
+    index, base = Index.open(whole.data, split="val"), policies.load(POLICY)
     network = models.create(f"cifar/resnet8@{whole.out / 'model.safetensors'}", index.classes)
-    normalise = Normalise(base.mean, base.std, torch.device("cpu"))
-    got = evaluate(network.module, normalise, index, base, 7, whole)
+    got = evaluate(placed(network, torch.device("cpu"), "fp32", base), index, base, 7, whole)
 
     images = [Image.open(io.BytesIO(index.read(row))).convert("RGB") for row in index.good]
     images = [image.resize((32, 32), Image.Resampling.BILINEAR) for image in images]  # the policy keeps all of it

@@ -1,0 +1,56 @@
+"""A network in its place: on a device, with the normalisation of its input and the arithmetic it computes in."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.networks.models import Network, probe
+from pipeline.views.policy import Policy
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Normalise(nn.Module):
+    """u8 (B, S, S, 3) -> f32 (B, 3, S, S) on the device, channels last in memory: (x / 255 − mean) / std."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
+        super().__init__()
+        self.scale = 1 / (255 * torch.tensor(std, device=device))
+        self.shift = torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.to(self.scale.device, non_blocking=True) * self.scale - self.shift).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What answers: `dataclasses.replace` puts a wrapped or an averaged module in the same place."""
+
+    network: Network
+    module: nn.Module
+    """Of `network`, or around it."""
+    normalise: Normalise
+    mean: tuple[float, ...]
+    """The network's own, else the policy's, and so is `std`."""
+    std: tuple[float, ...]
+    device: torch.device
+    precision: str
+    """fp32, bf16 or fp16."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """u8 (B, S, S, 3) on any device -> logits (B, C) on this one, in the precision's type."""
+        with torch.autocast(self.device.type, dtype=_DTYPES.get(self.precision), enabled=self.precision in _DTYPES):
+            return self.module(self.normalise(images))
+
+
+def placed(network: Network, device: torch.device, precision: str, policy: Policy) -> Placed:
+    """The network on the device, ready for the policy's images; its mode is the caller's business.
+
+    Channels last, as images arrive that way and convolutions are faster. Raises UserError if the network does not take
+    images of the policy's size.
+    """
+    module = network.module.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    probe(network, policy.base.size)
+    mean, std = tuple(network.mean or policy.mean), tuple(network.std or policy.std)
+    return Placed(network, module, Normalise(mean, std, device), mean, std, device, precision)
