@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
-from obstore.store import LocalStore, from_url
+from obstore.store import LocalStore
 
 from cache.errors import UserError
 from cache.store import retry
@@ -205,7 +205,7 @@ def connect(place: Path | str, *, make: bool = False) -> Files:
     try:
         if isinstance(place, Path):
             return Files(place, LocalStore(place, mkdir=make))
-        return Files(place, from_url(place, **retry.CLIENT))
+        return Files(place, retry.client(place))
     except (BaseError, OSError, ValueError) as error:
         raise failed("write" if make else "read", place, error) from error
 

@@ -1,4 +1,4 @@
-"""Requests to object stores that may fail for a while, and what their errors say.
+"""The client of object stores, requests to them that may fail for a while, and what their errors say.
 
 Two layers retry. obstore (`CLIENT`) repeats requests that met a 5xx or 429, a broken connection or a time-out, and
 resumes a broken body, but that only from servers that send an ETag. What it gives up on or does not see (a body broken
@@ -10,9 +10,13 @@ import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from obstore.exceptions import NotSupportedError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import HTTPStore, from_url
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
 
 TRIES, FIRST_WAIT_S, MAX_WAIT_S = 7, 0.25, 8.0  # waits double: a server that is down costs some 15 s
 PATIENCE_S = 60  # no try begins later, so that a server that hangs is given up as well
@@ -32,6 +36,15 @@ CLIENT: dict[str, Any] = {
 
 _jitter = random.Random()  # the shared generator is the training's
 _T = TypeVar("_T")
+
+
+def client(url: str) -> "ObjectStore":
+    """The client of what lies below a URL, of shards and of stores alike: s3://, gs://, az:// or http(s)://.
+
+    Raises what obstore does for a URL, or credentials, that it cannot use.
+    """
+    # from_url would take https://….amazonaws.com for S3 and then want credentials.
+    return HTTPStore(url, **CLIENT) if url.startswith(("http://", "https://")) else from_url(url, **CLIENT)
 
 
 class GaveUp(Exception):

@@ -1,9 +1,11 @@
-"""Shards behind a URL: s3://bucket/key or http(s)://host/path, read by ranges through obstore, with patience.
+"""Shards behind a URL: in a bucket, or http(s)://host/path, read by ranges through obstore, with patience.
 
-S3 is configured by the usual variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION,
-AWS_SKIP_SIGNATURE=true for public buckets, AWS_ENDPOINT_URL for other servers of the protocol (http:// is allowed).
+A bucket is s3://bucket/key, gs://bucket/key or az://container/key. S3 is configured by the usual variables:
+AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_SKIP_SIGNATURE=true for public buckets, AWS_ENDPOINT_URL for
+other servers of the protocol (http:// is allowed); Google's by GOOGLE_SERVICE_ACCOUNT, Azure's by
+AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY.
 
-Requests are repeated (`cache.store.retry`). A client does not survive a fork: its threads stay behind.
+Clients are those of stores (`cache.store.retry`). One does not survive a fork: its threads stay behind.
 """
 
 import itertools
@@ -17,11 +19,12 @@ from urllib.parse import unquote
 
 import obstore
 from obstore.exceptions import BaseError, NotSupportedError
-from obstore.store import HTTPStore, S3Store
 
 from cache.errors import UserError
 from cache.store import retry
 
+BUCKETS = ("s3://", "gs://", "az://")
+"""Schemes of servers that list."""
 _T = TypeVar("_T")
 
 
@@ -36,14 +39,14 @@ class Unreadable(UserError):
 
 def is_remote(shard: str) -> bool:
     """Is it a URL? Everything else is a path."""
-    return shard.startswith(("s3://", "http://", "https://"))
+    return shard.startswith((*BUCKETS, "http://", "https://"))
 
 
 class Remote:
     """Objects of any bucket or host, by URL; thread-safe. All methods raise Unreadable."""
 
     def __init__(self):
-        self._store = lru_cache(None)(_store)
+        self._store = lru_cache(None)(retry.client)
 
     def read(self, url: str, offset: int, size: int) -> bytes:
         """The `size` bytes from `offset` on, fewer where the object ends before."""
@@ -70,7 +73,7 @@ class Remote:
         return _patiently(url, None, lambda: obstore.head(self._store(root), path)["size"])
 
     def match(self, pattern: str) -> list[str]:
-        """URLs of the objects that an s3:// pattern matches; a wildcard stays within one folder, ** is none."""
+        """URLs of the objects that a bucket's pattern matches; a wildcard stays within one folder, ** is none."""
         root, path = split(pattern)
         folders = itertools.takewhile(lambda part: not has_magic(part), path.split("/")[:-1])
         prefix = "/".join(folders) or None
@@ -80,25 +83,17 @@ class Remote:
         return [f"{root}/{key}" for key in keys]
 
 
-def _store(root: str) -> S3Store | HTTPStore:
-    """The client of one bucket or host."""
-    # Not obstore's from_url, which takes https://….amazonaws.com for S3 and then wants credentials.
-    if root.startswith("s3://"):
-        return S3Store(root.removeprefix("s3://"), **retry.CLIENT)
-    return HTTPStore(root, **retry.CLIENT)
-
-
 def split(url: str) -> tuple[str, str]:
-    """A URL -> (scheme://host or s3://bucket, path without percent signs); UserError for what cannot be a shard."""
+    """A URL -> (scheme://host or bucket, path without percent signs); UserError for what cannot be a shard."""
     scheme, _, rest = url.partition("://")
     host, _, path = rest.partition("/")
-    if scheme == "s3":
+    if f"{scheme}://" in BUCKETS:
         valid = re.fullmatch(r"[A-Za-z0-9._-]+", host) and path
     else:
         valid = host and "@" not in host and path and not re.search(r"[?#]", url)
         path = unquote(path)  # the client quotes it again
     if not valid:
-        expected = "s3://bucket/key or http(s)://host/path, without user, query or fragment"
+        expected = "s3://bucket/key (gs://, az://) or http(s)://host/path, without user, query or fragment"
         raise UserError("not the URL of a shard", found=url, expected=expected, fix="correct it")
     return f"{scheme}://{host}", path
 
@@ -121,5 +116,7 @@ def _fix(shard: str, error: Exception) -> str:
     if retry.is_refusal(error):
         if shard.startswith("s3://"):
             return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
+        if shard.startswith(BUCKETS):
+            return "set the credentials of this bucket, see pipeline/data/remote.py"
         return "make it readable without a login"
     return "check the URL, the network and the server"

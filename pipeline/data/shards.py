@@ -1,6 +1,7 @@
 """Where shards lie: byte ranges of local files and, with a local cache, of remote ones; patterns that name shards.
 
-A shard is named by a path or by a URL, s3://bucket/key or http(s)://host/path (see `pipeline.data.remote`).
+A shard is named by a path or by a URL, that of an object in a bucket or http(s)://host/path (see
+`pipeline.data.remote`).
 """
 
 import fcntl
@@ -20,7 +21,7 @@ from braceexpand import braceexpand
 from google_crc32c import value as crc32c
 
 from cache.errors import UserError
-from pipeline.data.remote import Remote, Unreadable, is_remote, split
+from pipeline.data.remote import BUCKETS, Remote, Unreadable, is_remote, split
 
 CACHE_BYTES = 50 << 30
 
@@ -126,7 +127,7 @@ class Reader:
     def _list(self, pattern: str) -> list[str]:
         if not is_remote(pattern):
             return [os.path.abspath(name) for name in glob(os.path.expanduser(pattern), recursive=True)]
-        if pattern.startswith("s3://") and has_magic(pattern):
+        if pattern.startswith(BUCKETS) and has_magic(pattern):
             return self._remote.match(pattern)
         if "*" in pattern:
             raise UserError(

@@ -291,6 +291,20 @@ def test_patterns_expand_to_sorted_shards_and_each_alternative_names_one(served,
         refused(f"http://host/a.tar{end}", "not the URL of a shard", "without user, query or fragment")
 
 
+def test_a_bucket_of_google_or_azure_is_read_as_any_other(served, tars, monkeypatch):
+    """Against a server of files, which answers what these clients ask for: GET and HEAD with a range."""
+    key = '{"gcs_base_url": "%s", "disable_oauth": true, "client_email": "", "private_key": "", "private_key_id": ""}'
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", key % served.tagged)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "any")
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", served.tagged)
+    monkeypatch.setenv("AZURE_SKIP_SIGNATURE", "true")
+    content = (tars / "a/train-0.tar").read_bytes()
+    for scheme in ("gs", "az"):
+        shard = f"{scheme}://a/train-0.tar"
+        assert Reader().read(shard, 700, 1000) == content[700:1700]
+        assert Reader().expand(f"{scheme}://a/train-{{0,1}}.tar") == [f"{scheme}://a/train-{n}.tar" for n in (0, 1)]
+
+
 def test_a_server_without_ranges_is_refused_at_once(served):
     served.faults.script.append("no ranges")
     with pytest.raises(UserError) as error:

@@ -9,7 +9,7 @@ import struct
 import threading
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,6 +17,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 from urllib.parse import unquote
@@ -82,6 +83,7 @@ class Faults:
 class Remote:
     s3: str  # s3://bucket, for whoever has the environment of this process
     http: str  # http://127.0.0.1:port
+    tagged: str  # the same, of a server that sends ETags, as Google's and Azure's do
     faults: Faults
 
 
@@ -100,6 +102,7 @@ def serve(folder: Path, fault_rate: float = 0.0, kinds: tuple[str, ...] = KINDS)
         stack.callback(moto.stop)
         files = stack.enter_context(_running(_Files, folder=folder))
         s3 = stack.enter_context(_running(_Proxy, upstream=moto.get_host_and_port(), faults=faults))
+        tagged = stack.enter_context(_running(_Files, folder=folder, headers={"ETag": '"1"'}))
         web = stack.enter_context(_running(_Proxy, upstream=files.server_address, faults=faults))
         stack.callback(faults.closing.set)
         environment = {
@@ -116,7 +119,8 @@ def serve(folder: Path, fault_rate: float = 0.0, kinds: tuple[str, ...] = KINDS)
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 obstore.put(store, path.relative_to(folder).as_posix(), path)
-        yield Remote(f"s3://{bucket}", f"http://127.0.0.1:{web.server_port}", faults)
+        hosts = (f"http://127.0.0.1:{server.server_port}" for server in (web, tagged))
+        yield Remote(f"s3://{bucket}", *hosts, faults)
 
 
 class _Server(ThreadingHTTPServer):
@@ -125,6 +129,7 @@ class _Server(ThreadingHTTPServer):
     folder: Path
     upstream: tuple
     faults: Faults
+    headers: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, handler: type, **facts):
         self.__dict__.update(facts)
@@ -191,7 +196,7 @@ class _Files(_Handler):
             content = (self.server.folder / unquote(self.path).lstrip("/")).read_bytes()
         except OSError:
             return self.send(404, {"Content-Length": "0"}, b"")
-        headers = {"Last-Modified": formatdate(0, usegmt=True), "Accept-Ranges": "bytes"}
+        headers = {"Last-Modified": formatdate(0, usegmt=True), "Accept-Ranges": "bytes", **self.server.headers}
         status, total = 200, len(content)
         if wanted := self.headers.get("Range"):
             start, end = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
