@@ -26,9 +26,10 @@ _UNIT = {"fp32": 2.0**-18, "bf16": 2.0**-13}  # sqrt(4096) roundings of 2^-24; f
 _TF32 = 2.0**-10  # of convolutions on a GPU, which the teacher pass may have had, or this run
 _MARGIN = 4.0  # on the largest difference of two runs: a third may differ more
 _ULPS = 2.0**-22  # two units in the last place of w in [1, 2)
+_GAP = 16.0  # between the largest w that moved with the others' and one that moved alone
 _PROBES = 64
 _NEAR = 0.25  # of the code's own error: one coefficient of a hundred that is rounded the other way
-_APART = 2.0  # times the code's error: what another path may move a label by, and another sample moves it further
+_APART = 2.0  # times the code's error: no rounding takes a label further from the answer, another sample's is further
 _ALLOWED_KL = 1e-3  # nats, beyond twice what the manifest says
 
 _SEEN = np.dtype(
@@ -40,6 +41,8 @@ _SEEN = np.dtype(
         ("noise", "f4"),  # of w, between two runs
         ("distance", "f8"),  # rms between the stored labels and what the code makes of the teacher's answer
         ("far", "?"),  # further than rounding can be
+        ("error", "f8"),  # rms between the stored labels and the teacher's answer
+        ("own", "f8"),  # rms between what the code makes of the teacher's answer, and the answer
         ("kl", "f8"),  # at T = 4, of the stored labels from the teacher's, nats; NaN: they are no numbers
     ]
 )
@@ -75,13 +78,14 @@ class Judge:
         expected, moved = (_centred(codec.decode(codec.encode(said, stream), stream)) for said in (logits, again))
         with np.errstate(all="ignore"):  # a damaged row may hold infinities
             stored = _centred(codec.decode(encoded, stream))
-            seen["distance"] = _rms(stored - expected)
+            seen["distance"], seen["error"] = _rms(stored - expected), _rms(stored - true)
+        seen["own"] = _rms(expected - true)
         finite = (np.abs(stored) < 1e30).all(axis=(1, 2))  # NaN compares false
         seen["kl"] = np.nan
         seen["kl"][finite] = divergences(true[finite], stored[finite], _T).mean(axis=1)
         for name, value in {
             "rows": len(true),
-            "error": np.square(expected - true).mean(axis=(1, 2)).sum(),
+            "error": np.square(seen["own"]).sum(),
             "flips": np.square(expected - moved).mean(axis=(1, 2)).sum(),
             "product": (true * stored)[finite].sum(),
             "energy": np.square(true[finite]).sum(),
@@ -98,13 +102,16 @@ class Judge:
         off, floor = _off(seen), self._floor(seen)
         differs = ~(off <= floor)
         if differs.any():
-            # Another teacher moves every w, damage moves some.
-            all_move = float(np.median(off)) > _MARGIN * float(np.median(seen["noise"])) + _ULPS
+            # Another teacher moves every w. If it hardly differs, only the most moved of them leave the noise, and they
+            # follow on the others without a gap. Damage moves some rows, and leaves the others.
+            most = float(np.median(off)) > _MARGIN * float(np.median(seen["noise"])) + _ULPS
+            alone = ~(off[differs] <= _GAP * off[~differs].max(initial=0))
+            moved = most or (~alone).sum() >= alone.sum()
             for one in seen[differs]:
                 what = f"w is {one['now']:.8g} now, {one['stored']:.8g} in the store, and the noise {floor:.2g}"
-                what += "" if all_move else "; w of most rows agrees"
-                yield TEACHER if all_move else DAMAGED, what, int(one["view"]), int(one["row"])
-            if all_move:
+                what += "" if most else "; w of most rows agrees"
+                yield TEACHER if moved else DAMAGED, what, int(one["view"]), int(one["row"])
+            if moved:
                 return
         yield from self._compare_labels(seen[~differs])
 
@@ -125,20 +132,23 @@ class Judge:
     def _compare_labels(self, seen: np.ndarray) -> Iterator[tuple[str, str, int, int]]:
         """What is wrong with the labels of rows whose w agrees.
 
-        Labels of another sample are further than both samples' errors. A code with other parameters rounds a
-        coefficient here and there otherwise (on a trellis all of a view's, which moves it by its error and a half), in
-        many rows, if its parameters differ little, and makes all rows far if they differ much. If it cannot say what
-        the teacher says at all, stored labels and what it makes of the teacher's answer may still agree: that leaves
-        the KL divergence.
+        A code with other parameters rounds some coefficients otherwise, in few rows if its parameters differ little.
+        Such a row is no damaged one: its labels are not what this code makes of the teacher's answer, but as near to
+        the answer as a code brings them. Labels of another sample are further away. A code that differs much makes
+        most rows far. If it cannot say what the teacher says at all, stored labels and what it makes of the teacher's
+        answer may still agree: that leaves the KL divergence.
         """
         if not len(seen):
             return
         far, ratio, kl = seen["far"], seen["distance"] / self._scale(), seen["kl"][~seen["far"]]
+        foreign = ~(
+            seen["error"] <= _APART * np.maximum(self._scale(), seen["own"])
+        )  # not the answer's, however rounded
         promised = self._store.manifest.fidelity.get("kl")
         promised = promised.get(f"{_T:g}") if isinstance(promised, dict) else None
         allowed = 2 * promised + _ALLOWED_KL if isinstance(promised, float) else math.inf
         unfit = len(kl) > 1 and kl.mean() - 3 * kl.std() / math.sqrt(len(kl)) > allowed
-        wrong = unfit or far.mean() > 0.5 or (far.mean() > 0.1 and np.median(ratio[far]) < _APART)
+        wrong = unfit or far.mean() > 0.5 or (far & ~foreign).sum() >= (far & foreign).sum()
         name = self._store.manifest.codec["name"]
         for one, times in zip(seen, ratio, strict=True):
             if one["far"] or (unfit and one["kl"] > allowed):
