@@ -14,7 +14,7 @@ from cache import Manifest, Plane, Store, UserError
 from cache.codec import Codec, Subspace
 from kernels import EncodedPairs
 from kernels.loss.decode import Decoder
-from pipeline.data import decode
+from pipeline.data import probes
 from pipeline.system.terminal import decimal, progress
 from pipeline.views import policy as policies
 from pipeline.views.policy import Policy
@@ -24,10 +24,14 @@ _GPU_SHARE, _MEMORY_SHARE = 0.25, 0.5  # of what is free, that two planes may ta
 
 
 def replayed(manifest: Manifest) -> tuple[Policy, str]:
-    """A store's policy and who must decode for it. Raises UserError if that takes a GPU that is not there."""
-    decoder = decode.of_identity(manifest.decoder)
+    """A store's policy and who must decode for it.
+
+    Raises UserError if that takes a GPU that is not there, or if the decoder here gives other pixels.
+    """
+    decoder = probes.decoder_of(manifest.decoder)
     if decoder != "cpu" and not torch.cuda.is_available():
         raise UserError("the store's pixels were decoded on a GPU", found="no CUDA device", fix="use a GPU machine")
+    probes.check(manifest.decoder, manifest.versions)
     return policies.from_config({**manifest.policy, "base": manifest.base}, "the store's policy"), decoder
 
 

@@ -4,6 +4,7 @@ Blocks of the store are handed out one by one to the processes of the job; a bat
 labels depend neither on where a killed run stopped nor on who computes it.
 """
 
+import dataclasses
 import json
 import platform
 import sys
@@ -15,14 +16,13 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-from nvidia.dali import __version__ as dali_version
 
 import cache
 from cache import Manifest, Store, UserError
 from cache.codec.fidelity import Drift, drift
 from kernels.reference import cosine_weight
 from pipeline.config import PrecomputeTeacher
-from pipeline.data import decode
+from pipeline.data import dali, probes
 from pipeline.data.index import Index, open_data
 from pipeline.labels.calibrate import Calibration, calibrate
 from pipeline.networks import models
@@ -203,6 +203,9 @@ def _open_or_create(config, index: Index, policy: Policy, teacher: Teacher) -> N
     store = cache.open(config.store)
     made = store.manifest
     wanted = _manifest(config, index, policy, teacher, made.codec, made.fidelity)
+    if probes.decoder_of(made.decoder) == probes.decoder_of(wanted.decoder):
+        probes.check(made.decoder, made.versions)
+        wanted = dataclasses.replace(wanted, decoder=made.decoder)  # a store from before there were probes has none
     if config.codec not in ("auto", made.codec["name"]):
         raise UserError(
             "the store has another codec",
@@ -229,11 +232,11 @@ def _manifest(config, index: Index, policy: Policy, teacher: Teacher, codec: dic
         samples=len(index),
         seed=config.seed,
         views=config.views,
-        decoder=decode.identity(devices.decoder(config.decoder, teacher.device)),
+        decoder=probes.identity(devices.decoder(config.decoder, teacher.device)),
         codec=codec,
         block_rows=config.block_rows,
         versions={name: version(name) for name in ("torch", "numpy", "zarr", "numba")}
-        | {"dali": dali_version, "python": platform.python_version()}
+        | {"decoding": dali.version(), "python": platform.python_version()}
         | {"device": str(teacher.device), "precision": config.precision},
         fidelity=fidelity,
     )

@@ -22,12 +22,22 @@ def pick(machine: Machine) -> torch.device:
 
 
 def decoder(choice: str, device: torch.device) -> str:
-    """Which of `pipeline.data.decode`'s decoders: `choice`, or for "auto" that of the device."""
+    """Which of `pipeline.data.probes`'s decoders: `choice`, or for "auto" that of the device."""
     if choice == "auto":
-        return "cpu" if device.type == "cpu" else "gpu"
+        if device.type == "cpu":
+            return "cpu"
+        return "gpu-hw" if has_jpeg_engine(torch.cuda.get_device_capability(device)) else "gpu"
     if choice != "cpu" and device.type == "cpu":
         raise UserError("no GPU to decode on", found=f"--decoder {choice}", fix="use --decoder cpu")
     return choice
+
+
+def has_jpeg_engine(capability: tuple[int, int]) -> bool:
+    """Whether GPUs of this compute capability decode JPEG in hardware: A100 and A30, Hopper, Blackwell (B200, B300).
+
+    Elsewhere "gpu-hw" decodes as "gpu" does, under another name.
+    """
+    return capability == (8, 0) or capability[0] in (9, 10)
 
 
 def threads(machine: Machine) -> int:

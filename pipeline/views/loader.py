@@ -28,7 +28,7 @@ class Loader:
     def __init__(
         self, index: Index, policy: Policy, *, threads: int, decoder: str = "cpu", max_bad: float = 0.001
     ) -> None:
-        """`threads` decode and make views. `decoder` is one of `pipeline.data.decode.identity`; with a GPU's the views
+        """`threads` decode and make views. `decoder` is one of `pipeline.data.probes.identity`; with a GPU's the views
         are made there too, and a batch's images stay on it. `max_bad` is the largest share of the data set that may be
         skipped.
         """
@@ -86,6 +86,8 @@ def _behind(start) -> Generator[Batch, None, None]:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
+            if item.images.is_cuda:  # made on the loader's stream: not to be handed out again while this one reads
+                item.images.record_stream(torch.cuda.current_stream(item.images.device))
             yield item
     finally:
         stopped.set()

@@ -1,76 +1,292 @@
-"""The loader's GPU half: DALI decodes batches there, Triton kernels make the views, pixels never leave the device."""
+"""The loader's GPU half: DALI decodes batches there, Triton kernels make the views, pixels never leave the device.
 
+    request k+2    its bytes are being read
+    request k+1    fed to DALI, which decodes it in the background
+    request k      decoded; its kernels are planned and launched on the loader's stream
+    request k-1    finished: its event has passed, its digests are computed, it is handed out
+
+The same code runs over DALI's CPU decoder and Triton's interpreter (TRITON_INTERPRET=1), which is how it is tested
+where there is no GPU. What differs is in `Cuda` and `Host`: where memory lies, and in what order work is done.
+"""
+
+import os
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cache import UserError
 from kernels import jda
 from kernels.jda.gpu import pairs as jda_gpu
-from pipeline.data.decode import cause, gpu_pipeline
+from pipeline.data import dali
 from pipeline.views.batch import AHEAD, Batch, Job, read_ahead
 from pipeline.views.plan import Request
 
 
 def on_gpu(decoder: str, job: Job, plan: Iterable[Request]) -> Generator[Batch, None, None]:
-    """As `pipeline.views.loader.Loader.batches`, on the current CUDA device and a stream of its own."""
-    index, policy, threads = job.index, job.policy, job.threads
-    device = torch.cuda.current_device()
-    stream, program = torch.cuda.Stream(device), jda.program_of(policy.table)
-    pipeline: Any = None
-    room = 0  # of the pipeline, in images
-    launched: deque[tuple[Batch, object, Any]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="work") as workers:
-
-        def finished() -> Batch:
-            batch, _, event = launched.popleft()  # DALI's memory goes with the second, so not before the event
-            event.synchronize()
-            return _with_digests(batch, workers) if job.digests else batch
-
-        for (rows, views), reads in read_ahead(job, plan, AHEAD):
-            encoded = [data for read in reads for data in read.result()]
-            kept = [i for i, data in enumerate(encoded) if data is not None]
-            rows, views = rows[kept], views[kept]
-            labels = torch.from_numpy(index.records["label"][rows].astype(np.int64))
-            sizes = np.stack([index.records["height"][rows], index.records["width"][rows]], axis=1)
-            decoded, addresses = None, np.zeros(0, np.int64)
-            if kept:
-                if len(kept) > room:
-                    room = len(encoded)
-                    pipeline = gpu_pipeline(room, threads, device, decoder == "gpu-hw")
-                pipeline.feed_input("encoded", [np.frombuffer(encoded[i], np.uint8) for i in kept])
-                decoded = _decode(pipeline, stream)
-                addresses = np.array([image.data_ptr() for image in decoded], np.int64)
-                assert [tuple(image.shape()[:2]) for image in decoded] == list(map(tuple, sizes.tolist()))
-            with torch.cuda.stream(stream):
-                images = jda_gpu.pairs(addresses, sizes, program, views, policy.base.pad, policy.base.size, job.pairs)
-                # Allocated on this stream, used on the training's: not to be handed out again before that is done.
-                images.record_stream(torch.cuda.default_stream(device))
-                launched.append((Batch(rows, labels, images, None), decoded, stream.record_event()))
-            if len(launched) > 1:
-                yield finished()
-        while launched:
-            yield finished()
+    """As `pipeline.views.loader.Loader.batches`, on the current CUDA device and a stream of the loader's own."""
+    requests = read_ahead(job, plan, AHEAD)
+    with ThreadPoolExecutor(job.threads, thread_name_prefix="work") as workers:
+        engine = _Engine(decoder, job, workers)
+        try:
+            for request, reads in requests:
+                engine.schedule(*request, reads)
+                if len(engine.scheduled) == dali.DEPTH:
+                    engine.launch()
+                if len(engine.launched) == _LAUNCHED:
+                    yield engine.finished()
+            while engine.scheduled:
+                engine.launch()
+                yield engine.finished()
+            while engine.launched:
+                yield engine.finished()
+        finally:
+            engine.close()
+            requests.close()
 
 
-def _decode(pipeline, stream: torch.cuda.Stream):
-    try:
-        (decoded,) = pipeline.run(cuda_stream=stream.cuda_stream)
-        return decoded
-    except RuntimeError as error:
-        # The bytes are those that were decoded when the data set was prepared. And going on after an error is not
-        # safe: see pipeline.data.decode.
-        raise UserError(
-            "the GPU cannot decode a batch", found=cause(error), fix="check the GPU, or decode with --decoder cpu"
-        ) from None
+_LAUNCHED = 2
+"""Batches whose kernels are on their way, counting the one that is waited for."""
 
 
-def _with_digests(batch: Batch, workers: ThreadPoolExecutor) -> Batch:
-    pixels = batch.images.cpu().numpy()
-    checks = list(workers.map(lambda i: [zlib.crc32(view) for view in pixels[:, i]], range(len(batch.rows))))
-    return Batch(batch.rows, batch.labels, batch.images, np.array(checks, np.uint32).reshape(-1, len(pixels)))
+class Cuda:
+    """The current CUDA device, and a stream on it."""
+
+    def __init__(self) -> None:
+        self.number: int | None = torch.cuda.current_device()
+        self.device = torch.device("cuda", self.number)
+        self.stream = torch.cuda.Stream(self.device)
+
+    @property
+    def order(self) -> int | None:
+        """For DALI, which returns its outputs in the order of this stream."""
+        return self.stream.cuda_stream
+
+    def work(self):
+        """A context in which kernels are launched."""
+        return torch.cuda.stream(self.stream)
+
+    def copied(self, images: Tensor) -> Tensor:
+        """`images` in page-locked memory once the next `mark` has passed."""
+        return torch.empty(images.shape, dtype=images.dtype, pin_memory=True).copy_(images, non_blocking=True)
+
+    def mark(self) -> Any:
+        """What has passed as soon as all work so far is done."""
+        return self.stream.record_event()
+
+
+class Host:
+    """Memory of the host; all work is done when a call returns."""
+
+    number: int | None = None
+    device = torch.device("cpu")
+    order: int | None = None
+
+    def work(self):
+        return nullcontext()
+
+    def copied(self, images: Tensor) -> Tensor:
+        return images
+
+    def mark(self) -> "Host":
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+def here() -> Cuda | Host:
+    """Where the views are made. Raises UserError where there is neither a GPU nor Triton's interpreter."""
+    if torch.cuda.is_available():
+        return Cuda()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Host()
+    raise UserError("no GPU to decode on", found="no CUDA device", fix="use --decoder cpu")
+
+
+@dataclass
+class _Scheduled:
+    """A batch that DALI decodes."""
+
+    rows: np.ndarray
+    views: np.ndarray
+    encoded: list[bytes]
+    """Of each row: DALI reads them where they are."""
+    decoders: "_Decoders"
+    route: np.ndarray = field(init=False)
+
+    def without(self, bad: list[int]) -> "_Scheduled":
+        kept = np.setdiff1d(np.arange(len(self.rows)), bad)
+        return _Scheduled(self.rows[kept], self.views[kept], [self.encoded[i] for i in kept], self.decoders)
+
+
+class _Launched(NamedTuple):
+    batch: Batch
+    on_host: Tensor | None
+    """The pixels, for the digests."""
+    event: Any
+    held: list
+    """What the kernels read, or DALI for them."""
+
+
+class _Decoders:
+    """The pipelines of a decoder, each with the samples that its key hash sends there."""
+
+    def __init__(self, decoder: str, room: int, threads: int, device: int | None):
+        self.decoder, self.room, self.threads, self.device = decoder, room, threads, device
+        self.pipelines = [dali.Batches(room, threads, device, engine) for engine in dali.ENGINES[decoder]]
+
+    def anew(self) -> "_Decoders":
+        return _Decoders(self.decoder, self.room, self.threads, self.device)
+
+    def close(self) -> None:
+        """Wait for the pipelines' threads, which are then gone."""
+        for pipeline in self.pipelines:
+            pipeline.close()
+
+    def schedule(self, encoded: list[bytes], route: np.ndarray) -> None:
+        for number, pipeline in enumerate(self.pipelines):
+            if part := [encoded[i] for i in np.flatnonzero(route == number)]:
+                pipeline.schedule(part)
+
+    def take(self, route: np.ndarray, order: int | None) -> tuple[np.ndarray, list[tuple], list]:
+        """Addresses i64 (B,) and shapes of the batch's images, and what keeps them alive. RuntimeError as DALI's."""
+        addresses, shapes, held = np.zeros(len(route), np.int64), [()] * len(route), []
+        for number, pipeline in enumerate(self.pipelines):
+            at = np.flatnonzero(route == number).tolist()
+            if not at:
+                continue
+            images = pipeline.take(order)
+            held.append(images)
+            for i, image, shape in zip(at, images, images.shape(), strict=True):
+                addresses[i], shapes[i] = image.data_ptr(), tuple(shape)
+        return addresses, shapes, held
+
+
+class _Engine:
+    def __init__(self, decoder: str, job: Job, workers: ThreadPoolExecutor):
+        self.decoder, self.job, self.workers = decoder, job, workers
+        self.here = here()
+        self.program = jda.program_of(job.policy.table)
+        self.decoders: _Decoders | None = None
+        self.scheduled: deque[_Scheduled] = deque()
+        self.launched: deque[_Launched] = deque()
+
+    def schedule(self, rows: np.ndarray, views: np.ndarray, reads: list[Future]) -> None:
+        """Hand a request to DALI, as soon as its bytes are there."""
+        encoded = [data for read in reads for data in read.result()]
+        kept = [i for i, data in enumerate(encoded) if data is not None]
+        if self.decoders is None or len(kept) > self.decoders.room:  # those under way keep theirs
+            self.decoders = _Decoders(self.decoder, max(len(encoded), 1), self.job.threads, self.here.number)
+        self._start(_Scheduled(rows[kept], views[kept], [encoded[i] for i in kept], self.decoders))
+
+    def _start(self, work: _Scheduled) -> None:
+        work.route = dali.route(self.decoder, self.job.index.records["key_hash"][work.rows])
+        work.decoders.schedule(work.encoded, work.route)
+        self.scheduled.append(work)
+
+    def launch(self) -> None:
+        """Put the kernels of the oldest batch behind its decoding, on the loader's stream."""
+        work = self.scheduled.popleft()
+        taken, said = None, ""
+        try:
+            taken = work.decoders.take(work.route, self.here.order)
+        except RuntimeError as error:
+            said = dali.cause(error)
+        if taken is None:  # and the error is gone, which would keep the pipeline
+            self._mend(work, said)
+            return self.launch()
+        addresses, shapes, held = taken
+        records, skipped = self.job.index.records[work.rows], self.job.skipped
+        sizes = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
+        # The boxes were drawn for the indexed size, and the kernels do not look.
+        wrong = [i for i, size in enumerate(sizes.tolist()) if shapes[i] != (*size, 3)]
+        for i in wrong:
+            row = work.rows[i]
+            skipped.add(int(row), str(self.job.index.bad(row, f"not of the indexed size: {shapes[i][:2]}")))
+        kept = np.setdiff1d(np.arange(len(work.rows)), wrong)
+        rows, policy = work.rows[kept], self.job.policy
+        labels = torch.from_numpy(records["label"][kept].astype(np.int64))
+        with self.here.work():
+            images = jda_gpu.pairs(
+                addresses[kept],
+                sizes[kept],
+                self.program,
+                work.views[kept],
+                policy.base.pad,
+                policy.base.size,
+                self.job.pairs,
+                self.here.device,
+            )
+            on_host = self.here.copied(images) if self.job.digests else None
+            event = self.here.mark()
+        self.launched.append(_Launched(Batch(rows, labels, images, None), on_host, event, [held, work.encoded]))
+
+    def _mend(self, work: _Scheduled, said: str) -> None:
+        """Find the images of a batch that cannot be decoded, skip them, and start the others again.
+
+        DALI's threads may still write what belonged to the failed batch, so neither its pipelines are used again nor
+        what they have decoded since.
+        """
+        failed, scheduled = work.decoders, self.scheduled
+        failed.close()
+        bad = _refused(self.decoder, work, self.here)
+        if not bad:
+            raise UserError(
+                "the GPU cannot decode a batch, but each of its images",
+                found=said,
+                fix="check the GPU and its memory, or decode with --decoder cpu",
+            )
+        for i, why in bad.items():
+            row = work.rows[i]
+            self.job.skipped.add(int(row), str(self.job.index.bad(row, f"cannot be decoded: {why}")))
+        decoders, self.scheduled = failed.anew(), deque()
+        if self.decoders is failed:
+            self.decoders = decoders
+        for later in (work.without(list(bad)), *scheduled):
+            if later.decoders is failed:
+                later.decoders = decoders
+                self._start(later)
+            else:
+                self.scheduled.append(later)
+
+    def finished(self) -> Batch:
+        """The oldest batch, once its views are made."""
+        batch, on_host, event, _ = self.launched.popleft()  # DALI's memory goes with it, so not before the event
+        event.synchronize()
+        if on_host is None:
+            return batch
+        pixels = on_host.numpy()
+        checks = list(self.workers.map(lambda i: [zlib.crc32(view) for view in pixels[:, i]], range(len(batch.rows))))
+        return Batch(batch.rows, batch.labels, batch.images, np.array(checks, np.uint32).reshape(-1, len(pixels)))
+
+    def close(self) -> None:
+        """Wait until nothing reads or writes the memory that goes now."""
+        for decoders in {id(work.decoders): work.decoders for work in self.scheduled}.values():
+            decoders.close()
+        for launched in self.launched:
+            launched.event.synchronize()
+        self.launched.clear()
+        self.scheduled.clear()
+
+
+def _refused(decoder: str, work: _Scheduled, here: Cuda | Host) -> dict[int, str]:
+    """Which images of a batch cannot be decoded, each alone, and why."""
+    found: dict[int, str] = {}
+    for number, engine in enumerate(dali.ENGINES[decoder]):
+        pipeline = None
+        for i in np.flatnonzero(work.route == number).tolist():
+            pipeline = pipeline or dali.Batches(1, 1, here.number, engine)
+            pipeline.schedule([work.encoded[i]])
+            try:
+                pipeline.take(None)
+            except RuntimeError as error:
+                found[i], pipeline = dali.cause(error), None
+    return found
