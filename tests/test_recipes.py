@@ -11,6 +11,7 @@ import yaml
 
 from pipeline import cli
 from pipeline.networks import models
+from pipeline.networks import weights as weights_of
 from pipeline.views import policy as policies
 
 ROOT = Path(__file__).parents[1]
@@ -149,8 +150,8 @@ def test_two_steps_as_the_recipe_says(name, data, tmp_path, monkeypatch, capsys)
     run(*labelling)
 
     exported = []
-    save = models.save_weights
-    monkeypatch.setattr(models, "save_weights", lambda module, path: (exported.append(module), save(module, path)))
+    save = weights_of.save
+    monkeypatch.setattr(weights_of, "save", lambda module, *rest: (exported.append(module), save(module, *rest)))
     out = tmp_path / "student"
     learning = ("train-student", *shared, "--val", images, "--store", store, "--epochs", 1, "--out", out)
     run(*learning, "--dry-run")

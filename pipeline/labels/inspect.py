@@ -36,7 +36,7 @@ def run(config: Inspect) -> None:
     teacher = None
     if config.teacher is not None:
         precision = manifest.versions.get("precision", "fp32")
-        network = models.trained(config.teacher, index.classes)
+        network = models.trained(config.teacher, index.class_list)
         teacher = Teacher(network, policy, devices.pick(config), precision)
         cache.check(manifest, teacher=teacher.name, teacher_weights=teacher.fingerprint)
     missing = set(store.missing_blocks())

@@ -48,7 +48,7 @@ def run(config: PrecomputeTeacher) -> None:
     device = devices.pick(config)
     index = open_data(config, config.data, "train")
     policy = policies.load(config.policy)
-    teacher = Teacher(models.trained(config.teacher, index.classes), policy, device, config.precision)
+    teacher = Teacher(models.trained(config.teacher, index.class_list), policy, device, config.precision)
     if config.dry_run:
         _show_plan(config, index, calibrate(config, index, policy, teacher))
         return

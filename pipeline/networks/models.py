@@ -1,25 +1,22 @@
-"""Networks by name, their weights from files that are not trusted, and the fingerprint of those weights."""
+"""Networks by name, with the weights that a spec names."""
 
 import difflib
-import hashlib
-import json
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cache import UserError
 from cache.errors import did_you_mean
-from pipeline.networks import cifar
-from pipeline.system.files import write_atomically
+from pipeline.data.classes import Classes
+from pipeline.networks import cifar, weights
+from pipeline.system.terminal import note
 
 FAMILIES = ("cifar", "timm")
+
+fingerprint, save_weights = weights.fingerprint, weights.save
 
 
 @dataclass(frozen=True)
@@ -32,26 +29,29 @@ class Network:
     """FAMILY/NAME, without weights."""
     classes: int
     mean: tuple[float, ...] | None
-    """Per channel, of input in [0, 1], as timm's configuration of the network has it; None: use the policy's."""
+    """Per channel, of input in [0, 1]: what the weights' file says, else timm; None: use the policy's."""
     std: tuple[float, ...] | None
     fingerprint: str
-    """Of the weights as created; see `fingerprint`."""
+    """Of the weights as created; see `weights.fingerprint`."""
+    class_list: Classes | None = None
+    """What the outputs stand for, as far as it is known."""
 
 
-def create(spec: str, classes: int, *, seed: int | None = None) -> Network:
-    """The network of `spec`, NAME or NAME@WEIGHTS, with `classes` outputs.
+def create(spec: str, classes: int | Classes, *, seed: int | None = None) -> Network:
+    """The network of `spec`, NAME or NAME@WEIGHTS, with an output for each class.
 
-    NAME is timm/ANY_TIMM_MODEL or cifar/NAME (see `cifar_nets.build`). WEIGHTS is a .safetensors, .pt or .pth file
-    with a state dict, or a dict that holds one under "model" or "state_dict"; or `pretrained` for timm's own weights.
-    A seed makes the initial weights reproducible and leaves the global random number generators alone.
+    NAME is timm/ANY_TIMM_MODEL or cifar/NAME (see `cifar.build`). WEIGHTS is a file (see `weights.read`), or
+    `pretrained` for timm's own. A seed makes the initial weights reproducible and leaves the global random number
+    generators alone.
 
-    Weights fit in every key and shape or are refused. One exception: given a seed, which says that there is
-    something to initialise, `pretrained` weights for another number of classes get a new classifier.
+    Weights fit in every key and shape or are refused. One exception: given a seed, which says that there is something
+    to initialise, weights for other classes get a new classifier. What was chosen, dropped or filled is printed.
 
-    Raises UserError for an unknown name, and for weights that are absent, damaged, of another network or class
-    count, or more than tensors; no code in a file is run.
+    Raises UserError for an unknown name, and for weights that are absent, damaged, not finite, of another network or
+    other classes, or more than tensors; no code in a file is run.
     """
-    name, at, weights = spec.partition("@")
+    wanted = classes if isinstance(classes, Classes) else Classes(classes)
+    name, at, where = spec.partition("@")
     family, slash, rest = name.partition("/")
     if not slash or family not in FAMILIES:
         raise UserError(
@@ -60,27 +60,34 @@ def create(spec: str, classes: int, *, seed: int | None = None) -> Network:
             expected=" or ".join(f"{known}/NAME" for known in FAMILIES),
             fix=did_you_mean(family, FAMILIES) if slash else "put the family in front of the name",
         )
-    pretrained = weights == "pretrained"
-    mean = std = None
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+    pretrained, start = where == "pretrained", seed is not None
+    found = weights.read(where) if at and not pretrained else None
+    with torch.random.fork_rng(devices=[], enabled=start):
         if seed is not None:
             # torch.manual_seed would reseed the GPUs as well.
             torch.default_generator.manual_seed(seed)
-        if family == "timm":
-            module, mean, std = _timm(rest, classes, pretrained, new_classifier=seed is not None)
-        else:
-            module = _cifar(rest, classes, pretrained)
-    if at and not pretrained:
-        _load(module, Path(weights), name, classes)
-    return Network(module, name, classes, mean, std, fingerprint(module.state_dict()))
+        build = _timm if family == "timm" else _cifar
+        module = build(rest, wanted.count, pretrained, start)
+    config: Mapping[str, Any] = getattr(module, "pretrained_cfg", {})
+    mean, std = (tuple(config[key]) if key in config else None for key in ("mean", "std"))
+    if found:
+        fitted = weights.fit(found, module.state_dict(), name, wanted, _head(module), start=start)
+        weights.load(module, fitted)
+        for done in fitted.notes:
+            note(f"weights {found.path}: {done}")
+        mean, std = weights.numbers(found, "mean") or mean, weights.numbers(found, "std") or std
+        wanted = wanted if wanted.names or start else weights.class_list(found) or wanted
+    elif pretrained:
+        weights.require_finite(module.state_dict(), f"pretrained weights of {name}")
+    return Network(module, name, wanted.count, mean, std, fingerprint(module.state_dict()), wanted)
 
 
-def trained(spec: str, classes: int) -> Network:
+def trained(spec: str, classes: int | Classes) -> Network:
     """`create` for a network that is to answer, not to learn: NAME without WEIGHTS is a UserError."""
-    network = create(spec, classes)
     if "@" not in spec:
+        create(spec, classes)  # a wrong name is said first
         raise UserError(f"network {spec} has no weights", expected=f"{spec}@WEIGHTS or {spec}@pretrained")
-    return network
+    return create(spec, classes)
 
 
 def probe(network: Network, size: int) -> None:
@@ -92,44 +99,48 @@ def probe(network: Network, size: int) -> None:
     images = torch.zeros(1, 3, size, size, device=next(module.parameters()).device)
     try:
         with torch.inference_mode():
-            shape = tuple(module.eval()(images).shape)
+            logits = module.eval()(images)
+            shape = tuple(logits.shape)
     except (RuntimeError, AssertionError, ValueError) as error:
+        _, height, width = getattr(module, "pretrained_cfg", {}).get("input_size", (3, size, size))
         raise UserError(
             f"network {network.name} does not take images of {size} x {size} pixels",
             found=_first_line(error),
-            fix="choose another network, or a policy with the size it is made for",
+            expected=f"{height} x {width}" if height != size else None,
+            fix=f"choose another network, or a policy of base size {height if height != size else 'it is made for'}",
         ) from None
     finally:
         module.train(training)
     if shape != (1, network.classes):
         raise UserError(f"network {network.name} is no classifier", found=shape, expected=(1, network.classes))
+    if not logits.isfinite().all():
+        raise UserError(
+            f"network {network.name} answers a black image with NaN or infinity", fix="check where its weights are from"
+        )
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """sha256 hex over the names in sorted order, dtypes, shapes and bytes (row-major) of a state dict.
+def least_views(network: Network, size: int) -> int:
+    """Views that a training step needs at the least: 2 if BatchNorm meets a single value per channel in one, else 1.
 
-    The order of the dict, the device and the memory format of a tensor do not enter.
+    Weights, running statistics, mode and random number generators stay as they are.
     """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        # As bytes, because numpy knows no bfloat16.
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    module, training = network.module, network.module.training
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            module.train()(torch.zeros(1, 3, size, size, device=next(module.parameters()).device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        return 2
+    finally:
+        module.train(training)
+        for name, buffer in module.named_buffers():
+            buffer.copy_(before[name])
+    return 1
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Write the weights as safetensors, usable as NAME@path; a kill leaves the old file or the new one, whole."""
-    # Cloned, because safetensors takes neither channels-last tensors nor two that share memory.
-    state = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in module.state_dict().items()
-    }
-    write_atomically(path, safetensors.torch.save(state))
-
-
-def _cifar(name: str, classes: int, pretrained: bool) -> nn.Module:
+def _cifar(name: str, classes: int, pretrained: bool, start: bool) -> nn.Module:
     module = cifar.build(name, classes)
     if module is None:
         raise UserError(
@@ -142,7 +153,7 @@ def _cifar(name: str, classes: int, pretrained: bool) -> nn.Module:
     return module
 
 
-def _timm(name: str, classes: int, pretrained: bool, new_classifier: bool) -> tuple[nn.Module, tuple, tuple]:
+def _timm(name: str, classes: int, pretrained: bool, start: bool) -> nn.Module:
     import timm  # here, because a cifar network need not wait for it
 
     if not timm.is_model(name):
@@ -157,108 +168,18 @@ def _timm(name: str, classes: int, pretrained: bool, new_classifier: bool) -> tu
             found=_first_line(error),
             fix="check the network connection, or pass a file, NAME@WEIGHTS" if pretrained else None,
         ) from None
-    config: Any = module.pretrained_cfg
-    if pretrained and not new_classifier and config["num_classes"] != classes:
-        raise _other_classes(f"pretrained weights of timm/{name}", config["num_classes"], classes)
-    return module, tuple(config["mean"]), tuple(config["std"])
+    theirs = module.pretrained_cfg["num_classes"]  # pyright: ignore
+    if pretrained and theirs != classes:
+        if not start:
+            raise weights.other_classes(f"pretrained weights of timm/{name}", theirs, classes)
+        note(f"pretrained weights of timm/{name}: {weights.new_classifier(classes, theirs)}")
+    return module
 
 
-def _load(module: nn.Module, path: Path, name: str, classes: int) -> None:
-    """Fill `module` with the weights in a file, all of them, or raise UserError."""
-    theirs = _read(path)
-    ours = module.state_dict()
-    missing = [key for key in ours if key not in theirs]
-    unexpected = [key for key in theirs if key not in ours]
-    reshaped = [key for key in ours if key in theirs and theirs[key].shape != ours[key].shape]
-    # Another number of classes shows in the classifier alone, and there in the first dimension alone.
-    heads = {_classes(theirs[key], ours[key], classes) for key in reshaped}
-    if len(heads) == 1 and None not in heads and not missing and not unexpected:
-        raise _other_classes(f"weights {path}", heads.pop(), classes)
-    faults = {
-        "missing": [repr(key) for key in missing],
-        "unexpected": [repr(key) for key in unexpected],
-        "of another shape": [f"{key!r} {list(theirs[key].shape)} for {list(ours[key].shape)}" for key in reshaped],
-    }
-    if any(faults.values()):
-        raise UserError(
-            f"weights {path} are not those of {name}",
-            found=", ".join(f"{kind}: {_first(keys)}" for kind, keys in faults.items() if keys),
-            fix="name the network that the weights were trained as",
-        )
-    try:
-        module.load_state_dict(theirs)
-    except RuntimeError:  # a tensor without data, or of a layout that no network has
-        raise _damaged(path, "tensors that cannot be copied") from None
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, on the CPU, without the prefix `module.` that DataParallel leaves."""
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise UserError(f"unknown kind of weights {path}", expected="pretrained, or a .safetensors, .pt or .pth file")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UserError(f"cannot read weights {path}", found=error.strerror, fix="check the path") from None
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            with warnings.catch_warnings():  # about pickle protocols of files that are then read or refused anyway
-                warnings.simplefilter("ignore")
-                state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged file ends in whatever its parser stumbles over, KeyError and OSError too
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(
-                f"weights {path} hold more than tensors, which was not run",
-                found=code[1],
-                expected="a state dict",
-                fix="save module.state_dict() instead",
-            ) from None
-        raise _damaged(path, f"{path.stat().st_size:,} bytes that do not parse") from None
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    found = (
-        f"a dict of {_first([repr(key) for key in state]) or 'nothing'}"
-        if isinstance(state, dict)
-        else type(state).__name__
-    )
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(
-            f"no state dict in weights {path}",
-            found=found,
-            expected='name -> tensor, by itself or under "model" or "state_dict"',
-        )
-    if all(str(key).startswith("module.") for key in state):
-        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    return state
-
-
-def _classes(theirs: Tensor, ours: Tensor, classes: int) -> int | None:
-    """The classes of a classifier's tensor that differs from ours, of `classes`, in nothing else."""
-    alike = theirs.ndim == ours.ndim and ours.shape == (classes, *theirs.shape[1:])
-    return theirs.shape[0] if alike else None
-
-
-def _damaged(path: Path, found: str) -> UserError:
-    return UserError(
-        f"damaged weights {path}", found=found, expected=f"a whole {path.suffix} file", fix="copy or save it again"
-    )
-
-
-def _other_classes(weights: str, found: object, expected: int) -> UserError:
-    return UserError(
-        f"{weights} are for another number of classes",
-        found=found,
-        expected=expected,
-        fix="use weights trained for the classes of this data set",
-    )
-
-
-def _first(names: list[str], count: int = 3) -> str:
-    more = len(names) - count
-    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
+def _head(module: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the names of the classifier's parameters: timm says them, the CIFAR networks have `fc`."""
+    names = getattr(module, "pretrained_cfg", {"classifier": "fc"}).get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,10 +1,13 @@
 """A network in its place: on a device, with the normalisation of its input and the arithmetic it computes in."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.networks import weights
 from pipeline.networks.models import Network, probe
 from pipeline.views.policy import Policy
 
@@ -42,6 +45,13 @@ class Placed:
         """u8 (B, S, S, 3) on any device -> logits (B, C) on this one, in the precision's type."""
         with torch.autocast(self.device.type, dtype=_DTYPES.get(self.precision), enabled=self.precision in _DTYPES):
             return self.module(self.normalise(images))
+
+    def save(self, path: Path) -> None:
+        """Write the module's weights with what they need to be used rightly: classes, mean and std."""
+        about = {"mean": json.dumps(self.mean), "std": json.dumps(self.std)}
+        if self.network.class_list:
+            about["classes"] = json.dumps(self.network.class_list.to_json())
+        weights.save(self.module, path, about)
 
 
 def placed(network: Network, device: torch.device, precision: str, policy: Policy) -> Placed:

@@ -1,5 +1,6 @@
 """What a person sees: progress with rate and ETA, and a summary at the end."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -72,6 +73,16 @@ def progress(
                 print(f"{description} {done:,}/{total:,} {unit}: {note}", file=sys.stderr, flush=True)
 
         yield advance
+
+
+def note(text: str) -> None:
+    """A line on stderr, once, from the first process of a job: what was done that nobody asked for."""
+    if os.environ.get("RANK", "0") == "0" and text not in _NOTED:
+        _NOTED.add(text)
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+_NOTED: set[str] = set()
 
 
 def summary(title: str, facts: dict) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.config import Evaluate, Machine
-from pipeline.data.index import Index, open_data
+from pipeline.data.index import Index, matched, open_data
 from pipeline.networks import models
 from pipeline.networks.placed import Placed, placed
 from pipeline.system import device as devices
@@ -24,6 +24,7 @@ def run(config: Evaluate) -> None:
     index = open_data(config, config.data, "val")
     policy = policies.load(config.policy)
     network = models.trained(config.model, index.classes)
+    index = matched(index, config, network.class_list or index.class_list, "--data", f"--model {config.model}")
     there = placed(network, device, devices.arithmetic(config.precision, device), policy)
     result = evaluate(there, index, policy, config.batch_size, config)
     seen = f"{policy.base.size} pixels, as policy {policy.name} has them"

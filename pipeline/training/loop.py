@@ -250,7 +250,7 @@ def _fit(job: Job, device: torch.device, asked: signals.Requests, stack: ExitSta
     saver.wait()
     last = log.records[-1]
     if first:
-        models.save_weights(trainee.best, config.out / "model.safetensors")
+        replace(network, module=trainee.best).save(config.out / "model.safetensors")
         write_atomically(config.out / "summary.json", json.dumps(last, indent=1).encode())
         page = writers.close()
         summary(

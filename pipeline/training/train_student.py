@@ -33,7 +33,7 @@ def run(config: TrainStudent) -> dict:
         )
     if config.live_teacher and config.loss == "ccd-mean":
         raise UserError("--loss ccd-mean needs the stored w of all samples", fix="leave --live-teacher out")
-    student = models.create(config.student, index.classes, seed=config.seed)
+    student = models.create(config.student, index.class_list, seed=config.seed)
     spec = None if config.loss == "ce" else config.live_teacher or config.check_teacher
     teacher = _teacher(config, spec, index, policy) if spec else None
     about = {"store": config.store, "teacher": config.live_teacher or (store.manifest.teacher if store else None)}
@@ -86,7 +86,7 @@ def _objectives(
 
 def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy) -> Teacher:
     device = devices.pick(config)
-    return Teacher(models.trained(spec, index.classes), policy, device, devices.arithmetic(config.precision, device))
+    return Teacher(models.trained(spec, index.class_list), policy, device, devices.arithmetic(config.precision, device))
 
 
 def _check(config: TrainStudent, index: Index, store: Store) -> tuple[Policy, str]:
@@ -98,7 +98,7 @@ def _check(config: TrainStudent, index: Index, store: Store) -> tuple[Policy, st
         expected |= {"base": wanted.pop("base"), "policy": wanted}
     for spec in (config.teacher, config.check_teacher):
         if spec:
-            teacher = models.create(spec, index.classes)
+            teacher = models.create(spec, index.class_list)
             expected["teacher"] = teacher.name
             if "@" in spec:
                 expected["teacher_weights"] = teacher.fingerprint

@@ -13,7 +13,7 @@ from pipeline.views import policy as policies
 def run(config: TrainTeacher) -> None:
     """Train a teacher; every epoch sees views of its own."""
     index = open_data(config, config.data, "train")
-    teacher = models.create(config.teacher, index.classes, seed=config.seed)
+    teacher = models.create(config.teacher, index.class_list, seed=config.seed)
     fit(
         Job(
             config,

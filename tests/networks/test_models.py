@@ -1,13 +1,9 @@
 """Networks are the literature's, weights fit or are refused, files are never trusted."""
 
 import hashlib
-import os
-import pickle
 import re
 import struct
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from unittest.mock import Mock, call
 
 import pytest
@@ -15,14 +11,12 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from support.networks import SMALL, refused, shuffled_statistics
 from torch import nn
 from torch.nn import functional as F
 
 from cache import UserError
 from pipeline.networks import cifar, models
-
-SMALL = "cifar/resnet8"
 
 # Parameters for 100 classes of the networks published with CRD (RepDistiller).
 PUBLISHED = {
@@ -50,16 +44,6 @@ def counted(name: str, classes: int) -> int:
         total += (blocks - 1) * (18 * width**2 + 4 * width)
         inputs = width
     return total
-
-
-def shuffled_statistics(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Give every batch norm statistics and an affine map that are not the identity; returns the state dict."""
-    generator = torch.Generator().manual_seed(3)
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            for tensor in (layer.running_mean, layer.bias.data, layer.running_var, layer.weight.data):
-                tensor += torch.rand(tensor.shape, generator=generator) / 4
-    return module.state_dict()
 
 
 def resnet_logits(p: dict, x: torch.Tensor) -> torch.Tensor:
@@ -168,164 +152,6 @@ def test_an_unknown_name_is_refused_with_what_was_meant(spec, expected):
     assert expected in refused(spec)
 
 
-def refused(spec: object, classes: int = 10) -> str:
-    with pytest.raises(UserError) as caught:
-        models.create(str(spec), classes)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-@pytest.mark.parametrize("layout", ["bare", "model", "state_dict", "module.", "protocol 3"])
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
-def test_weights_survive_torch_save_in_every_usual_layout(tmp_path, layout, suffix):
-    network = models.create(SMALL, 10)
-    state = shuffled_statistics(network.module)
-    stored = {
-        "bare": state,
-        "model": {"model": state, "epoch": 3, "best_acc": torch.tensor(0.7)},
-        "state_dict": {"state_dict": state},
-        "module.": {f"module.{name}": tensor for name, tensor in state.items()},
-        "protocol 3": state,
-    }[layout]
-    torch.save(stored, tmp_path / f"w{suffix}", pickle_protocol=3 if layout == "protocol 3" else 2)
-    assert_same(models.create(f"{SMALL}@{tmp_path}/w{suffix}", 10), state)
-
-
-@pytest.mark.parametrize("name", [SMALL, "timm/test_resnet"])
-def test_saved_weights_come_back_bit_for_bit_whatever_their_memory_format(tmp_path, name):
-    network = models.create(name, 10)
-    state = shuffled_statistics(network.module.to(memory_format=torch.channels_last))
-    models.save_weights(network.module, tmp_path / "w.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
-    assert_same(models.create(f"{name}@{tmp_path}/w.safetensors", 10), state)
-
-
-def assert_same(network: models.Network, state: dict[str, torch.Tensor]) -> None:
-    loaded = network.module.state_dict()
-    assert loaded.keys() == state.keys()
-    for name, tensor in state.items():
-        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
-    assert network.fingerprint == models.fingerprint(state)
-
-
-def test_weights_that_share_memory_are_saved_each(tmp_path):
-    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
-    second.weight = first.weight
-    models.save_weights(nn.Sequential(first, second), tmp_path / "w.safetensors")
-    loaded = load_file(tmp_path / "w.safetensors")
-    assert torch.equal(loaded["0.weight"], first.weight) and torch.equal(loaded["1.weight"], first.weight)
-
-
-def test_a_save_that_is_cut_off_leaves_the_old_weights(tmp_path, monkeypatch):
-    path = tmp_path / "w.safetensors"
-    models.save_weights(models.create(SMALL, 10, seed=1).module, path)
-    old = path.read_bytes()
-
-    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        models.save_weights(models.create(SMALL, 10, seed=2).module, path)
-    assert path.read_bytes() == old
-
-
-@dataclass
-class Payload:
-    """Unpickling it creates a folder."""
-
-    marker: Path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-@pytest.mark.parametrize("layout", ["zip", "legacy", "nested", "plain pickle", "protocol 4", "safetensors"])
-def test_code_in_a_weights_file_is_refused_and_not_run(tmp_path, layout):
-    marker, path = tmp_path / "ran", tmp_path / ("w.safetensors" if layout == "safetensors" else "w.pth")
-    payload = Payload(marker)
-    if layout in ("plain pickle", "protocol 4", "safetensors"):
-        path.write_bytes(pickle.dumps({"fc.weight": payload}, protocol=4 if layout == "protocol 4" else 2))
-        pickle.loads(path.read_bytes())
-    else:
-        content = {"model": {"fc.weight": payload}} if layout == "nested" else payload
-        torch.save(content, path, _use_new_zipfile_serialization=layout != "legacy")
-        torch.load(path, weights_only=False)
-    marker.rmdir()  # which the payload did create, when it was let
-    message = refused(f"{SMALL}@{path}")
-    assert not marker.exists()
-    if layout in ("protocol 4", "safetensors"):
-        assert f"damaged weights {path}" in message
-    else:
-        assert "hold more than tensors, which was not run; found posix.mkdir, expected a state dict" in message
-
-
-@pytest.mark.parametrize("kind", ["w.safetensors", "w.pth", "legacy.pth"])
-def test_a_file_cut_anywhere_is_refused(tmp_path, kind):
-    module, path = models.create(SMALL, 10).module, tmp_path / kind
-    if kind == "w.safetensors":
-        models.save_weights(module, path)
-    else:
-        torch.save(module.state_dict(), path, _use_new_zipfile_serialization=kind != "legacy.pth")
-    whole = path.read_bytes()
-    cuts = {0, 1, 8, 9, 100, 1000, *range(0, len(whole), len(whole) // 20 + 1), len(whole) - 1}
-    for length in sorted(cuts):
-        path.write_bytes(whole[:length])
-        assert f"damaged weights {path}; found {length:,} bytes that do not parse" in refused(f"{SMALL}@{path}")
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=300), st.sampled_from([".safetensors", ".pt", ".pth"]))
-def test_bytes_of_any_kind_are_refused(tmp_path_factory, data, suffix):
-    path = tmp_path_factory.getbasetemp() / f"noise{suffix}"
-    path.write_bytes(data)
-    refused(f"{SMALL}@{path}")
-
-
-def test_weights_of_another_kind_or_place_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("folder.pth").mkdir()
-    assert "cannot read weights nowhere.pth; found No such file or directory" in refused(f"{SMALL}@nowhere.pth")
-    assert "cannot read weights folder.pth; found Is a directory" in refused(f"{SMALL}@folder.pth")
-    for kind in ("pretraned", "w.bin", ""):
-        assert "expected pretrained, or a .safetensors, .pt or .pth file" in refused(f"{SMALL}@{kind}")
-
-
-def test_a_file_without_a_state_dict_is_refused(tmp_path):
-    path = tmp_path / "w.pth"
-    for content, found in (
-        ([1], "list"),
-        ({}, "a dict of nothing"),
-        ({"net": {"a": torch.zeros(1)}, "epoch": 3}, "a dict of 'net', 'epoch'"),
-        ({"model": {"a": 1}}, "a dict of 'a'"),
-    ):
-        torch.save(content, path)
-        assert f"no state dict in weights {path}; found {found}, expected" in refused(f"{SMALL}@{path}")
-
-
-@pytest.mark.parametrize("name", [SMALL, "cifar/wrn_16_1", "timm/test_vit", "timm/test_resnet"])
-def test_another_number_of_classes_is_named_as_such(tmp_path, name):
-    models.save_weights(models.create(name, 7).module, tmp_path / "w.safetensors")
-    message = refused(f"{name}@{tmp_path}/w.safetensors", classes=10)
-    assert "are for another number of classes; found 7, expected 10" in message
-
-
-def test_weights_of_another_network_name_what_differs(tmp_path):
-    path, state = tmp_path / "w.pth", models.create(SMALL, 10).module.state_dict()
-
-    def stored(content: dict) -> str:
-        torch.save(content, path)
-        return refused(f"{SMALL}@{path}")
-
-    assert "found missing: 'bn1.bias';" in stored({name: t for name, t in state.items() if name != "bn1.bias"})
-    assert "found unexpected: 'extra';" in stored(state | {"extra": torch.zeros(1)})
-    assert "found of another shape: 'bn1.bias' [3] for [16];" in stored(state | {"bn1.bias": torch.zeros(3)})
-    assert "found of another shape: 'fc.bias' [] for [10];" in stored(state | {"fc.bias": torch.tensor(0.0)})
-    assert "tensors that cannot be copied" in stored(state | {"fc.bias": torch.zeros(10, device="meta")})
-    wider = stored(models.create("cifar/resnet8x4", 10).module.state_dict())
-    assert f"weights {path} are not those of {SMALL}" in wider
-    first = "'conv1.weight' [32, 3, 3, 3] for [16, 3, 3, 3], 'bn1.weight' [32] for [16], 'bn1.bias' [32] for [16]"
-    assert f"of another shape: {first} and 43 more;" in wider
-
-
 def test_timms_own_weights_get_a_new_classifier_only_where_there_is_a_seed(monkeypatch):
     """What timm would download is stood in for by what it creates; its class count is the real one, 1000."""
     create = timm.create_model
@@ -398,3 +224,31 @@ def test_probing_changes_neither_weights_nor_statistics_nor_mode(training):
     assert network.module.training is training
     assert all(module.training is training for module in network.module.modules())
     assert models.fingerprint(network.module.state_dict()) == network.fingerprint
+
+
+def test_a_network_of_one_size_says_which():
+    network = models.create("timm/vit_tiny_patch16_224", 5)
+    with pytest.raises(UserError, match=r"expected 224 x 224; fix: .* a policy of base size 224"):
+        models.probe(network, 32)
+
+
+def test_a_network_that_answers_with_nan_is_refused():
+    """Its weights are finite; a negative running variance has no square root."""
+    network = models.create(SMALL, 5, seed=0)
+    network.module.bn1.running_var.fill_(-1.0)
+    with pytest.raises(UserError, match="answers a black image with NaN"):
+        models.probe(network, 32)
+
+
+@pytest.mark.parametrize(("name", "size", "least"), [(SMALL, 32, 1), (SMALL, 4, 2), ("timm/test_vit", 160, 1)])
+def test_batch_norm_over_one_value_needs_two_views(name, size, least):
+    """Two stages halve 4 pixels to one; PyTorch itself is asked."""
+    network = models.create(name, 5, seed=0)
+    before = torch.get_rng_state()
+    assert models.least_views(network, size) == least
+    assert torch.equal(torch.get_rng_state(), before)
+    assert models.fingerprint(network.module.state_dict()) == network.fingerprint
+    if least == 2:
+        with pytest.raises(ValueError, match="more than 1 value"):
+            network.module.train()(torch.zeros(1, 3, size, size))
+    network.module.train()(torch.zeros(least, 3, size, size))
