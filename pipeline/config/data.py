@@ -15,7 +15,7 @@ class Prepare(Options):
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """imagefolder:PATH, cifar10:PATH, cifar100:PATH, webdataset:PATTERN, digits or synthetic:N. A pattern is a path, an
-    s3:// or an https:// URL with {braces} and, but for https, wildcards."""
+    s3:// or an https:// URL with {braces} and, but for https, wildcards; a folder means its *.tar."""
     out: Path
     """Folder to create. digits and cifar fill OUT/train and OUT/val."""
     classes: Annotated[int | None, Range(1, 2**31 - 1)] = None
@@ -24,3 +24,11 @@ class Prepare(Options):
     """Samples per shard."""
     seed: Seed = 0
     """Seed of synthetic images and of the digits split."""
+    class_order: str = "lexical"
+    """What numbers class names: lexical, by code points, as torchvision does; natural, 2 before 10, as timm does; or a
+    file with a name a line. For a webdataset source the file names the classes, and labels may be names."""
+    class_map: Path | None = None
+    """File of `name: name` lines that class names are read through before they are numbered; it may join classes."""
+    max_pixels_per_byte: Annotated[float, Range(0, above=True)] = 1000.0
+    """Largest number of pixels that an image of over 4 megapixels may claim for each of its bytes; the others, which
+    take memory out of nothing, are quarantined."""

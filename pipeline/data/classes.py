@@ -19,6 +19,7 @@ from cache.errors import UserError, did_you_mean
 
 RULES = ("lexical", "natural")
 _MOST = 2**31 - 1
+_SHOWN = 6
 _MAX_FILE_BYTES = 64 << 20
 
 
@@ -150,6 +151,34 @@ def numbered(names: Iterable[str], order: str = "lexical") -> Classes:
 def differ(names: Sequence[str]) -> bool:
     """Would lexical and natural order number these names differently?"""
     return sorted(names) != sorted(names, key=natural)
+
+
+def remarks(classes: Classes, labels: np.ndarray) -> list[str]:
+    """What a user should know of classes whose good samples have these labels."""
+    found = []
+    present = np.unique(labels)
+    if missing := classes.count - len(present):
+        absent = [label for label in range(min(classes.count, len(present) + _SHOWN)) if label not in set(present)]
+        absent = [classes.name(label) if classes.names else str(label) for label in absent[:_SHOWN]]
+        more = ", …" if missing > len(absent) else ""
+        found.append(f"{missing:,} of {classes.count:,} classes have no sample: {', '.join(absent)}{more}")
+        if classes.names is None and present[0] > 0 and classes.count - 1 == present[-1]:
+            found[-1] += "; no sample has label 0, as in lists that count from 1: then shift the labels"
+    if len(present) == 1:
+        found.append("all samples are of one class, so every answer is right and nothing is learned")
+    if classes.names and classes.rule in RULES and differ(classes.names):
+        orders = {"lexical": sorted(classes.names), "natural": sorted(classes.names, key=natural)}
+        shown = {rule: ", ".join(names[:_SHOWN]) for rule, names in orders.items()}
+        found.append(
+            f"classes are numbered in {classes.rule} order; lexical, as torchvision has it: {shown['lexical']}; "
+            f"natural, as timm has it: {shown['natural']} (--class-order)"
+        )
+    return [printable(text) for text in found]
+
+
+def printable(text: str) -> str:
+    """A text that any terminal takes: file names may hold bytes that are no characters."""
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def read_list(path: str | Path) -> Classes:

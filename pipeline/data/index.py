@@ -47,14 +47,13 @@ MAX_SIDE = 16_383  # Pillow rotates in 16.16 fixed point, and areas must stay ex
 _IDENTITY = np.dtype(
     [(name, RECORD[name]) for name in ("key_hash", "label", "size", "crc", "height", "width", "status")]
 )
-_FORMAT = 3  # 1 held the CRC-32 of zlib; 2 did not say what numbered the classes, nor what became of each file
+_FORMAT = 3  # 1 held the CRC-32 of zlib; 2 did not say what numbered the classes
 _META_TYPES: dict[str, type | tuple[type, ...]] = {
     "format": int,
     "source": str,
     "classes": int,
     "class_names": (list, type(None)),
     "class_rule": (str, type(None)),
-    "files": dict,
     "shards": list,
     "samples": int,
     "quarantined": int,
@@ -109,19 +108,14 @@ def write(
     *,
     source: str,
     classes: Classes,
-    files: dict | None = None,
 ) -> None:
-    """Write the three files of a data set folder; `shards` are URLs, or paths absolute or relative to the folder.
-
-    `files` is the record of a ledger, what became of each file of the source.
-    """
+    """Write the three files of a data set folder; `shards` are URLs, or paths absolute or relative to the folder."""
     meta = {
         "format": _FORMAT,
         "source": source,
         "classes": classes.count,
         "class_names": classes.names,
         "class_rule": classes.rule,
-        "files": files or {},
         "shards": shards,
         "samples": len(records),
         "quarantined": int(np.count_nonzero(records["status"])),
@@ -141,11 +135,25 @@ def key_at(reader: Reader, shard: str, offset: int, expected_hash: int) -> str:
         name = split_name(_member_name(before[-back:]) or "")
         if name and key_hash(name[0]) == expected_hash:
             return name[0]
+    if (linked := _linked_key(shard, expected_hash)) is not None:
+        return linked
     raise UserError(
         f"shard {shard} has changed since it was indexed",
         found=f"no such key at byte {offset}",
         fix="run pipeline prepare again",
     )
+
+
+def _linked_key(shard: str, expected_hash: int) -> str | None:
+    """The key with this hash among the links of a local tar, which lie elsewhere than what they lead to."""
+    if is_remote(shard):
+        return None
+    try:
+        with tarfile.open(shard, "r:", ignore_zeros=True, encoding="utf-8", errors="surrogateescape") as tar:
+            names = (split_name(member.name) for member in tar if member.issym() or member.islnk())
+            return next((name[0] for name in names if name and key_hash(name[0]) == expected_hash), None)
+    except (tarfile.TarError, OSError, ValueError, OverflowError):
+        return None
 
 
 def _member_name(headers: bytes) -> str | None:
@@ -278,7 +286,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise _damaged(path, found=f"dataset.json that is a {type(meta).__name__}")
     if meta.get("format") == 2:
-        meta = {"class_rule": None, "files": {}, **meta, "format": _FORMAT}
+        meta = {"class_rule": None, **meta, "format": _FORMAT}
     if meta.get("format") != _FORMAT:
         raise UserError(
             f"the index of {path} has another format",

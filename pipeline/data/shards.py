@@ -4,16 +4,19 @@ A shard is named by a path or by a URL, that of an object in a bucket or http(s)
 `pipeline.data.remote`).
 """
 
+import errno
 import fcntl
 import hashlib
 import os
 import re
+import resource
+import stat
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,11 +24,13 @@ from braceexpand import braceexpand
 from google_crc32c import value as crc32c
 
 from cache.errors import UserError
+from pipeline.data.addresses import resolved
 from pipeline.data.remote import BUCKETS, Remote, Unreadable, is_remote, split
 
 CACHE_BYTES = 50 << 30
 
-_OPEN_SHARDS = 256  # well below the usual limit of 1,024 descriptors per process
+_OPEN_SHARDS = 256  # well below the usual limit of 1,024 descriptors per process, and at most a quarter of any
+_LIMITS = {errno.EMFILE: "ulimit -n", errno.ENFILE: "the system's fs.file-max", errno.ENOMEM: "the memory"}
 _COPY_BYTES, _COPY_THREADS = 4 << 20, 8
 _COUNT_DIGITS = 20
 
@@ -37,12 +42,16 @@ class Reader:
     """
 
     def __init__(self, cache: Path | None = None, cache_bytes: int = CACHE_BYTES):
-        self._descriptor = lru_cache(_OPEN_SHARDS)(_Descriptor)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _OPEN_SHARDS if limit == resource.RLIM_INFINITY else min(_OPEN_SHARDS, max(limit // 4, 1))
+        self._descriptor = lru_cache(most)(_Descriptor)
         self._remote = Remote()
         self._cache = None if cache is None else RangeCache(cache, cache_bytes)
 
     def read(self, shard: str, offset: int, size: int, crc: int | None = None) -> bytes:
         """The `size` bytes from `offset` on, fewer where the shard ends before; Unreadable if that fails.
+
+        Another UserError for a limit of this machine, which is no fault of the shard.
 
         Only a range whose CRC-32C is given goes through the cache, so that damage in the cache is found. The result
         is not checked against it.
@@ -51,9 +60,10 @@ class Reader:
             return b""
         if not is_remote(shard):
             try:
-                held = self._descriptor(shard)  # the name keeps it open, should the lru_cache drop it meanwhile
+                held = self._held(shard)  # the name keeps it open, should the lru_cache drop it meanwhile
                 return os.pread(held.number, size, offset)
             except OSError as error:
+                _blame_machine(error)
                 raise Unreadable(shard, offset, error.strerror or str(error), "restore the shard") from None
         if self._cache is None or crc is None:
             return self._remote.read(shard, offset, size)
@@ -64,6 +74,15 @@ class Reader:
             if crc32c(data) == crc:
                 self._cache.put(name.hexdigest(), data)
         return data
+
+    def _held(self, shard: str) -> "_Descriptor":
+        try:
+            return self._descriptor(shard)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        self._descriptor.cache_clear()  # others took what we had counted on: make do with fewer
+        return self._descriptor(shard)
 
     def length(self, shard: str) -> int:
         """Bytes of the whole shard; Unreadable if it is not there."""
@@ -83,10 +102,13 @@ class Reader:
         """
         if not is_remote(shard):
             try:
-                file = open(shard, "rb")  # noqa: SIM115
+                file = os.fdopen(os.open(shard, os.O_RDONLY | os.O_NONBLOCK), "rb")  # a FIFO would wait for a writer
             except OSError as error:
+                _blame_machine(error)
                 raise Unreadable(shard, None, error.strerror or str(error), "check the file") from None
             with file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise Unreadable(shard, None, "no regular file", "leave it out of the pattern")
                 yield file
             return
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -108,13 +130,16 @@ class Reader:
             yield file
 
     def expand(self, pattern: str) -> list[str]:
-        """The shards that a path or URL with {braces} and, but for HTTP, wildcards names; sorted, paths absolute.
+        """The shards that a pattern names, sorted, paths absolute.
 
-        UserError for a pattern, or one of its brace alternatives, that names none.
+        A pattern is a path, file: or a URL, with {braces} and, but for HTTP, wildcards; a file of just that name goes
+        before either. A folder means its *.tar. UserError for a pattern, or one of its brace alternatives, that names
+        none, and for another kind of address.
         """
+        pattern = resolved(pattern)
         shards: set[str] = set()
         try:
-            alternatives = list(braceexpand(pattern))
+            alternatives = [pattern] if os.path.lexists(pattern) else list(braceexpand(pattern))
         except ValueError:  # unbalanced: then they are part of a name
             alternatives = [pattern]
         for name in alternatives:
@@ -126,15 +151,31 @@ class Reader:
 
     def _list(self, pattern: str) -> list[str]:
         if not is_remote(pattern):
-            return [os.path.abspath(name) for name in glob(os.path.expanduser(pattern), recursive=True)]
-        if pattern.startswith(BUCKETS) and has_magic(pattern):
-            return self._remote.match(pattern)
-        if "*" in pattern:
+            if os.path.isdir(pattern):
+                found = glob(os.path.join(escape(pattern), "*.tar"))
+                if not found:
+                    expected = "*.tar in it"
+                    raise UserError(f"no shard in the folder {pattern}", expected=expected, fix="give FOLDER/PATTERN")
+            else:
+                found = [pattern] if os.path.lexists(pattern) else glob(os.path.expanduser(pattern), recursive=True)
+            return [os.path.abspath(name) for name in found]
+        if pattern.startswith(BUCKETS):
+            pattern += "*.tar" if pattern.endswith("/") else ""
+            if has_magic(pattern):
+                return self._remote.match(pattern)
+        elif "*" in pattern:
             raise UserError(
                 "wildcards need a server that lists", found=pattern, fix="use braces, as in train-{000..009}.tar"
             )
         split(pattern)  # a UserError now rather than in the middle of the work
         return [pattern]
+
+
+def _blame_machine(error: OSError) -> None:
+    """Raise UserError if the machine, and not the file, is what is wrong."""
+    if error.errno in _LIMITS:
+        fix = f"raise {_LIMITS[error.errno]}, or run fewer processes"
+        raise UserError("a limit of this machine, no damage", found=error.strerror, fix=fix) from None
 
 
 class RangeCache:

@@ -18,18 +18,21 @@ from support.prepared import SMALL, quarantine, refuse, samples
 from webdataset import tariterators
 
 from cache.errors import UserError
-from pipeline.data import prepare, sources
+from pipeline.data import prepare
 from pipeline.data.classes import Classes
 from pipeline.data.index import Index, key_hash
-from pipeline.data.synthetic import synthetic
+from pipeline.data.ledger import Ledger
+from pipeline.data.sources import Options, Sample, tars
+from pipeline.data.sources.synthetic import synthetic
 
 NAMES = st.sampled_from(["a", "b", "dir/a", "dir.v2/a", "c d", "é"])
+DOTTED = "a dot in the name: its extension is seg.png"
 EXTENSIONS = st.sampled_from(["jpg", "JPEG", "png", "cls", "json", "txt", "seg.png"])
 
 
-def scan(path: Path) -> sources.Scan:
+def scan(path: Path, ledger: Ledger | None = None) -> tars.Scan:
     with open(path, "rb") as file:
-        return sources.scan(file, str(path))
+        return tars.scan(file, str(path), ledger or Ledger())
 
 
 @given(st.lists(st.tuples(NAMES, EXTENSIONS), unique=True, max_size=16), st.booleans())
@@ -47,15 +50,15 @@ def test_members_group_by_key_in_any_order(tmp_path_factory, names, meta):
         groups[key][extension.lower()] = member
     found = scan(path)
     assert found.keys == list(groups) and found.cut is None
-    for (key, group), record, cause in zip(groups.items(), found.records, found.causes, strict=True):
+    for (key, group), record, flaw in zip(groups.items(), found.records, found.flaws, strict=True):
         image = group.get("jpg") or group.get("jpeg") or group.get("png")
         label = 7 if "cls" in group else 8 if "json" in group else None
         assert record["key_hash"] == key_hash(key)
         if image and label:
-            assert cause is None and record["label"] == label
+            assert flaw is None and record["label"] == label
             assert (record["offset"], record["size"]) == (image.offset_data, image.size)
         else:
-            assert cause == ("no label" if image else "no image")
+            assert flaw and flaw.cause == ("no label" if image else DOTTED if "seg.png" in group else "no image")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_of_a_tar_cut_anywhere_the_samples_before_the_cut_are_kept(whole, data):
     found = scan(path)
     complete = [m.name for m in members if m.offset_data + m.size <= cut]
     pairs = len(complete) // 2  # the label follows its image
-    assert found.keys == [f"k{i}" for i in range(pairs)] and found.causes == [None] * pairs
+    assert found.keys == [f"k{i}" for i in range(pairs)] and found.flaws == [None] * pairs
     end = members[-1].offset_data + 512
     if cut >= end + 512:
         assert found.cut is None
@@ -120,7 +123,7 @@ def test_damaged_tars_cost_a_line_each_and_nothing_else(tmp_path):
     ]
     data = Index.open(tmp_path / "out")
     assert [data.key(row) for row in data.good] == [f"a{i}" for i in range(8)] + ["b0", "b1"]
-    refuse(f"webdataset:{tmp_path}/c.tar", tmp_path / "more", "nothing in", "not an uncompressed tar (1)")
+    refuse(f"webdataset:{tmp_path}/c.tar", tmp_path / "more", "nothing in", "not an uncompressed tar (1)", "unpack it")
 
 
 def test_duplicate_keys_are_an_error_that_names_key_and_shards(tmp_path):
@@ -241,21 +244,25 @@ def test_digits_are_sklearns_scans_split_80_to_20_by_class(tmp_path):
     assert sorted(rows) == list(range(1797))
 
 
+def generated(count: int, classes: int, seed: int, threads: int) -> list[Sample]:
+    return list(synthetic(str(count), Options(seed, threads, classes), Ledger())[""].samples)
+
+
 def test_synthetic_images_are_like_imagenets_and_a_function_of_seed_and_number():
     """Mean size within 15 % of ImageNet's 110 KB (sd 45 KB, so 2.5 standard errors at n = 48)."""
-    made = list(synthetic(48, 1000, 0, 2).samples)
+    made = generated(48, 1000, 0, 2)
     assert [sample.label for sample in made] == list(range(48))
     assert np.mean([len(sample.image) for sample in made]) == pytest.approx(110e3, rel=0.15)
     sizes = Counter(Image.open(io.BytesIO(sample.image)).size for sample in made)
     assert sizes.most_common(1)[0][0] == (500, 375) and len(sizes) >= 3
     assert len({sample.image for sample in made}) == 48
-    assert made[:9] == list(synthetic(9, 1000, 0, 1).samples)
-    assert made[0].image != next(synthetic(1, 1000, 1, 1).samples).image
+    assert made[:9] == generated(9, 1000, 0, 1)
+    assert made[0].image != generated(1, 1000, 1, 1)[0].image
 
 
 def test_synthetic_classes_can_be_told_apart():
     """Nearest class mean of the mean colour, 10 classes: far above the 10 % of chance, and not trivial."""
-    made = list(synthetic(120, 10, 0, 2).samples)
+    made = generated(120, 10, 0, 2)
     colour = np.array([np.asarray(Image.open(io.BytesIO(s.image)).resize((1, 1))).ravel() for s in made], float)
     label = np.array([sample.label for sample in made])
     means = np.array([colour[:60][label[:60] == c].mean(0) for c in range(10)])

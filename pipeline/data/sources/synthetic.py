@@ -1,6 +1,5 @@
 """ImageNet-like images without ImageNet: crops of two photographs, zoomed, tinted and mixed by class."""
 
-import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +9,8 @@ from PIL import Image
 
 from cache.errors import UserError
 from pipeline.data.classes import Classes
-from pipeline.data.sources import Sample, Source
+from pipeline.data.ledger import Ledger
+from pipeline.data.sources.base import Options, Sample, Source, encoded
 
 _CHUNK = 256  # samples in flight
 # ImageNet's usual sizes (width, height); its few large photographs carry much of its mean of 110 KB a file.
@@ -18,8 +18,8 @@ _SIZES = ((500, 375),) * 6 + ((375, 500),) * 2 + ((500, 333), (800, 600))
 _QUALITY = 97
 
 
-def synthetic(count: int, classes: int, seed: int, threads: int) -> Source:
-    """`count` JPEGs of about 500x375 and 110 KB, label i mod `classes`; a function of (seed, i) alone.
+def synthetic(count: str, options: Options, ledger: Ledger) -> dict[str, Source]:
+    """`count` JPEGs of about 500x375 and 110 KB in 1000 classes, label i mod classes; a function of (seed, i) alone.
 
     A class sets how the two photographs are mixed and tinted; crop, zoom, size and a smaller tint vary by
     sample, so a network can learn the classes but not from one pixel.
@@ -31,16 +31,18 @@ def synthetic(count: int, classes: int, seed: int, threads: int) -> Source:
     bundle: Any = load_sample_images()
     photographs = [Image.fromarray(pixels) for pixels in bundle.images]
 
+    number, classes, seed = int(count), options.classes or 1000, options.seed
+
     def sample(i: int) -> Sample:
         label = i % classes
         return Sample(f"synthetic/{i:08d}", "jpg", _image(photographs, label, i, seed), label)
 
     def samples() -> Iterator[Sample]:
-        with ThreadPoolExecutor(threads) as pool:
-            for start in range(0, count, _CHUNK):
-                yield from pool.map(sample, range(start, min(start + _CHUNK, count)))
+        with ThreadPoolExecutor(options.threads) as pool:
+            for start in range(0, number, _CHUNK):
+                yield from pool.map(sample, range(start, min(start + _CHUNK, number)))
 
-    return Source(samples(), count, Classes(classes))
+    return {"": Source(samples(), number, Classes(classes), files=0)}
 
 
 def _image(photographs: list[Image.Image], label: int, i: int, seed: int) -> bytes:
@@ -56,6 +58,4 @@ def _image(photographs: list[Image.Image], label: int, i: int, seed: int) -> byt
     mixed = Image.blend(crops[0], crops[1], of_class.uniform())
     gains = of_class.uniform(0.8, 1.8, 3) * rng.uniform(0.9, 1.1, 3)
     table = np.clip(np.arange(256) * gains[:, None], 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    mixed.point(table.ravel().tolist()).save(file, "JPEG", quality=_QUALITY)
-    return file.getvalue()
+    return encoded(mixed.point(table.ravel().tolist()), "JPEG", quality=_QUALITY)

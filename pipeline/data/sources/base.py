@@ -1,0 +1,65 @@
+"""What every source yields, and what it may be asked."""
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from PIL import Image
+
+from cache.errors import UserError
+from pipeline.data.classes import Classes
+
+EXTENSIONS = ("jpg", "jpeg", "png", "jfif", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "avif")
+"""Of images. The first one that a sample of a tar has is its image."""
+
+
+class Sample(NamedTuple):
+    key: str
+    """WebDataset key: no dot after the last slash."""
+    extension: str
+    """One of EXTENSIONS."""
+    image: bytes
+    label: int
+
+
+class Source(NamedTuple):
+    samples: Iterator[Sample]
+    count: int
+    classes: Classes
+    files: int
+    """Files that each sample is: 1 in a folder of images, 0 where a sample is but a part of one."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a source may be asked, beside where it lies."""
+
+    seed: int = 0
+    threads: int = 1
+    classes: int | None = None
+    """Number of classes, where a source leaves it open."""
+    order: str = "lexical"
+    """What numbers class names: see `pipeline.data.classes.numbered`."""
+    names: dict[str, str] | None = None
+    """Map of class names, as `pipeline.data.classes.read_map` gives it."""
+
+
+def read(path: str) -> bytes:
+    """The content of a regular file; UserError for anything else, be it a FIFO that would never end."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"cannot read {path}", found="no regular file", fix="check the file")
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}", found=error.strerror, fix="check the file") from None
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    """An image as a file of Pillow's `format`."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
