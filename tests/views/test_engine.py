@@ -1,0 +1,356 @@
+"""The GPU loader's engine: what it calls and when, damage, two decoders at once, and what it asks of DALI and CUDA.
+
+`test_loader` holds its pixels. Here the calls that would reach a GPU meet stand-ins, which refuse what DALI refuses.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from support import engine
+from support.images import jpeg
+from support.tars import tar_of
+
+from cache import UserError
+from pipeline.data import dali, prepare
+from pipeline.data.decode import decode
+from pipeline.data.index import Index
+from pipeline.views import on_gpu, plan
+from pipeline.views.loader import Loader
+from pipeline.views.policy import POLICIES
+
+TESTS = Path(__file__).parents[1]
+POLICY, SEED, SIZE = POLICIES["cifar10"], 7, 12
+UNDECODABLE = b"\xff\xd8\xff\xdb\x00\x43 and no more"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Index:
+    """60 JPEGs of 32 to 47 pixels a side."""
+    folder, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
+    members = {}
+    for number in range(60):
+        members[f"{number:03d}.jpg"] = jpeg(rng, *map(int, rng.integers(32, 48, 2)))
+        members[f"{number:03d}.cls"] = b"%d" % (number % 10)
+    prepare.build(f"webdataset:{tar_of(folder / 's.tar', members)}", folder / "data", classes=10)
+    return Index.open(folder / "data")
+
+
+def batches(index: Index, decoder: str, max_bad: float = 0.001, size: int = SIZE) -> tuple[list, Loader]:
+    loader = Loader(index, POLICY, threads=2, decoder=decoder, max_bad=max_bad)
+    requests = plan.requests(index, POLICY, SEED, plan.cut(1, index.good, size))
+    return list(loader.batches(requests, digests=True)), loader
+
+
+def by_row(found: list) -> dict[int, tuple]:
+    return {int(row): tuple(digest) for batch in found for row, digest in zip(batch.rows, batch.digests, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def expected(small) -> dict[int, tuple]:
+    """By the CPU's half."""
+    return by_row(batches(small, "cpu")[0])
+
+
+# --- over DALI's CPU decoder
+
+
+def test_a_batch_is_decoded_while_the_one_before_it_is_planned(small, expected, monkeypatch):
+    engine.on_the_host(monkeypatch)
+    calls = []
+    for name in ("schedule", "take"):
+        inner = getattr(dali.Batches, name)
+        monkeypatch.setattr(dali.Batches, name, lambda *a, name=name, inner=inner: [calls.append(name), inner(*a)][1])
+    monkeypatch.setattr(on_gpu.jda_gpu, "pairs", lambda *a: [calls.append("pairs"), engine.pairs(*a)][1])
+    found, _ = batches(small, "gpu")
+    assert by_row(found) == expected
+    assert calls == ["schedule", *["schedule", "take", "pairs"] * 4, "take", "pairs"]
+
+
+@pytest.mark.parametrize("decoder", ["gpu", "gpu-both"])
+def test_an_undecodable_image_is_skipped_by_name_and_harms_no_other(small, expected, decoder, monkeypatch, capfd):
+    """Two in one batch, one in the next, which DALI has begun by then; the batches are those of a clean run."""
+    engine.on_the_host(monkeypatch)
+    bad, read = [13, 20, 25], Index.read
+    monkeypatch.setattr(Index, "read", lambda self, row: UNDECODABLE if row in bad else read(self, row))
+    for _ in range(5):  # what DALI's threads write after a failure would hit one run or another
+        found, loader = batches(small, decoder, max_bad=0.1)
+        assert [len(batch.rows) for batch in found] == [12, 10, 11, 12, 12]
+        assert by_row(found) == {row: digest for row, digest in expected.items() if row not in bad}
+        assert set(loader.skipped.causes) == set(bad)
+    assert "sample '013'" in (err := capfd.readouterr().err) and "cannot be decoded: " in err
+
+
+def test_too_many_undecodable_images_end_the_run(small, monkeypatch):
+    engine.on_the_host(monkeypatch)
+    monkeypatch.setattr(Index, "read", lambda self, row: UNDECODABLE)
+    with pytest.raises(UserError, match=r"too many samples cannot be read; found 1, the last: .*cannot be decoded"):
+        batches(small, "gpu")
+
+
+def test_a_failure_that_no_image_explains_is_the_decoders(small, monkeypatch):
+    engine.on_the_host(monkeypatch)
+    take = dali.Batches.take
+
+    def failing(self, stream):
+        found = take(self, stream)
+        if len(found) > 1:
+            raise RuntimeError("out of memory")
+        return found
+
+    monkeypatch.setattr(dali.Batches, "take", failing)
+    with pytest.raises(UserError, match="cannot decode a batch, but each of its images; found out of memory"):
+        batches(small, "gpu")
+
+
+def test_a_larger_batch_than_the_first_finds_room(small, expected, monkeypatch):
+    engine.on_the_host(monkeypatch)
+    sizes = [1, 3, 2, 20, 4, 30]
+    parts = [(1, part) for part in np.split(small.good, np.cumsum(sizes)[:-1])]
+    loader = Loader(small, POLICY, threads=2, decoder="gpu")
+    found = list(loader.batches(plan.requests(small, POLICY, SEED, parts), digests=True))
+    assert [len(batch.rows) for batch in found] == sizes and by_row(found) == expected
+
+
+def test_both_decoders_share_by_key_whatever_the_batch(small, monkeypatch):
+    keys = np.random.default_rng(0).integers(0, 2**64, 100_000, np.uint64)
+    share = (dali.route("gpu-both", keys) == 0).mean()
+    assert abs(share - dali.ENGINE_SHARE) < 4 * np.sqrt(0.65 * 0.35 / len(keys))  # four standard deviations
+    assert not dali.route("gpu", keys).any() and not dali.route("gpu-hw", keys).any()
+
+    engine.on_the_host(monkeypatch)
+    sent: list[dict] = [{}, {}]
+    schedule = dali.Batches.schedule
+    for size, seen in zip((12, 7), sent, strict=True):
+
+        def noted(self, encoded, engines=[], seen=seen):  # noqa: B006
+            if self not in engines:
+                engines.append(self)
+            seen.update({data: engines.index(self) for data in encoded})
+            schedule(self, encoded)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dali.Batches, "schedule", noted)
+            batches(small, "gpu-both", size=size)
+    routes = dali.route("gpu-both", small.records["key_hash"])
+    assert len(set(routes)) == 2
+    # Engines are numbered in the order of their first batch.
+    assert sent[0] == sent[1] == {small.read(i): int(routes[i] != routes[0]) ^ int(routes[0]) for i in range(60)}
+
+
+def test_an_image_decoded_in_the_background_keeps_its_memory():
+    """The static executor would write the next batch over it."""
+    rng = np.random.default_rng(0)
+    images = [[jpeg(rng, 20, 10) for _ in range(3)] for _ in range(4)]
+    pipeline = dali.Batches(3, 2, None, 0.0)
+    pipeline.schedule(images[0])
+    held = []
+    for later in (*images[1:], images[0]):
+        pipeline.schedule(later)
+        held.append(pipeline.take(None))
+    pipeline.close()
+    for batch, encoded in zip(held, images, strict=True):
+        for image, data in zip(batch, encoded, strict=True):
+            np.testing.assert_array_equal(np.asarray(image), decode(data))
+
+
+# --- where a GPU would differ
+
+
+class Memory:
+    """A DALI TensorList."""
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self.arrays = arrays
+
+    def shape(self) -> list[tuple]:
+        return [array.shape for array in self.arrays]
+
+    def __iter__(self):
+        return iter([SimpleNamespace(data_ptr=lambda array=array: array.ctypes.data) for array in self.arrays])
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+
+class Pipeline:
+    """What DALI 2.4's does with the arguments that the loader gives it, read in its source."""
+
+    made: list = []  # noqa: RUF012
+
+    def __init__(self, batch_size, num_threads, device_id, *, exec_dynamic, prefetch_queue_depth, set_affinity):
+        self.settings = dict(device_id=device_id, depth=prefetch_queue_depth, affinity=set_affinity)
+        self.dynamic, self.depth, self.fed, self.first = exec_dynamic, prefetch_queue_depth, [], True
+        self.running: list[list[np.ndarray]] = []
+        self.streams: list = []
+        self.reused: list[np.ndarray] = []
+        self.made.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def set_outputs(self, _) -> None:
+        pass
+
+    def build(self) -> None:
+        pass
+
+    def feed_input(self, name, data) -> None:
+        assert name == "encoded"
+        self.fed.append(data)
+
+    def schedule_run(self) -> None:
+        for _ in range(self.depth if self.first else 1):
+            assert self.fed, "nothing was fed to run on"
+            assert len(self.running) < self.depth, "more is under way than the queue holds"
+            self.running.append(self.fed.pop(0))
+        self.first = False
+
+    def outputs(self, cuda_stream=None):
+        if cuda_stream is not None and not self.dynamic:
+            raise RuntimeError("Asynchronous outputs require `exec_dynamic`")
+        assert cuda_stream is None or isinstance(cuda_stream, int)
+        self.streams.append(cuda_stream)
+        # With no_copy it reads the bytes only now.
+        arrays = [decode(bytes(data)).copy() for data in self.running.pop(0)]
+        if not self.dynamic:
+            self.reused[:] = self.reused or [np.zeros(1 << 16, np.uint8) for _ in range(99)]
+            for to, array in zip(self.reused, arrays, strict=False):
+                to[: array.size] = array.ravel()
+            arrays = [to[: a.size].reshape(a.shape) for to, a in zip(self.reused, arrays, strict=False)]
+        return (Memory(arrays),)
+
+    def run(self, cuda_stream=None, /, **inputs):
+        for name, data in inputs.items():
+            self.feed_input(name, data)
+        self.schedule_run()
+        return self.outputs(cuda_stream)
+
+
+class Torch:
+    """torch with a GPU whose memory is the host's; it writes down what is asked of it."""
+
+    def __init__(self):
+        self.calls: list[str] = []
+        self.cuda = SimpleNamespace(
+            is_available=lambda: True,
+            current_device=lambda: 3,
+            Stream=lambda device: SimpleNamespace(cuda_stream=77, record_event=self._event),
+            stream=self._on,
+        )
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def device(self, kind, number=None):
+        assert (kind, number) == ("cuda", 3)
+        return "cpu"
+
+    def empty(self, *arguments, pin_memory=False, **options):
+        self.calls.append(f"empty, pinned {pin_memory}")
+        return torch.empty(*arguments, **options)
+
+    @contextlib.contextmanager
+    def _on(self, stream):
+        assert stream.cuda_stream == 77
+        self.calls.append("launch")
+        yield
+        self.calls.append("launched")
+
+    def _event(self):
+        self.calls.append("event")
+        return SimpleNamespace(synchronize=lambda: self.calls.append("waited"))
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Torch:
+    fake, options = Torch(), []
+    monkeypatch.setattr(Pipeline, "made", [])
+    module = SimpleNamespace(
+        fn=SimpleNamespace(
+            external_source=lambda **how: options.append(how),
+            decoders=SimpleNamespace(image=lambda _, **how: options.append(how)),
+        ),
+        types=SimpleNamespace(DALIDataType=SimpleNamespace(UINT8=0), DALIImageType=SimpleNamespace(RGB=0)),
+    )
+    real = dali._build
+
+    def build(decoder, no_copy=False, **how):
+        if how["device_id"] is None:  # the CPU's, which decode what the stand-ins hand out
+            return real(decoder, no_copy, **how)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "nvidia.dali", module)
+            patch.setitem(sys.modules, "nvidia.dali.pipeline", SimpleNamespace(Pipeline=Pipeline))
+            return real(decoder, no_copy, **how)
+
+    monkeypatch.setattr(dali, "_build", build)
+    monkeypatch.setattr(on_gpu, "torch", fake)
+    monkeypatch.setattr(on_gpu.jda_gpu, "pairs", engine.pairs)
+    fake.options = options
+    return fake
+
+
+@pytest.mark.parametrize(("decoder", "engines"), dali.ENGINES.items())
+def test_what_is_asked_of_dali_and_cuda(small, expected, gpu, decoder, engines):
+    found, _ = batches(small, decoder)
+    assert by_row(found) == expected
+    assert [pipeline.settings for pipeline in Pipeline.made] == [dict(device_id=3, depth=2, affinity=False)] * len(
+        engines
+    )
+    assert [how["no_copy"] for how in gpu.options if "no_copy" in how] == [True] * len(engines)
+    images = [how for how in gpu.options if "device" in how]
+    assert [(how["device"], how["hw_decoder_load"]) for how in images] == [("mixed", engine) for engine in engines]
+    assert all(how["jpeg_fancy_upsampling"] and not how["adjust_orientation"] for how in images)
+    for pipeline in Pipeline.made:  # but for what it starts with, in the order of the loader's stream
+        assert pipeline.streams[:2] == [None, None] and set(pipeline.streams[2:]) == {77}
+    # Each batch's pixels go to page-locked memory and its event is recorded on the stream; no batch is waited for
+    # before the next one's kernels are on their way.
+    launch = ["launch", "empty, pinned True", "event", "launched"]
+    assert gpu.calls == [*launch, *[*launch, "waited"] * 4, "waited"]
+
+
+def test_without_digests_no_pixel_leaves_the_gpu(small, gpu):
+    loader = Loader(small, POLICY, threads=2, decoder="gpu")
+    list(loader.batches(plan.requests(small, POLICY, SEED, plan.cut(1, small.good, SIZE))))
+    assert "empty, pinned True" not in gpu.calls and gpu.calls.count("event") == 5
+
+
+def test_without_gpu_and_interpreter_it_says_so(small, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no GPU to decode on; found no CUDA device"):
+        batches(small, "gpu")
+
+
+def test_all_but_decoding_works_without_dali():
+    """Tests marked gpu must be collected where it is missing, and a store's labels read."""
+    code = "import sys; sys.modules['nvidia'] = None; sys.modules['nvidia.dali'] = None\n"
+    code += "import conftest, pipeline.cli, pipeline.labels.verify, pipeline.views.on_gpu, bench.gpu_acceptance"
+    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+
+
+# --- with Triton's interpreter
+
+
+@pytest.mark.parametrize("images", [3, pytest.param(36, marks=pytest.mark.slow)])
+def test_engine_and_kernels_give_pillows_bytes_in_the_interpreter(images):
+    """`interpreted_engine.py`, in a process whose kernels are interpreted."""
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "views" / "interpreted_engine.py"],
+        env=os.environ
+        | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "ENGINE_IMAGES": str(images)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
