@@ -35,13 +35,13 @@ from cache import Store, UserError
 from cache.store.objects import Files
 
 WRITER = """
-import multiprocessing, random, sys, time
+import multiprocessing, os, random, sys
 from pathlib import Path
 from support.stores import cache, content, make
 
 SIZES = dict(samples=96, block_rows=4, views=2)
 
-def write(path, part, parts):
+def write(path, part, parts, told):
     try:
         store = make(path, **SIZES)
     except cache.UserError:  # the other writer was first; the store is there when its manifest is
@@ -50,30 +50,35 @@ def write(path, part, parts):
         store = cache.open(path)
     for view, block in store.missing_blocks():
         if block % parts == part:
+            os.write(told, b".")
             store.write_block(view, block, *content(store, view, block))
 
-def run(path, parts, limits):
-    workers = [FORK.Process(target=write, args=(path, part, parts)) for part in range(parts)]
+def run(path, parts, blocks):
+    pipes = [os.pipe() for _ in range(parts)]
+    workers = [FORK.Process(target=write, args=(path, part, parts, pipes[part][1])) for part in range(parts)]
     for worker in workers:
         worker.start()
-    for worker, limit in zip(workers, limits):
-        worker.join(limit)
-        worker.kill()
+    for _, end in pipes:
+        os.close(end)
+    for worker, (told, _), count in zip(workers, pipes, blocks):
+        while count and os.read(told, 1):
+            count -= 1
+            if not count:
+                worker.kill()
         worker.join()
+        os.close(told)
     return [worker.exitcode for worker in workers]
 
 FORK = multiprocessing.get_context("fork")  # obstore has no threads yet in this process
 path, parts, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-took = -time.monotonic()
-print(run(path / "whole", parts, [None] * parts))
-took += time.monotonic()
+print(run(path / "whole", parts, [0] * parts))
 dice, killed, number = random.Random(parts), 0, 0
 while killed < kills:
-    codes = run(path / str(number), parts, [dice.uniform(0, took / parts) for _ in range(parts)])
+    codes = run(path / str(number), parts, [dice.randint(1, 48 // parts) for _ in range(parts)])
     killed, number = killed + codes.count(-9), number + 1
     print(codes)
 """
-"""Starts `parts` processes that together make and fill a store, and kills each at a random moment; many times."""
+"""Starts `parts` processes that together make and fill a store, and kills each as it writes a random block; often."""
 
 
 def python(script: str, *arguments: object) -> str:

@@ -1,29 +1,62 @@
-"""Child processes that are killed or finish."""
+"""Child processes that finish, or stop themselves at a chosen event: a clock in the parent would know no event."""
 
 import multiprocessing
 import os
 import signal
-import time
+import sys
+from collections.abc import Callable
+
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from cache.store.objects import Files
 
 FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["pipeline.labels.precompute", "pipeline.training.train_student"])  # children start at once
 
 
-def finished(target, config) -> float:
-    """Run in a child of its own to the end; seconds."""
+def finished(target, config) -> None:
+    """Run in a child of its own to the end."""
     child = FORK.Process(target=target, args=(config,))
-    started = time.monotonic()
     child.start()
     child.join()
     assert child.exitcode == 0
-    return time.monotonic() - started
 
 
-def killed(target, config, delay: float, number: int = signal.SIGKILL) -> bool:
-    """Run in a child and send it a signal after `delay` seconds; did it end of that?"""
-    child = FORK.Process(target=target, args=(config,))
+def stopped(target, config, event: str, count: int, number: int = signal.SIGKILL) -> bool:
+    """Run in a child that sends itself a signal at the `count`-th event; did it end of that?
+
+    Events: "step" after a step of an optimizer, "rename" before a file gets its name, "put" before a store's object is
+    written.
+    """
+    child = FORK.Process(target=_stopping, args=(target, config, event, count, number))
     child.start()
-    child.join(delay)
-    if child.is_alive():
-        os.kill(child.pid, number)
     child.join()
     return child.exitcode in (-number, 128 + number)
+
+
+def _stopping(target, config, event: str, count: int, number: int) -> None:
+    seen = 0
+
+    def happened() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == count:
+            os.kill(os.getpid(), number)
+
+    if event == "step":
+        register_optimizer_step_post_hook(lambda *_: happened())
+    elif event == "rename":
+        sys.addaudithook(lambda name, _: happened() if name == "os.rename" else None)
+    else:
+        Files._put = before(Files._put, happened)
+    target(config)
+
+
+def before(method: Callable, happened: Callable[[], None]) -> Callable:
+    """The method, with a call before each of its own."""
+
+    def wrapped(*arguments):
+        happened()
+        return method(*arguments)
+
+    return wrapped

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import random
 import shutil
 import signal
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.processes import finished, killed
+from support.processes import finished, stopped
 
 import cache
 from cache import UserError, philox
@@ -84,40 +83,40 @@ def test_a_run_leaves_its_records(whole):
     assert json.loads((whole.out / "config.json").read_text())["student"] == "cifar/resnet8"
 
 
-def test_signals_at_ten_random_moments(whole, tmp_path):
+@pytest.mark.parametrize(
+    ("event", "count", "number"),
+    [
+        ("step", 1, signal.SIGKILL),
+        ("step", 7, signal.SIGTERM),
+        ("step", 12, signal.SIGINT),  # the last one of an epoch
+        ("step", 23, signal.SIGKILL),
+        ("step", 36, signal.SIGTERM),  # the last one
+        ("rename", 4, signal.SIGKILL),  # a first checkpoint is written whole, and has no name
+        ("rename", 12, signal.SIGKILL),
+    ],
+)
+def test_signals_leave_no_trace_in_the_weights(whole, tmp_path, event, count, number):
     """With --resume the final weights are bit-identical to those of an uninterrupted run on the CPU."""
-    moments = random.Random(1)
-    finished(int, 0)  # starts the server that children are forked from
-    timed = dataclasses.replace(whole, out=tmp_path / "timed", resume=True)
-    duration = finished(train_student.run, timed)
-    assert_same_weights(timed, whole)
-    hits = dict.fromkeys((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), 0)
-    for number in range(30):
-        kind = list(hits)[number % 3]
-        run = dataclasses.replace(whole, out=tmp_path / str(number), resume=True)
-        if killed(train_student.run, run, moments.uniform(0.1, 0.95) * duration, kind):
-            hits[kind] += 1
-            finished(train_student.run, run)
-        assert_same_weights(run, whole)
-        ours, theirs = (
-            [{name: value for name, value in record.items() if name not in UNTIMED} for record in records]
-            for records in (log(run), log(whole))
-        )
-        assert ours == theirs
-        if sum(hits.values()) == 10:
-            break
-    assert sum(hits.values()) == 10 and min(hits.values()) >= 2, f"signals came too late: {hits}"
+    run = dataclasses.replace(whole, out=tmp_path / "run", resume=True)
+    assert stopped(train_student.run, run, event, count, number)
+    assert not (run.out / "model.safetensors").exists()
+    finished(train_student.run, run)
+    assert_same_weights(run, whole)
+    ours, theirs = (
+        [{name: value for name, value in record.items() if name not in UNTIMED} for record in records]
+        for records in (log(run), log(whole))
+    )
+    assert ours == theirs
 
 
 def test_a_signal_saves_the_step_under_way(whole, tmp_path):
     """SIGTERM loses nothing, although no checkpoint was due: the run goes on from the very step."""
-    run = dataclasses.replace(whole, out=tmp_path / "run", resume=True, epochs=30, checkpoint_steps=10**6, log_steps=1)
-    finished(int, 0)
-    assert killed(train_student.run, run, 6.0, signal.SIGTERM)
+    run = dataclasses.replace(whole, out=tmp_path / "run", resume=True, checkpoint_steps=10**6, log_steps=1)
+    assert stopped(train_student.run, run, "step", 31, signal.SIGTERM)
     state = torch.load(run.out / "checkpoint.pt", weights_only=True)
     lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in lines if "step" in record][-1]
-    assert (state["epoch"], state["step"]) in ((last["epoch"], last["step"]), (last["epoch"] + 1, 0))
+    assert (state["epoch"], state["step"]) == (last["epoch"], last["step"]) == (2, 31 - 2 * 12)
 
 
 def test_a_run_that_was_stopped_after_an_epochs_last_step_goes_on_with_the_next_epoch(whole, tmp_path, monkeypatch):
