@@ -49,7 +49,15 @@ _NORMAL = np.array(
 _RATIO_BITS = 24
 
 
-@njit(nogil=True, cache=True)
+def jit(function):
+    """numba.njit without the GIL, compiled once per machine, or once per process where numba can keep nothing."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither NUMBA_CACHE_DIR nor this folder nor the user's can be written
+        return njit(nogil=True)(function)
+
+
+@jit
 def dither(key, view, out):
     """Fill `out` u8 (d,) with the dither bytes of one view of a row.
 
@@ -73,7 +81,7 @@ def dither(key, view, out):
                     out[at] = (value >> np.uint64(8 * byte)) & np.uint64(255)
 
 
-@njit(nogil=True, cache=True)
+@jit
 def quantise(steps, stream, trellis, wide, out):
     """Coefficients in steps f32 (B, 2, d) -> rows u8 (B, 2, segment), kept to the range of their width.
 
@@ -98,7 +106,7 @@ def quantise(steps, stream, trellis, wide, out):
             _store(q, wide, out[row, view])
 
 
-@njit(nogil=True, cache=True)
+@jit
 def nearest(x, wide, paths, q):
     """The integers q on a path from state 0 that are nearest to x f32 (t,), by Viterbi's algorithm."""
     far = np.float32(1e30)
@@ -124,7 +132,7 @@ def nearest(x, wide, paths, q):
         q[i], state = paths[i, state] >> 3, paths[i, state] & (_STATES - 1)
 
 
-@njit(nogil=True, cache=True)
+@jit
 def dequantise(rows, stream, wide, beta, out):
     """Rows u8 (B, 2, segment) -> coefficients in steps f32 (B, 2, d): q - beta u, beta i32 (d,) in 1/`BETA_UNIT`."""
     size = out.shape[2]
@@ -139,7 +147,7 @@ def dequantise(rows, stream, wide, beta, out):
                 out[row, view, i] = np.float32(q[i]) - np.float32(u / (UNIT * BETA_UNIT))
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _store(q, wide, out):
     """One view's integers in their bytes: `wide` whole ones, then pairs of nibbles; what is left over is zero."""
     half = (len(q) - wide + 1) // 2
@@ -151,7 +159,7 @@ def _store(q, wide, out):
     out[wide + half :] = 0
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _load(row, wide, q):
     half = (len(q) - wide + 1) // 2
     for i in range(wide):
@@ -163,7 +171,7 @@ def _load(row, wide, q):
             q[wide + half + i] = (byte >> 4 ^ 8) - 8
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _ratios(spread):
     """i64 (2, d): table entries per unit of position, in 2^-24."""
     ratios = np.empty(spread.shape, np.int64)
@@ -173,7 +181,7 @@ def _ratios(spread):
     return ratios
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _below(q, low, high, unit, shift, ratio):
     """The cumulative frequency of all integers below q; they are `unit` positions apart, the normal's mean plus u at
     `shift`."""
@@ -187,7 +195,7 @@ def _below(q, low, high, unit, shift, ratio):
     return (normal * (_TOTAL - symbols) >> _BITS) + (q - low)
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _shift(view, i, trellis, bytes_, q, gain, beta):
     """Where the model of coefficient i is centred, plus its dither. bytes_ u8 (2, d), q i32 (2, d)."""
     u = (2 * np.int64(bytes_[view, i]) - 255) * (TRELLIS_DITHER if i < trellis else 1)
@@ -197,7 +205,7 @@ def _shift(view, i, trellis, bytes_, q, gain, beta):
     return u + (gain[i] * original >> 12)
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _parities(q, trellis, out):
     """Which integers the states along the path q allow: 0 even ones, 1 odd ones. False if q is no path."""
     out[:] = 0
@@ -210,12 +218,12 @@ def _parities(q, trellis, out):
     return True
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _follow(state, q):
     return _NEXT[state, 0 if _CLASS[state, 0] == (q & 3) else 1]
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _grid(i, trellis, wide, parity):
     """(lowest, highest number of an integer, positions between neighbours, position of number 0)."""
     low, high = (-128, 127) if i < wide else (-8, 7)
@@ -224,7 +232,7 @@ def _grid(i, trellis, wide, parity):
     return low, high, UNIT, 0
 
 
-@njit(nogil=True, cache=True)
+@jit
 def encode(rows, stream, trellis, wide, spread, gain, beta, out):
     """The entropy code of rows u8 (B, 2, segment), written as u32 words from the end of `out` on: their number.
 
@@ -263,7 +271,7 @@ def encode(rows, stream, trellis, wide, spread, gain, beta, out):
     return len(out) - at + 2
 
 
-@njit(nogil=True, cache=True)
+@jit
 def decode(words, stream, trellis, wide, spread, gain, beta, out):
     """Fill rows u8 (B, 2, segment) from u32 words; False if the words cannot be those of so many rows."""
     size = spread.shape[1]

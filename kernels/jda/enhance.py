@@ -7,6 +7,7 @@ fast-math: LLVM then contracts and reorders nothing, and float32 / float64 expre
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +19,45 @@ from kernels.jda.simd import LOOKED_UP, look_up
 ONE, TWO = np.uint64(1), np.uint64(2)  # unsigned indices: numba lets a signed one count from the end
 
 
-def _cache_folder() -> str:
-    """Numba's cache knows a function's own file, not those of what it calls: keep one per state of all sources."""
+def _cache_folder() -> str | None:
+    """Where compiled kernels are kept: below NUMBA_CACHE_DIR, else the user's cache, else the temporary folder.
+
+    None if none of them can be written, as in a read-only container. Numba's cache knows a function's own file, not
+    those of what it calls: there is a folder per state of all sources.
+    """
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return str(home / "jda-distill" / hashlib.sha256(sources).hexdigest()[:16])
+    state = hashlib.sha256(sources).hexdigest()[:16]
+    for place in (_chosen, _temporary):
+        try:
+            folder = place(state)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_uid == os.getuid():  # others' files in a shared folder would be run as code
+                tempfile.TemporaryFile(dir=folder).close()
+                return str(folder)
+        except (OSError, RuntimeError):  # RuntimeError: a user without a home
+            continue
+    return None
+
+
+def _chosen(state: str) -> Path:
+    return Path(getattr(config, "CACHE_DIR") or _user_cache()) / "jda-distill" / state  # noqa: B009
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _temporary(state: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"jda-distill-{os.getuid()}-{state}"
 
 
 _CACHE = _cache_folder()
 
 
 def jit(function):
-    """numba.njit without the GIL, compiled once per machine and state of this package."""
+    """numba.njit without the GIL, compiled once per machine and state of this package, if it can be kept."""
+    if _CACHE is None:
+        return njit(nogil=True)(function)
     before = getattr(config, "CACHE_DIR")  # noqa: B009 - numba sets its options at run time
     try:
         setattr(config, "CACHE_DIR", _CACHE)  # noqa: B010
