@@ -30,6 +30,7 @@ from pipeline.data.remote import is_remote
 from pipeline.data.shards import Reader
 from pipeline.data.sources import ARGUMENTS, SOURCES, USAGE, Options, Source, tars
 from pipeline.data.sources.tars import Numbers, Scan, duplicate_key, scan
+from pipeline.system.cores import share
 from pipeline.system.terminal import decimal, progress, summary
 
 _MAX_INFERRED_CLASSES = 1_000_000  # beyond it a damaged label is likelier than a class
@@ -86,7 +87,7 @@ def build(
     more than half is unusable.
     """
     start = time.monotonic()
-    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    threads = share() if threads is None else threads
     out = Path(out).absolute()
     if os.path.lexists(out):
         raise UserError(f"the output folder {out} exists", fix="choose another --out or remove it")

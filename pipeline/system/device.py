@@ -1,16 +1,19 @@
 """The machine a run finds itself on."""
 
-import os
-
 import torch
 
 from cache import UserError
 from pipeline.config import Machine
-from pipeline.system import ranks
+from pipeline.system import cores, ranks
 
 
 def pick(machine: Machine) -> torch.device:
-    """The device asked for; `auto` takes a GPU if there is one, each process of a torchrun job its own."""
+    """The device asked for; `auto` takes a GPU if there is one, each process of a torchrun job its own.
+
+    PyTorch's threads on the CPU are kept to the container's quota, which PyTorch does not look at.
+    """
+    if cores.quota() < torch.get_num_threads():
+        torch.set_num_threads(cores.share())
     available = torch.cuda.is_available()
     if machine.device == "cuda" and not available:
         raise UserError("no CUDA device", found="none", expected="--device cuda has one", fix="use --device cpu")
@@ -42,8 +45,7 @@ def has_jpeg_engine(capability: tuple[int, int]) -> bool:
 
 def threads(machine: Machine) -> int:
     """Worker threads: as asked, or one per core that this process may use, shared with the ranks beside it."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return machine.threads or max(len(os.sched_getaffinity(0)) // ranks, 1)
+    return machine.threads or cores.share()
 
 
 def arithmetic(precision: str, device: torch.device) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from kernels import jda
 from pipeline.data.decode import Undecodable, decode
+from pipeline.system.cores import own
 from pipeline.views.batch import AHEAD, Batch, Job, read_ahead
 from pipeline.views.plan import Request
 
@@ -38,12 +39,8 @@ def on_cpu(job: Job, plan: Iterable[Request]) -> Generator[Batch, None, None]:
 
 
 def cores(threads: int) -> Iterator[int]:
-    """A core of its own for each of `threads` threads, as far as this process has so many; no core otherwise.
-
-    Ranks of one machine (LOCAL_RANK of LOCAL_WORLD_SIZE) take disjoint ones.
-    """
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    mine = sorted(os.sched_getaffinity(0))[rank * threads : (rank + 1) * threads]
+    """A core of its own for each of `threads` threads, as far as this process has so many; no core otherwise."""
+    mine = own()[:threads]
     return iter(mine if len(mine) == threads else ())
 
 

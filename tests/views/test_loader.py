@@ -5,7 +5,6 @@ All of it holds for both of its engines, the GPU's as `support.engine` has it.
 
 import dataclasses
 import io
-import os
 import subprocess
 import sys
 import threading
@@ -25,7 +24,6 @@ from pipeline.data.index import Index
 from pipeline.views import drawing
 from pipeline.views.batch import Batch
 from pipeline.views.loader import Loader
-from pipeline.views.on_cpu import cores
 from pipeline.views.policy import POLICIES, Policy
 
 SEED, VIEW = 2**60 + 3, 5
@@ -150,18 +148,6 @@ def test_evaluation_makes_the_central_view_alone(mixed, decoder):
         left, top = (image.width - side) // 2, (image.height - side) // 2
         expected = image.crop((left, top, left + side, top + side)).resize((224, 224), Image.Resampling.BILINEAR)
         np.testing.assert_array_equal(batch.original[i].numpy(), np.asarray(expected))
-
-
-@pytest.mark.parametrize("allowed", [{0, 1, 2, 3}, {5, 9}])
-def test_ranks_of_one_machine_take_disjoint_cores_or_none(monkeypatch, allowed):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
-    taken = []
-    for rank in range(2):
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        taken.append(list(cores(2)))
-    assert taken[0] == sorted(allowed)[:2]
-    assert taken[1] == sorted(allowed)[2:]
-    assert list(cores(5)) == []
 
 
 def test_an_image_of_another_size_than_indexed_never_reaches_the_kernel(mixed, decoder):
