@@ -8,3 +8,16 @@ import os
 # ResNet-18 step, without spinning nothing).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # 2^4 cycles instead of 2^26
+
+
+def __getattr__(name: str):
+    # On first use: `import pipeline` waits for neither torch nor DALI.
+    if name == "Replay":
+        from pipeline.replay import Replay
+
+        return Replay
+    if name == "UserError":
+        from cache.errors import UserError
+
+        return UserError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,7 +43,8 @@ from pipeline.networks import models
 from pipeline.networks import teacher as answers
 from pipeline.networks.placed import placed
 from pipeline.system import device as devices
-from pipeline.training import loop
+from pipeline.training import trainee as trainees
+from pipeline.training.meter import Clock
 from pipeline.training.objectives import CrossEntropy, Distillation, Objective
 from pipeline.views import plan
 from pipeline.views.batch import Batch
@@ -155,7 +156,7 @@ class Job:
         held = _allocated(device)
         precision = devices.arithmetic("auto", device)
         network = models.create(config.student, self.index.classes, seed=0)
-        trainee, forward = loop.prepare(config, placed(network, device, precision, _POLICY))
+        trainee, forward = trainees.prepare(config, placed(network, device, precision, _POLICY))
         trainee.module.train()
         objective, label_bytes = self._objective(name)
         loader = Loader(self.index, _POLICY, threads=devices.threads(config), decoder=devices.decoder("auto", device))
@@ -169,10 +170,10 @@ class Job:
         def step() -> dict[str, float]:
             nonlocal peak
             before = _allocated(device, reset=True)
-            clock = loop.Clock(device, True)
+            clock = Clock(device, True)
             batch = next(batches)
             clock.lap("wait")
-            loop._step(config, trainee, forward, objective, batch, False, clock)
+            trainees.take_step(config, trainee, forward, objective, batch, False, clock)
             peak = max(peak, held + _peak(device) - before)
             return clock.times
 

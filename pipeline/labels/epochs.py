@@ -1,10 +1,13 @@
 """An epoch's stored labels where the student needs them: placed, gathered by row, decoded, and checked."""
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +38,26 @@ def replayed(manifest: Manifest) -> tuple[Policy, str]:
     return policies.from_config({**manifest.policy, "base": manifest.base}, "the store's policy"), decoder
 
 
+def require_whole(store: Store) -> None:
+    """Raise UserError unless every block of the store is there."""
+    if missing := store.missing_blocks():
+        raise UserError(
+            f"store {store.path} has missing blocks",
+            found=f"{len(missing)} missing",
+            expected="all committed",
+            fix="run precompute-teacher again, it resumes",
+        )
+
+
+def labels_of(store: Store | None) -> dict[str, Any]:
+    """What a store's labels are; it may grow while it is learned from. JSON-safe, empty without a store."""
+    if not store:
+        return {}
+    fields = store.manifest.identity()
+    codec = hashlib.sha256(json.dumps(fields["codec"], sort_keys=True).encode()).hexdigest()
+    return {name: fields[name] for name in ("teacher", "teacher_weights", "seed", "decoder")} | {"codec": codec}
+
+
 @dataclass(frozen=True, eq=False)
 class Labels:
     """One view's labels; the student's device decodes them."""
@@ -48,6 +71,10 @@ class Labels:
     @cached_property
     def decoder(self) -> Decoder:
         return decoder_of(self.store.codec, self.device)
+
+    def known(self, rows: np.ndarray) -> np.ndarray:
+        """Bool (B,): whether index rows i64 (B,) have labels; the teacher pass skipped the others."""
+        return ~np.isnan(self.plane.weight[rows])
 
     def logits(self, rows: np.ndarray) -> torch.Tensor:
         """The teacher's logits of index rows i64 (B,): f32 (B, 2, C) on the device."""
@@ -72,7 +99,9 @@ class Labels:
         return (values.pin_memory() if self.device.type == "cuda" else values).to(self.device, non_blocking=True)
 
 
-def epochs(store: Store, views: Iterator[int], device: torch.device, placement: str, folder: Path) -> Iterator[Labels]:
+def epochs(
+    store: Store, views: Iterator[int], device: torch.device, placement: str, folder: Path | None
+) -> Generator[Labels, None, None]:
     """The labels of `views`, in order; the next plane loads in the background while one is in use.
 
     `placement`: gpu, pinned (memory), mmap (a file in `folder`, paged by the system), or auto for the first of these

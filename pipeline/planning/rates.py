@@ -31,7 +31,8 @@ from pipeline.networks import teacher as answers
 from pipeline.networks.placed import placed
 from pipeline.system import device as devices
 from pipeline.system.terminal import progress
-from pipeline.training import loop
+from pipeline.training import trainee as trainees
+from pipeline.training.meter import Clock
 from pipeline.training.objectives import Distillation
 from pipeline.views import plan
 from pipeline.views import policy as policies
@@ -222,13 +223,13 @@ class Stages:
         )
         found = next(iter(epochs.epochs(store, iter([0]), self.device, "auto", out)))
         objective = Distillation(config, 0, labels=found)
-        trainee, forward = loop.prepare(config, self._student)
-        clock = loop.Clock(self.device, False)
+        trainee, forward = trainees.prepare(config, self._student)
+        clock = Clock(self.device, False)
         trainee.module.train()
 
         def step(batch: Batch) -> object:
             batch = dataclasses.replace(batch, rows=np.searchsorted(self._rows, batch.rows))
-            return loop._step(config, trainee, forward, objective, batch, False, clock)
+            return trainees.take_step(config, trainee, forward, objective, batch, False, clock)
 
         return step
 

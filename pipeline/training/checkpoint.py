@@ -86,9 +86,14 @@ def _read(path: Path) -> dict:
 class Saver:
     """Writes checkpoints in the background, one at a time; a kill leaves the old or the new one, whole."""
 
-    def __init__(self, out: Path):
-        self._out, self._writer = out, ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    def __init__(self, out: Path, every: int):
+        """`every` so many steps one is due within an epoch."""
+        self._out, self._every, self._writer = out, every, ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future | None = None
+
+    def due(self, step: int, steps: int) -> bool:
+        """After `step` of an epoch's `steps`; the epoch's end has a checkpoint of its own."""
+        return step % self._every == 0 and step < steps
 
     def __call__(self, state: dict) -> None:
         """Save `state` (tensors, numbers, strings, containers) as it is now; training may go on at once.

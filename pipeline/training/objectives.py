@@ -100,7 +100,7 @@ class Distillation:
         """Views without labels are left out: a quarantined sample costs nothing."""
         chosen = self._choose(batch)
         if self._labels and not self._teacher:
-            chosen &= ~np.isnan(self._labels.plane.weight[batch.rows])
+            chosen &= self._labels.known(batch.rows)
         return chosen
 
     def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:

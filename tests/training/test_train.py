@@ -19,13 +19,16 @@ from pipeline.config import TrainStudent
 from pipeline.data.index import Index
 from pipeline.demo import POLICY
 from pipeline.labels.epochs import Labels
+from pipeline.labels.pixels import PixelCheck
 from pipeline.networks import models
 from pipeline.networks.placed import placed
 from pipeline.system import signals
-from pipeline.training import loop, train_student
-from pipeline.training.checks import PixelCheck, TeacherCheck
-from pipeline.training.loop import learning_rate
+from pipeline.training import train_student
+from pipeline.training import trainee as trainees
+from pipeline.training.checks import TeacherCheck
+from pipeline.training.meter import Clock
 from pipeline.training.objectives import CrossEntropy, Distillation, Seen, choice
+from pipeline.training.trainee import learning_rate
 from pipeline.views import policy as policies
 from pipeline.views.batch import Batch
 from pipeline.views.loader import Loader
@@ -262,9 +265,9 @@ def test_parts_of_a_step_make_its_gradient(whole):
         torch.manual_seed(0)
         module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10))
         network = models.Network(module, "test", 10, None, None, "")
-        trainee, forward = loop.prepare(config, placed(network, torch.device("cpu"), "fp32", small))
-        clock = loop.Clock(torch.device("cpu"), False)
-        values = loop._step(config, trainee, forward, CrossEntropy(), batch, False, clock)
+        trainee, forward = trainees.prepare(config, placed(network, torch.device("cpu"), "fp32", small))
+        clock = Clock(torch.device("cpu"), False)
+        values = trainees.take_step(config, trainee, forward, CrossEntropy(), batch, False, clock)
         found.append((module[1].weight.detach(), values[-1][1]["loss"]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 

@@ -1,0 +1,155 @@
+"""A network that learns: with its optimiser, by one step at a time."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cache import UserError
+from pipeline.config import Training
+from pipeline.networks.placed import Placed
+from pipeline.system import ranks
+from pipeline.training import batch_norm
+from pipeline.training.meter import Clock
+from pipeline.training.objectives import Objective, Seen, entropy
+from pipeline.views.batch import Batch
+
+
+@dataclass
+class Trainee:
+    """A network on its way: all that a checkpoint holds, but for where it is."""
+
+    module: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
+    average: AveragedModel | None
+
+    def state(self) -> dict:
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+        }
+
+    def restore(self, state: dict) -> None:
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+
+    def pace(self, rate: float) -> None:
+        """Set the learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    @property
+    def best(self) -> torch.nn.Module:
+        """What is evaluated and exported."""
+        return self.average.module if self.average else self.module
+
+
+def prepare(config: Training, network: Placed) -> tuple[Trainee, Placed]:
+    """The network with its optimiser, and what to call with images."""
+    module, device = network.module, network.device
+    many = ranks.world() > 1
+    if many and config.sync_bn:
+        module = batch_norm.synchronise(module, device)
+    optimizer = torch.optim.SGD(
+        module.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=network.precision == "fp16")  # pyright: ignore
+    average = None
+    if config.ema:
+        average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+    wrapped: Any = module
+    if many:
+        wrapped = DistributedDataParallel(
+            module, [device.index] if device.type == "cuda" else None, broadcast_buffers=not config.sync_bn
+        )
+    if config.compile:
+        wrapped = torch.compile(wrapped)
+    return Trainee(module, optimizer, scaler, average), replace(network, module=wrapped)
+
+
+def learning_rate(config: Training, epoch: float) -> float:
+    """The rate at a point of the run, in epochs; a pure function, so that resuming needs no scheduler state."""
+    warm = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
+    if config.schedule == "cosine":
+        return config.lr * warm * 0.5 * (1 + float(np.cos(np.pi * epoch / config.epochs)))
+    return config.lr * warm * 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
+
+
+def take_step(
+    config: Training,
+    trainee: Trainee,
+    forward: Placed,
+    objective: Objective,
+    batch: Batch,
+    logged: bool,
+    clock: Clock,
+) -> list[tuple[float, dict[str, Any]]]:
+    """One optimiser step; (weight, values) for the means over the run."""
+    device, scaler = forward.device, trainee.scaler
+    chosen = objective.wants(batch)
+    views_here = int(chosen.sum())
+    count: Tensor | float = float(views_here)
+    if ranks.world() > 1:
+        count = ranks.total(torch.tensor(float(views_here), device=device)) / ranks.world()
+    trainee.optimizer.zero_grad()
+    loss_sum: Tensor | float = 0.0
+    found: list[tuple[float, dict[str, Any]]] = []
+    parts = np.array_split(np.arange(len(batch.rows)), config.accumulate)
+    for number, part in enumerate(parts):
+        piece = batch if len(parts) == 1 else batch.part(part)
+        mine = chosen[:, part]
+        images = piece.images.flatten(0, 1)
+        if not mine.all():
+            images = images[torch.from_numpy(mine.reshape(-1)).to(images.device)]
+        module, last = forward.module, number + 1 == len(parts)
+        with nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync():
+            logits = forward(images)
+            clock.lap("forward")
+            seen = Seen(piece, mine, count, _scale(scaler), parts=logged)
+            loss, terms = objective(logits, seen)
+            clock.lap("loss")
+            scaler.scale(loss).backward()
+            clock.lap("backward")
+        loss_sum = loss_sum + loss.detach()
+        if logged and len(logits):
+            found.append((float(mine.sum()), terms | {"student_entropy": entropy(logits)}))
+    if config.clip:
+        scaler.unscale_(trainee.optimizer)
+        torch.nn.utils.clip_grad_norm_(trainee.module.parameters(), config.clip)
+    scaler.step(trainee.optimizer)
+    scaler.update()
+    if trainee.average:
+        trainee.average.update_parameters(trainee.module)
+    clock.lap("optimiser")
+    if views_here:  # the loss is the sum over them divided by `count`
+        found.append((float(views_here), {"loss": loss_sum * (count / views_here)}))
+    return found
+
+
+def expect_sound(module: torch.nn.Module, where: str) -> None:
+    """Raise UserError unless weights and statistics are finite: they will not be again, and are not to be saved."""
+    if not torch.stack([weights.isfinite().all() for weights in module.state_dict().values()]).all():
+        raise UserError(
+            "training diverged: weights are not finite",
+            found=where,
+            fix="start anew with a lower --lr, or with --warmup-epochs or --clip; the checkpoint in OUT is older",
+        )
+
+
+def _scale(scaler) -> Tensor | None:
+    return scaler._scale if scaler.is_enabled() else None
