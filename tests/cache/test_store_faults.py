@@ -83,7 +83,7 @@ while killed < kills:
 
 def python(script: str, *arguments: object) -> str:
     """Output of a script that finds this repository's modules."""
-    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
+    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[1:3])
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(
         command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}

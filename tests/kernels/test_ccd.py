@@ -127,7 +127,7 @@ def triton(tmp_path_factory) -> dict[str, dict]:
     torch.save(CASES | special_cases(), path)
     child = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", __file__, path],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         capture_output=True,
         text=True,
     )
