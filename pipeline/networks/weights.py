@@ -149,7 +149,16 @@ def save(module: nn.Module, path: Path, about: Mapping[str, str] | None = None) 
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in module.state_dict().items()
     }
-    write_atomically(path, safetensors.torch.save(state, dict(about or {}) or None))
+    write_atomically(path, _sorted(safetensors.torch.save(state, dict(about or {}) or None)))
+
+
+def _sorted(data: bytes) -> bytes:
+    """The file with its header's keys in order: safetensors leaves that of the metadata to a hash map, and equal
+    weights are to be equal bytes. Spaces up to a multiple of 8 follow the header, as in its own files."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def numbers(found: Weights, key: str) -> tuple[float, ...] | None:
