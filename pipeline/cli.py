@@ -1,7 +1,7 @@
 """Subcommand -> (schema, function). No logic: a wrong input ends in one line and exit code 2."""
 
 import contextlib
-import importlib
+import importlib.metadata
 import io
 import os
 import re
@@ -13,6 +13,7 @@ import tyro
 from cache import UserError
 from cache.errors import did_you_mean
 from pipeline import config
+from pipeline.system import interrupt
 
 # The functions are named, not imported: `--help` need not wait for torch and DALI.
 COMMANDS = {
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"pipeline {importlib.metadata.version('jda-distill')}")
+        return 0
     try:
         command, *rest = arguments
         if command not in COMMANDS:
@@ -53,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Permissions, a full disk, a path that is a folder: the system's own words, and which file.
         return _fail(f"{error.strerror or error}; found {error.filename or 'no file name'}; fix: check path and space")
     except KeyboardInterrupt:
-        return 130
+        return interrupt.CODE
     return 0
 
 
@@ -86,11 +90,20 @@ def _parse(command: str, schema: type, arguments: list[str]):
             raise stop.__context__ from None
         if stop.code:
             # tyro draws a box of several lines; errors here are one line.
-            text = re.sub(r"[─│╭╮╰╯]|\x1b\[[0-9;]*m", " ", output.getvalue())
-            raise UserError(" ".join(text.split()), fix=f"see pipeline {command} --help") from None
+            text = " ".join(re.sub(r"[─│╭╮╰╯]|-{5,}|\x1b\[[0-9;]*m", " ", output.getvalue()).split())
+            raise UserError(_naming(text, flags + arguments), fix=f"see pipeline {command} --help") from None
         raise
+
+
+def _naming(text: str, arguments: list[str]) -> str:
+    """tyro's words without its help, and the option before a word that belongs to none."""
+    text = re.split(r"Argument helptext:|For full helptext|Perhaps you meant:", text)[0].strip()
+    stray = re.search(r"[Uu]nrecognized options?: (\S+)", text)
+    if stray and not stray[1].startswith("-") and stray[1] in arguments[1:]:
+        text += f" after {arguments[arguments.index(stray[1], 1) - 1]}"
+    return text
 
 
 def _usage() -> str:
     lines = [f"  {name:20s}{schema.__doc__.splitlines()[0]}" for name, (schema, _) in COMMANDS.items()]
-    return "\n".join(["usage: pipeline COMMAND [--config recipe.yaml] [options]", "", *lines])
+    return "\n".join(["usage: pipeline COMMAND [--config recipe.yaml] [options], or pipeline --version", "", *lines])

@@ -22,7 +22,7 @@ from pipeline.demo import POLICY
 from pipeline.networks import models
 from pipeline.system.terminal import duration
 
-MAIN = "import sys; from pipeline.cli import main; sys.exit(main())"  # what the console script does
+MAIN = "import sys; from pipeline.__main__ import main; sys.exit(main())"  # what the console script does
 IMAGE = jpeg(np.random.default_rng(0), 48, 40)
 
 

@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,12 @@ class Requests:
 
     def __init__(self):
         self.number = 0
+        self.before: dict[int, Any] = {}
         self._steps = 0
 
     def take(self, number: int, _frame) -> None:
         self.number = number
-        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+        signal.signal(number, self.before[number])
 
     def now(self) -> int:
         """After a step: the signal to end for, or 0. A collective call every so many steps."""
@@ -50,12 +51,13 @@ def requests() -> Iterator[Requests]:
     """Catch signals while the context is open; in threads other than the main one, none."""
     found = Requests()
     try:
-        before = {number: signal.signal(number, found.take) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            found.before[number] = signal.signal(number, found.take)
     except ValueError:
         yield found
         return
     try:
         yield found
     finally:
-        for number, handler in before.items():
+        for number, handler in found.before.items():
             signal.signal(number, handler)

@@ -2,9 +2,9 @@
 
 import os
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -22,7 +22,7 @@ from rich.text import Text
 
 console_out = Console()
 _console_err = Console(stderr=True)
-_PLAIN_SECONDS = 10.0  # between lines where there is no terminal
+_PLAIN_SECONDS = 20.0  # between lines where there is no terminal
 
 
 class _Rate(ProgressColumn):
@@ -47,8 +47,8 @@ def progress(
 ) -> Iterator[Callable[..., None]]:
     """A bar on stderr, gone when done; none without `show`. Yields `advance(count, note)`.
 
-    A note stands below the bar until the next. Without a terminal there is no bar, and now and then a note becomes a
-    line.
+    A note stands below the bar until the next. Without a terminal a line says every 20 s how far it is, whether there
+    was any step or not.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -58,21 +58,47 @@ def progress(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    plain = show and not _console_err.is_terminal
-    done, said = completed, time.monotonic()
-    with _Noted(*columns, console=_console_err, transient=True, disable=not (show and _console_err.is_terminal)) as bar:
+    seen = _console_err.is_terminal
+    with (
+        _Noted(*columns, console=_console_err, transient=True, disable=not (show and seen)) as bar,
+        _lines(lambda: _line(description, bar.tasks[0], bar.note)) if show and not seen else nullcontext(),
+    ):
         task = bar.add_task(description, total=total, completed=completed, unit=unit)
 
         def advance(count: int, note: str = "") -> None:
-            nonlocal done, said
-            done += count
             bar.note = note or bar.note
             bar.advance(task, count)
-            if plain and note and time.monotonic() - said > _PLAIN_SECONDS:
-                said = time.monotonic()
-                print(f"{description} {done:,}/{total:,} {unit}: {note}", file=sys.stderr, flush=True)
 
         yield advance
+
+
+@contextmanager
+def _lines(line: Callable[[], str]) -> Iterator[None]:
+    """Write one every so many seconds to what is stderr now: a part of the work may silence its own."""
+    stream, done = sys.stderr, threading.Event()
+
+    def write() -> None:
+        while not done.wait(_PLAIN_SECONDS):
+            try:
+                print(line(), file=stream, flush=True)
+            except (OSError, ValueError):  # the reader left, or the stream is closed
+                return
+
+    thread = threading.Thread(target=write, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _line(description: str, task: Task, note: str) -> str:
+    done, total, unit, elapsed = int(task.completed), int(task.total or 0), task.fields["unit"], task.elapsed or 0.0
+    parts = [f"{description} {done:,}/{total:,} {unit} after {duration(elapsed)}"]
+    if task.time_remaining is not None and done < total:
+        parts.append(f"{duration(task.time_remaining)} to go")
+    return ", ".join(parts) + (f": {note}" if note else "")
 
 
 def note(text: str) -> None:

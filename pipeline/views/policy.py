@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from cache import UserError
 from cache.errors import did_you_mean
 from kernels.jda.ops import CODES, TABLES, Op, compile_table
+from pipeline.config import yaml_file
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR_STATS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
@@ -76,14 +75,7 @@ def load(name_or_path: str) -> Policy:
             expected=f"{', '.join(POLICIES)} or a YAML file",
             fix=did_you_mean(name_or_path, POLICIES),
         )
-    try:
-        config = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read policy {path}", found=error.strerror, fix="check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        found = " ".join(str(error).split())
-        raise UserError(f"cannot parse policy {path}", found=found, expected="YAML") from None
-    return from_config(config, str(path))
+    return from_config(yaml_file.read(path, "policy"), str(path))
 
 
 def from_config(config: object, where: str = "policy") -> Policy:
