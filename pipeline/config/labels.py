@@ -36,11 +36,16 @@ class PrecomputeTeacher(Machine):
     """Images per forward pass."""
     block_rows: Count = 8192
     """Rows per block: the unit of commit and resume."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the teacher."""
-    decoder: Literal["auto", "cpu", "gpu", "gpu-hw"] = "auto"
-    """Who decodes JPEG; part of the store's identity, because decoders differ in bytes. auto follows the device;
-    gpu-hw takes nvJPEG's hardware engine."""
+    views_per_decode: Annotated[int, Range(1, 64)] = 1
+    """Views made of a sample while it is decoded; the labels are the same, and so many times the memory is taken."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the teacher; auto: bf16 on a GPU that has it, else fp32."""
+    compile: bool = False
+    """Compile the teacher with torch.compile."""
+    decoder: Literal["auto", "cpu", "gpu", "gpu-hw", "gpu-both"] = "auto"
+    """Who decodes JPEG; part of the store's identity, because decoders differ in bytes. gpu takes nvJPEG's kernels,
+    gpu-hw its hardware engine, gpu-both each for a part of the samples. auto: gpu-hw on a GPU that has the engine, gpu
+    on others, cpu without a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +63,8 @@ class Verify(Machine):
     seed: Seed = 0
     """Which rows."""
     batch_size: Count = 128
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the teacher; take that of the teacher pass."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the teacher; auto: that of the teacher pass."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,8 @@ def run(config: PrecomputeTeacher) -> None:
     device = devices.pick(config)
     index = open_data(config, config.data, "train")
     policy = policies.load(config.policy)
-    teacher = Teacher(models.trained(config.teacher, index.class_list), policy, device, config.precision)
+    precision = devices.arithmetic(config.precision, device)
+    teacher = Teacher(models.trained(config.teacher, index.class_list), policy, device, precision, config.compile)
     if config.dry_run:
         _show_plan(config, index, calibrate(config, index, policy, teacher))
         return
@@ -57,7 +58,7 @@ def run(config: PrecomputeTeacher) -> None:
     ranks.after_first("store")
     store = cache.open(config.store)
 
-    todo = store.missing_blocks()
+    todo = _together(store.missing_blocks(), config.views_per_decode)
     ranks.gather("listed")  # before anyone commits a block
     loader = Loader(
         index,
@@ -77,7 +78,7 @@ def run(config: PrecomputeTeacher) -> None:
         "teacher pass",
         {
             "store": config.store,
-            "views computed": f"{done:,} in {len(todo)} blocks" if todo else "none, all were there",
+            "views computed": f"{done:,} in {sum(len(v) for v, _ in todo)} blocks" if todo else "none, all were there",
             **({"blocks by process": " + ".join(str(blocks) for blocks, _, _ in found)} if len(found) > 1 else {}),
             "rate": f"{done / seconds:,.0f} pairs/s" if done else "-",
             "codec": f"{store.manifest.codec['name']}, {store.codec.row_bytes / 2:g} bytes per vector in memory",
@@ -90,11 +91,11 @@ def run(config: PrecomputeTeacher) -> None:
 
 
 def _fill(
-    config, loader: Loader, teacher: Teacher, store: Store, todo: list[tuple[int, int]]
+    config, loader: Loader, teacher: Teacher, store: Store, todo: list[tuple[list[int], int]]
 ) -> tuple[int, int, list[str]]:
     """Compute the missing blocks that fall to this process: their number, pairs, and those the code does not suit."""
     index = loader.index
-    sizes = [len(good_rows(index, store, block)) for _, block in todo]
+    sizes = [len(views) * len(good_rows(index, store, block)) for views, block in todo]
     under_way: deque[tuple[_Block, bool]] = deque()  # the block of each batch under way, and whether it is its last
     blocks, done, outside = 0, 0, []
     with progress("teacher", sum(sizes), "pairs", show=ranks.rank() == 0) as advance, _Later() as later:
@@ -104,12 +105,12 @@ def _fill(
             for number in ranks.hand_out("blocks", len(todo)):
                 advance(sum(sizes[ours:number]))  # what other processes have taken
                 ours = number + 1
-                view, at = todo[number]
+                views, at = todo[number]
                 rows = good_rows(index, store, at)
-                block, left = _Block(store, view, at, rows), len(rows)
-                for part in plan.cut(view, rows, config.batch_size):
+                filling, left = [_Block(store, view, at, rows) for view in views], len(rows)
+                for part in plan.cut(views, rows, config.batch_size):
                     left -= len(part[1])
-                    under_way.append((block, not left))
+                    under_way.extend((block, not left) for block in filling)
                     yield part
 
         requests = plan.requests(index, loader.policy, config.seed, parts())
@@ -123,6 +124,17 @@ def _fill(
             done += len(batch.rows)
             advance(len(batch.rows))
     return blocks, done, outside
+
+
+def _together(missing: list[tuple[int, int]], most: int) -> list[tuple[list[int], int]]:
+    """Missing (view, block)s as (views, block): up to `most` views of a block, for which its samples are decoded once.
+
+    A batch is still of one view and within a block, so the labels do not depend on it.
+    """
+    found: dict[tuple[int, int], list[int]] = {}
+    for view, block in missing:
+        found.setdefault((view // most, block), []).append(view)
+    return [(views, block) for (_, block), views in found.items()]
 
 
 class _Later:
@@ -237,7 +249,7 @@ def _manifest(config, index: Index, policy: Policy, teacher: Teacher, codec: dic
         block_rows=config.block_rows,
         versions={name: version(name) for name in ("torch", "numpy", "zarr", "numba")}
         | {"decoding": dali.version(), "python": platform.python_version()}
-        | {"device": str(teacher.device), "precision": config.precision},
+        | {"device": str(teacher.device), "precision": teacher.precision},
         fidelity=fidelity,
     )
 

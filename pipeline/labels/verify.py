@@ -176,12 +176,12 @@ def _judge(config: Verify, policy: Policy, report: Report) -> Judge | None:
     if config.teacher is None:
         return None
     manifest = report.store.manifest
-    precision = manifest.versions.get("precision", config.precision)
-    if precision != config.precision:
+    precision = manifest.versions.get("precision", "fp32" if config.precision == "auto" else config.precision)
+    if config.precision not in ("auto", precision):
         fix = f"give --precision {precision}"
         raise UserError("the teacher pass had another precision", found=config.precision, expected=precision, fix=fix)
     network = models.trained(config.teacher, manifest.classes)
-    teacher = Teacher(network, policy, devices.pick(config), config.precision)
+    teacher = Teacher(network, policy, devices.pick(config), precision)
     made_by = {"teacher": teacher.name, "teacher_weights": teacher.fingerprint}
     try:
         cache.check(manifest, **made_by, mean=teacher.mean, std=teacher.std)

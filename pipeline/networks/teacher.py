@@ -1,5 +1,6 @@
 """A teacher in its place: what it says about pairs of views."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +16,19 @@ from pipeline.views.policy import Policy
 class Teacher:
     """A network in its place, in evaluation mode."""
 
-    def __init__(self, network: Network, policy: Policy, device: torch.device, precision: str):
-        """Raises UserError if the network cannot take images of the policy's size."""
+    def __init__(
+        self, network: Network, policy: Policy, device: torch.device, precision: str, compile: bool = False
+    ) -> None:
+        """`compile` hands the network to torch.compile.
+
+        Raises UserError if the network cannot take images of the policy's size.
+        """
         self.name, self.fingerprint = network.name, network.fingerprint
         self.device, self.precision = device, precision
         self._answer = placed(network, device, precision, policy)
         self._answer.module.eval()
+        if compile:
+            self._answer = dataclasses.replace(self._answer, module=torch.compile(self._answer.module))
         self.mean, self.std = self._answer.mean, self._answer.std
 
     def on(self, index: Index, policy: Policy) -> dict[str, Any]:

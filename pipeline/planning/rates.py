@@ -48,7 +48,11 @@ _MOST_CALLS = 10_000
 _SPREAD = 2.5  # of a logit, about ResNet-34's on ImageNet
 _MAX_BYTES, _MAX_TEXT, _MOST = 1 << 20, 300, 10**9
 _LEAST = 1e-9  # seconds: a divisor
-_KNOWN = {"device": ("cpu", "cuda"), "decoder": ("cpu", "gpu", "gpu-hw"), "precision": ("fp32", "bf16", "fp16")}
+_KNOWN = {
+    "device": ("cpu", "cuda"),
+    "decoder": ("cpu", "gpu", "gpu-hw", "gpu-both"),
+    "precision": ("fp32", "bf16", "fp16"),
+}
 _FIX = "give a file that pipeline plan --json wrote"
 _SAMPLES = 1024  # of a data set that is measured on
 

@@ -59,7 +59,9 @@ class Batch:
 
 
 def read_ahead(job: Job, plan: Iterable[Request], ahead: int) -> Generator[tuple[Request, list[Future]], None, None]:
-    """Requests with the futures of their bytes, None for a skipped sample; `ahead` more requests are being read.
+    """Requests, their views (B, M), with the futures of their bytes; `ahead` more requests are being read.
+
+    The bytes of a skipped sample are None.
 
     Every future but the last is of as many samples. Local ones are read several at a time, as a future costs as much
     as a read.
@@ -68,9 +70,10 @@ def read_ahead(job: Job, plan: Iterable[Request], ahead: int) -> Generator[tuple
     readers = ThreadPoolExecutor(threads, thread_name_prefix="read")
     waiting: deque[tuple[Request, list[Future]]] = deque()
     try:
-        for request in plan:
-            rows = request[0].tolist()
-            parts = [rows[at : at + together] for at in range(0, len(rows), together)]
+        for rows, views in plan:
+            numbers = rows.tolist()
+            parts = [numbers[at : at + together] for at in range(0, len(numbers), together)]
+            request = rows, views if views.ndim == 2 else views[:, None]
             waiting.append((request, [readers.submit(_read, job.index, part, job.skipped) for part in parts]))
             if len(waiting) > ahead:
                 yield waiting.popleft()

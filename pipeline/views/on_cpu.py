@@ -30,9 +30,9 @@ def on_cpu(job: Job, plan: Iterable[Request]) -> Generator[Batch, None, None]:
             samples = iter(range(len(request[0])))
             under_way.append((drawing, [workers.submit(drawing.draw, samples) for _ in range(threads)]))
             if len(under_way) > AHEAD:
-                yield _finished(*under_way.popleft())
+                yield from _finished(*under_way.popleft())
         while under_way:
-            yield _finished(*under_way.popleft())
+            yield from _finished(*under_way.popleft())
     finally:
         workers.shutdown(cancel_futures=True)
         requests.close()
@@ -54,26 +54,27 @@ def _settle(free: Iterator[int]) -> None:
         os.sched_setaffinity(0, {core})
 
 
-def _finished(drawing: "_Drawing", workers: list[Future]) -> Batch:
+def _finished(drawing: "_Drawing", workers: list[Future]) -> Iterator[Batch]:
     for worker in workers:
         worker.result()
-    return drawing.batch()
+    return drawing.batches()
 
 
 class _Drawing:
-    """A batch while threads draw it."""
+    """The batches of a request while threads draw them."""
 
     def __init__(self, job: Job, rows: np.ndarray, views: np.ndarray, reads: list[Future]):
         self.job, self.rows, self.views, self.reads = job, rows, views, reads
-        size = job.policy.base.size
+        size, count = job.policy.base.size, views.shape[1]
         shape = (1 + job.pairs, len(rows), size, size, 3)
-        self.images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        self.checks = np.zeros((len(rows), 1 + job.pairs), np.uint32)
+        pinned = torch.cuda.is_available()
+        self.images = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
+        self.checks = np.zeros((count, len(rows), 1 + job.pairs), np.uint32)
 
     def draw(self, samples: Iterator[int]) -> None:
         """Make the crops of the samples that `samples` hands out."""
         index, policy, skipped = self.job.index, self.job.policy, self.job.skipped
-        rows, reads, pixels = self.rows, self.reads, self.images.numpy()
+        rows, reads, crops = self.rows, self.reads, [images.numpy() for images in self.images]
         program = jda.program_of(policy.table)
         together = len(reads[0].result()) if reads else 1
         records = index.records[rows]
@@ -91,14 +92,17 @@ class _Drawing:
             if image.shape[:2] != sizes[i]:  # the boxes were drawn for that size, and the kernel does not look
                 skipped.add(int(rows[i]), str(index.bad(rows[i], f"not of the indexed size: {image.shape[:2]}")))
                 continue
-            jda.pair(image, program, self.views[i], policy.base.pad, pixels, i)
-            if self.job.digests:
-                self.checks[i] = [zlib.crc32(view) for view in pixels[:, i]]
+            for view, pixels, checks in zip(self.views[i], crops, self.checks, strict=True):
+                jda.pair(image, program, view, policy.base.pad, pixels, i)
+                if self.job.digests:
+                    checks[i] = [zlib.crc32(crop) for crop in pixels[:, i]]
 
-    def batch(self) -> Batch:
-        """What was drawn, less the skipped samples."""
-        rows, images, checks, skipped = self.rows, self.images, self.checks, self.job.skipped
+    def batches(self) -> Iterator[Batch]:
+        """What was drawn, view by view, less the skipped samples."""
+        rows, checks, skipped, kept = self.rows, self.checks, self.job.skipped, None
         if skipped.causes and len(kept := [i for i, row in enumerate(rows) if row not in skipped]) < len(rows):
-            rows, images, checks = rows[kept], images[:, kept], checks[kept]
+            rows, checks = rows[kept], checks[:, kept]
         labels = torch.from_numpy(self.job.index.records["label"][rows].astype(np.int64))
-        return Batch(rows, labels, images, checks if self.job.digests else None)
+        for images, digests in zip(self.images, checks, strict=True):
+            drawn = images if len(rows) == images.shape[1] else images[:, kept]
+            yield Batch(rows, labels, drawn, digests if self.job.digests else None)

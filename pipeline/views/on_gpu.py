@@ -40,11 +40,12 @@ def on_gpu(decoder: str, job: Job, plan: Iterable[Request]) -> Generator[Batch, 
                 engine.schedule(*request, reads)
                 if len(engine.scheduled) == dali.DEPTH:
                     engine.launch()
-                if len(engine.launched) == _LAUNCHED:
+                while len(engine.launched) >= _LAUNCHED:
                     yield engine.finished()
             while engine.scheduled:
                 engine.launch()
-                yield engine.finished()
+                while len(engine.launched) >= _LAUNCHED:
+                    yield engine.finished()
             while engine.launched:
                 yield engine.finished()
         finally:
@@ -212,22 +213,23 @@ class _Engine:
             row = work.rows[i]
             skipped.add(int(row), str(self.job.index.bad(row, f"not of the indexed size: {shapes[i][:2]}")))
         kept = np.setdiff1d(np.arange(len(work.rows)), wrong)
-        rows, policy = work.rows[kept], self.job.policy
+        rows, views, policy = work.rows[kept], work.views[kept], self.job.policy
         labels = torch.from_numpy(records["label"][kept].astype(np.int64))
-        with self.here.work():
-            images = jda_gpu.pairs(
-                addresses[kept],
-                sizes[kept],
-                self.program,
-                work.views[kept],
-                policy.base.pad,
-                policy.base.size,
-                self.job.pairs,
-                self.here.device,
-            )
-            on_host = self.here.copied(images) if self.job.digests else None
-            event = self.here.mark()
-        self.launched.append(_Launched(Batch(rows, labels, images, None), on_host, event, [held, work.encoded]))
+        for view in np.moveaxis(views, 1, 0):
+            with self.here.work():
+                images = jda_gpu.pairs(
+                    addresses[kept],
+                    sizes[kept],
+                    self.program,
+                    view,
+                    policy.base.pad,
+                    policy.base.size,
+                    self.job.pairs,
+                    self.here.device,
+                )
+                on_host = self.here.copied(images) if self.job.digests else None
+                event = self.here.mark()
+            self.launched.append(_Launched(Batch(rows, labels, images, None), on_host, event, [held, work.encoded]))
 
     def _mend(self, work: _Scheduled, said: str) -> None:
         """Find the images of a batch that cannot be decoded, skip them, and start the others again.

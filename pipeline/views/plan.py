@@ -4,7 +4,7 @@ A plan is made of parts, a view and the rows wanted in it. Where parts come from
 (`pipeline.data.order.steps`), a block of a store, a random share of one.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -12,11 +12,12 @@ from pipeline.data.index import Index
 from pipeline.views import drawing
 from pipeline.views.policy import Policy
 
-Part = tuple[int | None, np.ndarray]
-"""A view and the index rows i64 (B,) wanted in it; view None is the central crop of evaluation."""
+Part = tuple[int | Sequence[int] | None, np.ndarray]
+"""A view and the index rows i64 (B,) wanted in it; view None is the central crop of evaluation. Of several views the
+loader makes a batch each, and decodes once for all of them."""
 
 Request = tuple[np.ndarray, np.ndarray]
-"""One batch: index rows i64 (B,) and their views (B,), a record array of `pipeline.views.drawing.VIEW`."""
+"""Index rows i64 (B,) and their views (B, M) of dtype `pipeline.views.drawing.VIEW`, for M batches; (B,) for one."""
 
 
 def requests(index: Index, policy: Policy, seed: int, parts: Iterable[Part]) -> Iterator[Request]:
@@ -24,12 +25,13 @@ def requests(index: Index, policy: Policy, seed: int, parts: Iterable[Part]) -> 
     for view, rows in parts:
         records = index.records[rows]
         if view is None:
-            yield rows, drawing.centre(records["height"], records["width"], policy)
+            drawn = [drawing.centre(records["height"], records["width"], policy)]
         else:
-            yield rows, drawing.of(records, seed, view, policy)
+            drawn = [drawing.of(records, seed, each, policy) for each in ([view] if isinstance(view, int) else view)]
+        yield rows, np.stack(drawn, axis=1)
 
 
-def cut(view: int | None, rows: np.ndarray, size: int) -> Iterator[Part]:
-    """One view of index rows i64 (n,) in parts of `size`, the last one smaller; of no rows one empty part."""
+def cut(view: int | Sequence[int] | None, rows: np.ndarray, size: int) -> Iterator[Part]:
+    """Index rows i64 (n,) in parts of `size`, the last one smaller; of no rows one empty part."""
     for at in range(0, max(len(rows), 1), size):
         yield view, rows[at : at + size]

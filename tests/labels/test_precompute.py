@@ -26,7 +26,7 @@ from pipeline.data.index import Index
 from pipeline.demo import POLICY
 from pipeline.labels import calibrate, precompute
 from pipeline.networks import models
-from pipeline.views import drawing
+from pipeline.views import drawing, on_cpu
 from pipeline.views import policy as policies
 from pipeline.views.loader import Loader
 
@@ -118,6 +118,24 @@ def test_the_student_replays_the_teachers_pixels(whole):
             np.testing.assert_array_equal(item.digests, digest[item.rows])
             seen += len(item.rows)
         assert seen == len(index.good)
+
+
+@pytest.mark.parametrize("together", [2, 4])
+def test_several_views_of_one_decode_give_the_same_store(whole, together, tmp_path, monkeypatch):
+    """Bit for bit, resumed too; and a sample of 3 views is decoded once for as many of them as fall together."""
+    decoded = []
+    decode = on_cpu.decode
+    monkeypatch.setattr(on_cpu, "decode", lambda data: [decoded.append(data), decode(data)][1])
+    config = dataclasses.replace(whole, store=tmp_path / "labels.zarr", views_per_decode=together)
+    precompute.run(config)
+    assert_equal_stores(whole.store, config.store)
+    samples = len(Index.open(whole.data).good)
+    assert len(decoded) - samples == samples * -(-whole.views // together)  # all were looked at for the code, too
+    for view, block in ((0, 1), (1, 1), (2, 0)):
+        for path in files_of(config.store, view, block):
+            path.unlink()
+    precompute.run(config)
+    assert_equal_stores(whole.store, config.store)
 
 
 def test_a_finished_store_is_left_alone(whole, capsys):

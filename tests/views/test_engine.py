@@ -144,6 +144,23 @@ def test_both_decoders_share_by_key_whatever_the_batch(small, monkeypatch):
     assert sent[0] == sent[1] == {small.read(i): int(routes[i] != routes[0]) ^ int(routes[0]) for i in range(60)}
 
 
+@pytest.mark.parametrize("decoder", ["cpu", "gpu", "gpu-both"])
+def test_several_views_of_one_decode_are_those_of_a_decode_each(small, decoder, monkeypatch):
+    """In the order of the views, with a bad image in none of them."""
+    engine.on_the_host(monkeypatch)
+    read = Index.read
+    monkeypatch.setattr(Index, "read", lambda self, row: UNDECODABLE if row == 30 else read(self, row))
+    loader = Loader(small, POLICY, threads=2, decoder=decoder, max_bad=0.1)
+    found = list(loader.batches(plan.requests(small, POLICY, SEED, plan.cut((4, 1, 9), small.good, 25)), digests=True))
+    assert [len(batch.rows) for batch in found] == [25] * 3 + [24] * 3 + [10] * 3
+    for number, view in enumerate((4, 1, 9)):
+        alone = Loader(small, POLICY, threads=2, max_bad=0.1)
+        one = alone.batches(plan.requests(small, POLICY, SEED, plan.cut(view, small.good, 25)), digests=True)
+        for batch, expected in zip(found[number::3], one, strict=True):
+            assert batch.rows.tolist() == expected.rows.tolist() and (batch.digests == expected.digests).all()
+            assert (batch.images == expected.images).all()
+
+
 def test_an_image_decoded_in_the_background_keeps_its_memory():
     """The static executor would write the next batch over it."""
     rng = np.random.default_rng(0)
