@@ -17,13 +17,13 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from textwrap import dedent
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import yaml
 from moto.server import ThreadedMotoServer
+from support.documents import FENCED, Block, blocks
 from support.images import jpeg
 from support.remote_servers import serve
 from support.tars import tar_of
@@ -70,13 +70,7 @@ NOT_RUN = {  # programs of which no more is checked than this says
 SHELL = ("rm", "cp", "mv", "ls", "cat", "mkdir", "find", "du")
 EMPTY = ("README.md", "docs/first-run.md")  # pages that begin in an empty folder
 LANGUAGES = ("sh", "console")
-_FENCED = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-
-
-class Block(NamedTuple):
-    language: str
-    text: str
-    line: int
+ELSEWHERE = ("docs/own-loop.md",)  # whose Python test_own_loop.py runs
 
 
 class Step(NamedTuple):
@@ -100,18 +94,6 @@ class World(NamedTuple):
 # --- reading pages
 
 
-def blocks(text: str) -> list[Block]:
-    found = _FENCED.finditer(text)
-    return [Block(_language(match), dedent(match[2]), text[: match.start()].count("\n") + 2) for match in found]
-
-
-def _language(match: re.Match) -> str:
-    """A block of commands that says no language must not go unseen."""
-    assert match[1] in (*LANGUAGES, "python", "yaml", "json", "text", ""), f"what is {match[1]}?"
-    known = match[2].split()[0] in ("pipeline", "torchrun", "make", "pip", "sbatch", "python")
-    return match[1] or ("sh" if known else "text")
-
-
 def steps(block: Block) -> list[Step]:
     found: list[Step] = []
     for line in block.text.replace("\\\n", " ").splitlines():
@@ -124,7 +106,7 @@ def steps(block: Block) -> list[Step]:
 
 def prose(page: str) -> list[str]:
     """The pieces in backquotes outside of blocks."""
-    text = _FENCED.sub("", PAGES[page].read_text())
+    text = FENCED.sub("", PAGES[page].read_text())
     return [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", text)]
 
 
@@ -164,7 +146,7 @@ class Page:
         try:
             for block in blocks(PAGES[self.name].read_text()):
                 where = f"{self.name}:{block.line}"
-                if block.language == "python":
+                if block.language == "python" and self.name not in ELSEWHERE:
                     exec(compile("\n" * (block.line - 1) + block.text, str(PAGES[self.name]), "exec"), module.__dict__)
                 elif block.language == "yaml":
                     yaml.safe_load(block.text)
