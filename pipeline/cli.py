@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import io
 import os
 import re
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parse(command, schema, rest)
         if (path := getattr(options, "json", None)) and not path.absolute().parent.is_dir():
             raise UserError(f"no folder for {path}", fix="create it")  # now, and not after an hour
+        if not importlib.util.find_spec(module):
+            raise UserError("benchmarks are not in the package", fix="run them in a checkout of the repository")
         importlib.import_module(module).run(options)
     except UserError as error:
         return _fail(str(error))
