@@ -27,7 +27,7 @@ print(json.dumps([package.__file__ for package in (kernels, cache, pipeline)]))
 def test_a_cifar_network_does_not_wait_for_timm(tmp_path):
     code = """
 import json, sys
-from pipeline import models
+from pipeline.networks import models
 models.create("cifar/resnet8", 10)
 print(json.dumps(["timm" in sys.modules]))
 """
