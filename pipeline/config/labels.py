@@ -17,7 +17,8 @@ class PrecomputeTeacher(Machine):
     data: Path
     """Prepared data set."""
     teacher: str
-    """Network as NAME@WEIGHTS; NAME@pretrained takes timm's own weights."""
+    """Network as NAME@WEIGHTS; NAME@pretrained takes timm's own weights. python:MODULE.FUNCTION is any callable from
+    normalised images f32 (B, 3, S, S) to logits (B, classes)."""
     store: str
     """Store to create, to complete, or to extend to more views or shards: a folder or an s3:// URL."""
     views: Count

@@ -10,9 +10,11 @@ import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from pipeline.config import PrecomputeTeacher
 from pipeline.data import dali, probes
 from pipeline.data.index import Index, open_data
 from pipeline.labels.calibrate import Calibration, calibrate
-from pipeline.networks import models
+from pipeline.networks import called, models
 from pipeline.networks.teacher import Teacher
 from pipeline.system import device as devices
 from pipeline.system import ranks
@@ -41,15 +43,35 @@ _BEHIND = 4  # batches whose labels may wait to be coded
 _BESIDE = 20  # bytes per pair: weight, digests, checksums and metadata in round figures
 
 
+def precompute(
+    data: str | Path, teacher: str | Callable[[torch.Tensor], Any], store: str | Path, *, views: int, **options: Any
+) -> None:
+    """As `pipeline precompute-teacher`, from Python. Run again, it resumes.
+
+    `teacher` is NAME@WEIGHTS, or any callable from normalised images f32 (B, 3, S, S) to logits (B, classes), such as
+    an ensemble; see `models.of_callable`. `options` are fields of `PrecomputeTeacher`. Raises UserError.
+    """
+    spec = teacher if isinstance(teacher, str) else called.PREFIX
+    config = PrecomputeTeacher(data=Path(data), teacher=spec, store=str(store), views=views, **options)
+    index = open_data(config, config.data, "train")
+    if isinstance(teacher, str):
+        network = models.trained(teacher, index.class_list)
+    else:
+        network = models.of_callable(teacher, index.class_list)
+    _run(config, index, network)
+
+
 def run(config: PrecomputeTeacher) -> None:
     """Create, complete or extend a store. Raises UserError for anything in it that contradicts the options."""
-    if config.views < 1:
-        raise UserError("too few views", found=config.views, expected="at least 1")
-    device = devices.pick(config)
     index = open_data(config, config.data, "train")
+    _run(config, index, models.trained(config.teacher, index.class_list))
+
+
+def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> None:
+    device = devices.pick(config)
     policy = policies.load(config.policy)
     precision = devices.arithmetic(config.precision, device)
-    teacher = Teacher(models.trained(config.teacher, index.class_list), policy, device, precision, config.compile)
+    teacher = Teacher(network, policy, device, precision, config.compile)
     if config.dry_run:
         _show_plan(config, index, calibrate(config, index, policy, teacher))
         return

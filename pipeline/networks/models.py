@@ -1,17 +1,17 @@
 """Networks by name, with the weights that a spec names."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cache import UserError
 from cache.errors import did_you_mean
 from pipeline.data.classes import Classes
-from pipeline.networks import cifar, weights
+from pipeline.networks import called, cifar, weights
 from pipeline.system.terminal import note
 
 FAMILIES = ("cifar", "timm")
@@ -83,11 +83,30 @@ def create(spec: str, classes: int | Classes, *, seed: int | None = None) -> Net
 
 
 def trained(spec: str, classes: int | Classes) -> Network:
-    """`create` for a network that is to answer, not to learn: NAME without WEIGHTS is a UserError."""
+    """`create` for a network that is to answer, not to learn: NAME without WEIGHTS is a UserError.
+
+    python:MODULE.FUNCTION is any callable, see `called`.
+    """
+    if spec.startswith(called.PREFIX):
+        return of_callable(called.imported(spec), classes, name=spec)
     if "@" not in spec:
         create(spec, classes)  # a wrong name is said first
         raise UserError(f"network {spec} has no weights", expected=f"{spec}@WEIGHTS or {spec}@pretrained")
     return create(spec, classes)
+
+
+def of_callable(function: Callable[[Tensor], Any], classes: int | Classes, *, name: str | None = None) -> Network:
+    """Any callable from images f32 (B, 3, S, S) to logits (B, classes), as a network that answers.
+
+    Its attributes `mean` and `std`, three numbers each, say which normalisation it wants; else it is the policy's.
+    `name` is its own unless given. Raises UserError as `called.wrapped` does.
+    """
+    wanted = classes if isinstance(classes, Classes) else Classes(classes)
+    module, identity = called.wrapped(function)
+    said = (getattr(function, key, None) for key in ("mean", "std"))
+    mean, std = (tuple(map(float, values)) if values is not None else None for values in said)
+    name = name or f"{called.PREFIX}{getattr(function, '__qualname__', type(function).__name__)}"
+    return Network(module, name, wanted.count, mean, std, identity, wanted)
 
 
 def probe(network: Network, size: int) -> None:
