@@ -26,7 +26,7 @@ class Planes:
         self.loads.append(view)
         if view == self.held:
             self.started.set()
-            assert self.release.wait(30)
+            assert self.release.wait(300)
         if view == self.broken:
             raise UserError(f"view {view} is broken")
         nothing = np.zeros(0)
@@ -52,7 +52,7 @@ def test_the_next_plane_loads_while_one_is_in_use():
     store = Planes(held=1)
     planes = cache.planes(store, [0, 1])
     assert next(planes).view == 0  # although view 1 cannot be had yet
-    assert store.started.wait(30)
+    assert store.started.wait(300)
     store.release.set()
     assert next(planes).view == 1
 

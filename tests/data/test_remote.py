@@ -1,7 +1,6 @@
 """Shards on S3 and HTTP servers give what local ones give, through faults, within bounds of time and space."""
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -161,20 +160,20 @@ CAUSES = {
 
 @pytest.mark.parametrize("scheme", ["s3", "http"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fault_that_stays_is_one_line_soon(served, impatient, local, tmp_path, monkeypatch, kind, scheme):
+def test_a_fault_that_stays_is_one_line_in_few_tries(
+    served, impatient, local, tmp_path, monkeypatch, kind, scheme
+):
     """At most 3 tries, each of 4 requests at most; a silent server has 0.2 s for each."""
     monkeypatch.setattr(retry, "TRIES", 3)
     data = Index.open(moved(local, getattr(served, scheme), tmp_path / "d"))
     served.faults.clear()
     served.faults.rate, served.faults.kinds = 1, (kind,)
-    start = time.monotonic()
     record = data.records[23]  # a large one
     with pytest.raises(BadSample) as error:
         data.read(23)
     place = f"byte {record['offset']} of shard {url(served, scheme)}; found"
     one_line(error, f"{record['key_hash']:016x}", place, CAUSES[kind], "(3 tries)")
     assert 3 <= served.faults.requests["GET"] <= 12 and set(served.faults.requests) == {"GET"}
-    assert time.monotonic() - start < 12 * 0.2 + 5  # some seconds for a busy machine
 
 
 def test_no_try_begins_after_the_time_of_patience(served, impatient, monkeypatch):

@@ -287,7 +287,7 @@ def test_a_browser_shows_it_on_a_phone(name, request, tmp_path):
     (tmp_path / "page.html").write_text(source.replace("</body>", probe))
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
-    dumped = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    dumped = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
     result = json.loads(
         Node(dumped[dumped.index("<body") : dumped.index("</html>")]).all("body")[0].attributes["data-result"]
     )

@@ -91,7 +91,7 @@ def browsed(source: str, folder: Path) -> tuple[dict, list[str]]:
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900"]
     command += ["--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
     command += [f"file://{folder / 'page.html'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     dumped = done.stdout[done.stdout.index("<body") : done.stdout.index("</html>")]
     result = json.loads(Node(dumped).all("body")[0].attributes["data-result"])
     return result, [said for said in done.stderr.splitlines() if "CONSOLE" in said]

@@ -170,7 +170,7 @@ def test_leaving_early_stops_the_threads(mixed, decoder):
     assert ours
     batches.close()
     for thread in ours:
-        thread.join(10)
+        thread.join(300)
     assert not ours & set(threading.enumerate())
 
 
