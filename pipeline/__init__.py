@@ -3,6 +3,10 @@
 import os
 from importlib import import_module
 
+from pipeline.system import memory
+
+memory.keep_freed()
+
 # Before torch loads OpenMP and NumPy loads OpenBLAS. Threads of both spin when they have nothing to do, and starve
 # others that share their cores: the loader's (an epoch on 2 cores beside one busy process took 54 s, without spinning
 # 3.7 s, and 3.3 s undisturbed), and those of the backward pass, after the small product that decodes labels (5 % of a

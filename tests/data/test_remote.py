@@ -160,9 +160,7 @@ CAUSES = {
 
 @pytest.mark.parametrize("scheme", ["s3", "http"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fault_that_stays_is_one_line_in_few_tries(
-    served, impatient, local, tmp_path, monkeypatch, kind, scheme
-):
+def test_a_fault_that_stays_is_one_line_in_few_tries(served, impatient, local, tmp_path, monkeypatch, kind, scheme):
     """At most 3 tries, each of 4 requests at most; a silent server has 0.2 s for each."""
     monkeypatch.setattr(retry, "TRIES", 3)
     data = Index.open(moved(local, getattr(served, scheme), tmp_path / "d"))
