@@ -100,6 +100,7 @@ class Replay:
         seed: int = 0,
         few_shot: float = 1.0,
         shuffle_window: int = 0,
+        repeat: int = 1,
         policy: str | Policy | None = None,
         pairs: bool = True,
         labels: bool = True,
@@ -114,9 +115,11 @@ class Replay:
         """Opens and compares data set and store; reading begins with the first batch.
 
         `batch_size` pairs a step over all processes; rank and world are torchrun's unless given. `start`: (epoch,
-        step). Without a store views are drawn from `seed` under `policy`. `pairs=False` leaves the augmented views out,
-        `labels=False` the stored labels. `mean` and `std` are the policy's unless given. `folder` takes what --plane
-        mmap writes. Of each epoch's first batch and of a random `check_share` of its samples, pixels are compared with
+        step). With `repeat` a sample is decoded once for as many views, which follow each other step by step: so many
+        epochs share an order, and hold their labels at once. Without a store views are drawn from `seed` under
+        `policy`. `pairs=False` leaves the augmented views out, `labels=False` the stored labels. `mean` and `std` are
+        the policy's unless given. `folder` takes what --plane mmap writes. Of each epoch's first batch and of a random
+        `check_share` of its samples, pixels are compared with
         the digests of the teacher pass. Raises UserError for whatever does not fit.
         """
         machine = Machine(threads=threads, max_bad=max_bad)
@@ -125,7 +128,7 @@ class Replay:
         self.store = store if isinstance(store, Store | None) else cache.open(str(store))
         self.rank = ranks.rank() if rank is None else rank
         self.world = ranks.world() if world is None else world
-        self.batch_size, self.epochs, self.seed, self.pairs = batch_size, epochs, seed, pairs
+        self.batch_size, self.epochs, self.seed, self.pairs, self.repeat = batch_size, epochs, seed, pairs, repeat
         self._check(policy)
         if self.store:
             self.policy, decoder = planes.replayed(self.store.manifest)
@@ -147,7 +150,11 @@ class Replay:
         self._running: Generator[ReplayBatch, None, None] | None = None
 
     def _check(self, policy: str | Policy | None) -> None:
-        for name, value, low in (("batch_size", self.batch_size, self.world), ("epochs", self.epochs, 1)):
+        for name, value, low in (
+            ("batch_size", self.batch_size, self.world),
+            ("epochs", self.epochs, 1),
+            ("repeat", self.repeat, 1),
+        ):
             if value < low:
                 why = f"at least {low}" + (", one for each process" if low > 1 else "")
                 raise UserError(f"{name} out of range", found=value, expected=why)
@@ -203,46 +210,64 @@ class Replay:
         return batch
 
     def _run(self) -> Generator[ReplayBatch, None, None]:
-        first, step = self.position
-        places = ((epoch, at) for epoch in range(first, self.epochs) for at in range(self.steps_per_epoch))
-        current, stored, check = -1, None, None
-        batches = self.loader.batches(self._plan(first, step), pairs=self.pairs)
-        with closing(batches), closing(self._stored(first)) as taught:
-            for epoch, at in places:
-                if epoch == first and at < step:
-                    continue
-                if epoch != current:
-                    current, stored = epoch, next(taught)
-                    check = PixelCheck(stored.plane, self.index, epoch, self._share) if stored else None
-                made = next(batches)
-                if check:
-                    check(made)
-                yield ReplayBatch(epoch, at, made, stored, self._normalise)
+        groups = list(self._groups())  # from the position of now: the loader asks for its plan a little later
+        batches = self.loader.batches(self._plan(groups), pairs=self.pairs)
+        with closing(batches), closing(self._stored(groups)) as taught:
+            for first, count, done in groups:
+                stored = [next(taught) for _ in range(count)]
+                checks = [
+                    PixelCheck(labels.plane, self.index, first + number, self._share) if labels else None
+                    for number, labels in enumerate(stored)
+                ]
+                for at in range(done, count * self.steps_per_epoch):
+                    made, turn = next(batches), at % count
+                    if check := checks[turn]:
+                        check(made)
+                    epoch, step = divmod(at, self.steps_per_epoch)
+                    yield ReplayBatch(first + epoch, step, made, stored[turn], self._normalise)
 
-    def _plan(self, epoch: int, step: int) -> Iterator[plan.Request]:
-        views = self.store.manifest.views if self.store else None
-        steps = order.steps(
-            self.seed,
-            self.rows,
-            self.batch_size,
-            self.epochs,
-            (epoch, step),
-            shards=self.index.records["shard"][self.rows],
-            window=self._window,
-            rank=self.rank,
-            world=self.world,
-        )
-        parts = ((at % views if views else at, rows) for at, rows in steps)
+    def _groups(self) -> Iterator[tuple[int, int, int]]:
+        """Epochs that share an order and their decoded images, from the position on: the first, how many, steps done.
+
+        Of `count` epochs step `at` takes the view of epoch `at % count`, and of the order step `at // count`.
+        """
+        epoch, step = self.position
+        for first in range(epoch // self.repeat * self.repeat, self.epochs, self.repeat):
+            done = (epoch - first) * self.steps_per_epoch + step if first <= epoch else 0
+            yield first, min(self.repeat, self.epochs - first), done
+
+    def _plan(self, groups: list[tuple[int, int, int]]) -> Iterator[plan.Request]:
         seed = self.store.manifest.seed if self.store else self.seed
-        return plan.requests(self.index, self.policy, seed, parts)
+        return plan.requests(self.index, self.policy, seed, self._parts(groups))
 
-    def _stored(self, first: int) -> Generator[Labels | None, None, None]:
-        numbers = range(first, self.epochs)
+    def _parts(self, groups: list[tuple[int, int, int]]) -> Iterator[plan.Part]:
+        for first, count, done in groups:
+            steps = order.steps(
+                self.seed,
+                self.rows,
+                self.batch_size,
+                first + 1,
+                (first, done // count),
+                shards=self.index.records["shard"][self.rows],
+                window=self._window,
+                rank=self.rank,
+                world=self.world,
+            )
+            turn = done % count
+            for _, rows in steps:
+                yield [self._view(epoch) for epoch in range(first + turn, first + count)], rows
+                turn = 0
+
+    def _view(self, epoch: int) -> int:
+        return epoch % self.store.manifest.views if self.store else epoch
+
+    def _stored(self, groups: list[tuple[int, int, int]]) -> Generator[Labels | None, None, None]:
+        numbers = [epoch for first, count, _ in groups for epoch in range(first, first + count)]
         if not self._labelled or not self.store:
             yield from (None for _ in numbers)
             return
-        views = iter([epoch % self.store.manifest.views for epoch in numbers])
-        yield from planes.epochs(self.store, views, self.device, self._plane, self._folder)
+        views = iter([self._view(epoch) for epoch in numbers])
+        yield from planes.epochs(self.store, views, self.device, self._plane, self._folder, self.repeat)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the run is of, so that another run's is refused; JSON-safe."""
@@ -263,6 +288,7 @@ class Replay:
 
     def _identity(self) -> dict[str, Any]:
         options = {"batch_size": self.batch_size, "seed": self.seed, "few_shot": self._few_shot, "window": self._window}
+        options["repeat"] = self.repeat
         policy = hashlib.sha256(json.dumps(self.policy.to_config(), sort_keys=True).encode()).hexdigest()
         return options | {"dataset": self.index.fingerprint, "policy": policy, "labels": labels_of(self.store)}
 

@@ -112,6 +112,9 @@ class TrainStudent(Training):
     kd_warmup_epochs: Natural = 0
     """Epochs over which the teacher's term fades in: epoch n, from 1, has n / this of it. DKD's authors take 20 on
     CIFAR, 1 on ImageNet."""
+    repeat: Annotated[int, Range(1, 64)] = 1
+    """Views taken of a sample while it is decoded, in as many steps in a row, each with its own labels: loading is that
+    much cheaper, and so many epochs share an order and hold their labels at once."""
     plane: Literal["auto", "gpu", "pinned", "mmap"] = "auto"
     """Where an epoch's labels lie: GPU memory, page-locked memory, or a file in OUT that the system pages; auto takes
     the first that they fit."""

@@ -100,14 +100,14 @@ class Labels:
 
 
 def epochs(
-    store: Store, views: Iterator[int], device: torch.device, placement: str, folder: Path | None
+    store: Store, views: Iterator[int], device: torch.device, placement: str, folder: Path | None, held: int = 1
 ) -> Generator[Labels, None, None]:
     """The labels of `views`, in order; the next plane loads in the background while one is in use.
 
     `placement`: gpu, pinned (memory), mmap (a file in `folder`, paged by the system), or auto for the first of these
-    that the plane fits. Only the first plane is waited for, and shows its progress.
+    that the plane fits. Only the first plane is waited for, and shows its progress. `held`: planes in use at a time.
     """
-    placement = place(store, device, placement)
+    placement = place(store, device, placement, held)
     mode = "mmap" if placement == "mmap" else "memory"
     with ExitStack() as waiting:
         advance = waiting.enter_context(progress("labels", store.manifest.blocks, "blocks"))
@@ -117,13 +117,19 @@ def epochs(
             yield Labels(store, plane, device, encoded.to(device) if placement == "gpu" else encoded)
 
 
-def place(store: Store, device: torch.device, wanted: str) -> str:
-    """gpu, pinned or mmap. Raises UserError if the plane does not fit where it is wanted."""
-    need = store.manifest.samples * store.codec.row_bytes
+def place(store: Store, device: torch.device, wanted: str, held: int = 1) -> str:
+    """gpu, pinned or mmap. Raises UserError if `held` planes do not fit where they are wanted."""
+    need = store.manifest.samples * store.codec.row_bytes * held
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     memory = available_memory()
     if wanted == "auto":
-        return "gpu" if need < _GPU_SHARE * free else "pinned" if 2 * need < _MEMORY_SHARE * memory else "mmap"
+        return (
+            "gpu"
+            if need < _GPU_SHARE * free
+            else "pinned"
+            if (1 + 1 / held) * need < _MEMORY_SHARE * memory
+            else "mmap"
+        )
     room = {"gpu": free, "pinned": memory // 2}.get(wanted, need)
     if need > room:
         what = "no CUDA device" if wanted == "gpu" and device.type != "cuda" else f"{decimal(room)} free"

@@ -116,7 +116,7 @@ class _Run:
         self.saver = checkpoint.Saver(config.out, config.checkpoint_steps)
         stack.callback(self.saver.close)
         self.meter, self.started = Meter(sums), time.perf_counter()
-        self._objective: Objective | None = None
+        self._objectives: dict[int, Objective] = {}
 
     @property
     def done(self) -> int:
@@ -131,14 +131,20 @@ class _Run:
         clock = Clock(self.network.device, logged)
         batch = self.replay.next()
         waited = clock.lap("wait")
-        self._objective = self._objective or self.job.objective(epoch, batch.stored)
+        objective = self._objective(epoch, batch.stored)
         rate = learning_rate(config, epoch + step / self.steps)
         found = []
         if ranks.world() > 1 or len(batch):  # else all of it was skipped
             self.trainee.pace(rate)
-            found = take_step(config, self.trainee, self.forward, self._objective, batch.made, logged, clock)
+            found = take_step(config, self.trainee, self.forward, objective, batch.made, logged, clock)
         self.meter.add(found, len(batch), waited)
         return self._record(epoch, step + 1, rate, clock) if logged else ""
+
+    def _objective(self, epoch: int, stored: Labels | None) -> Objective:
+        """What is minimised with these labels; with --repeat several take turns within an epoch."""
+        if id(stored) not in self._objectives:
+            self._objectives[id(stored)] = self.job.objective(epoch, stored)
+        return self._objectives[id(stored)]
 
     def _record(self, epoch: int, step: int, rate: float, clock: Clock) -> str:
         record = self.meter.record(clock.times)
@@ -163,7 +169,7 @@ class _Run:
         record["seconds"] = time.perf_counter() - self.started
         self.log.write(record)
         self.writers.epoch(epoch, (epoch + 1) * self.steps, record)
-        self.step, self._objective = 0, None
+        self.step, self._objectives = 0, {}
         self.save(epoch + 1, 0)
 
     def finish(self) -> dict:

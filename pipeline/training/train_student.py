@@ -33,6 +33,7 @@ def run(config: TrainStudent) -> dict:
         seed=config.seed,
         few_shot=config.few_shot,
         shuffle_window=config.shuffle_window,
+        repeat=config.repeat,
         policy=None if store else config.policy,
         labels=from_store,
         threads=config.threads,
