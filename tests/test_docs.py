@@ -143,6 +143,7 @@ class Page:
         """Every block, in the current folder."""
         module = types.ModuleType(f"docs_{Path(self.name).stem.replace('-', '_')}")
         sys.modules[module.__name__] = module
+        vars(module)["model"] = models.create("cifar/resnet8", 4).module  # the reader's
         try:
             for block in blocks(PAGES[self.name].read_text()):
                 where = f"{self.name}:{block.line}"

@@ -112,7 +112,7 @@ def _pairs(store: Store, loader: Loader, teacher: Teacher | None, picks) -> Iter
         before = teacher(batch).cpu().numpy() if teacher else None
         pixels = batch.images.cpu().numpy().swapaxes(0, 1)
         for i, row in enumerate(batch.rows.tolist()):
-            mask = int(request[1]["mask"][np.searchsorted(rows, row)])
+            mask = int(request[1]["mask"][np.searchsorted(rows, row), 0])
             fired = tuple(op.name for bit, op in enumerate(loader.policy.table) if mask >> bit & 1)
             said = None if before is None else before[i]
             yield Pair(view, row, pixels[i], float(block.weight[at[i]]), fired, after[i], said)
