@@ -101,6 +101,7 @@ class Replay:
         few_shot: float = 1.0,
         shuffle_window: int = 0,
         repeat: int = 1,
+        least: int = 1,
         policy: str | Policy | None = None,
         pairs: bool = True,
         labels: bool = True,
@@ -116,11 +117,11 @@ class Replay:
 
         `batch_size` pairs a step over all processes; rank and world are torchrun's unless given. `start`: (epoch,
         step). With `repeat` a sample is decoded once for as many views, which follow each other step by step: so many
-        epochs share an order, and hold their labels at once. Without a store views are drawn from `seed` under
-        `policy`. `pairs=False` leaves the augmented views out, `labels=False` the stored labels. `mean` and `std` are
-        the policy's unless given. `folder` takes what --plane mmap writes. Of each epoch's first batch and of a random
-        `check_share` of its samples, pixels are compared with
-        the digests of the teacher pass. Raises UserError for whatever does not fit.
+        epochs share an order, and hold their labels at once. A last step of fewer than `least` samples joins the one
+        before it, as BatchNorm may need two. Without a store views are drawn from `seed` under `policy`. `pairs=False`
+        leaves the augmented views out, `labels=False` the stored labels. `mean` and `std` are the policy's unless
+        given. `folder` takes what --plane mmap writes. Of each epoch's first batch and of a random `check_share` of its
+        samples, pixels are compared with the digests of the teacher pass. Raises UserError for whatever does not fit.
         """
         machine = Machine(threads=threads, max_bad=max_bad)
         self.device = _device(device)
@@ -141,7 +142,7 @@ class Replay:
         self._few_shot, self._window = few_shot, shuffle_window
         self._plane, self._folder, self._share = plane, folder, check_share
         self.rows = order.few_shot(self.index.good, self.index.records["label"][self.index.good], few_shot)
-        self.steps_per_epoch = order.steps_per_epoch(len(self.rows), batch_size)
+        self.least = least
         self.position = start
         self._normalise = Normalise(mean or self.policy.mean, std or self.policy.std, self.device)
         self.loader = Loader(
@@ -165,6 +166,10 @@ class Replay:
                 raise UserError("policy and store", found="both", expected="one", fix="leave out the policy")
             index = self.index
             cache.check(self.store.manifest, dataset=index.fingerprint, samples=len(index), classes=index.classes)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return order.steps_per_epoch(len(self.rows), self.batch_size, self.least)
 
     @property
     def position(self) -> tuple[int, int]:
@@ -252,6 +257,7 @@ class Replay:
                 window=self._window,
                 rank=self.rank,
                 world=self.world,
+                least=self.least,
             )
             turn = done % count
             for _, rows in steps:

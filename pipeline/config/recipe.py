@@ -38,15 +38,16 @@ def _flags(where: str, flag: str, value: object, hint: Any) -> list[str]:
         if not isinstance(value, bool):
             raise UserError(where, found=f"{value!r:.40}", expected="true or false")
         return [f"--{flag}" if value else f"--no-{flag}"]
-    many = isinstance(value, list) and get_origin(hint) is tuple
-    for each in value if many else [value]:
+    many = get_origin(hint) is tuple
+    values = value if many and isinstance(value, list) else [value]
+    for each in values:
         if isinstance(each, bool):
             fix = "put it in quotes, as YAML takes yes, no, on and off for true and false"
             raise UserError(where, found=str(each).lower(), expected="a value", fix=fix)
         if isinstance(each, (dict, list, set)) or (each is None and NoneType not in get_args(hint)):
             found = "nothing" if each is None else f"a {type(each).__name__}"
             raise UserError(where, found=found, expected="a value or a list of values" if many else "a value")
-    return [f"--{flag}", *map(str, value if many else [value])]
+    return [f"--{flag}", *map(str, values)]
 
 
 def _named(options: dict, path: Path) -> dict[str, tuple[object, object]]:

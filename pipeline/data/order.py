@@ -35,9 +35,13 @@ def _words(count: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
     return philox((np.arange(count), 0, epoch, purpose), seed)[:, :2].copy().view("<u8")[:, 0]
 
 
-def steps_per_epoch(samples: int, batch: int) -> int:
-    """Steps of one epoch with a global batch of `batch` samples; the last one may be smaller."""
-    return -(-samples // batch)
+def steps_per_epoch(samples: int, batch: int, least: int = 1) -> int:
+    """Steps of one epoch with a global batch of `batch` samples.
+
+    The last one may be smaller, but not below `least` samples: so few join the one before.
+    """
+    steps = -(-samples // batch)
+    return steps - (steps > 1 and samples - (steps - 1) * batch < least)
 
 
 def steps(
@@ -51,17 +55,20 @@ def steps(
     window: int = 0,
     rank: int = 0,
     world: int = 1,
+    least: int = 1,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(epoch, the rows i64 that `rank` handles) of every step from `start`, an (epoch, step), to the last epoch's end.
 
     `batch` is the global one; a rank's share of it is equal to within one sample. `shards` and `window` as in
-    `permutation`.
+    `permutation`, `least` as in `steps_per_epoch`.
     """
     first_epoch, step = start
+    count = steps_per_epoch(len(rows), batch, least)
     for epoch in range(first_epoch, epochs):
         order = permutation(seed, epoch, rows, shards, window)
-        for at in range(step * batch, len(order), batch):
-            yield epoch, np.array_split(order[at : at + batch], world)[rank]
+        for at in range(step, count):
+            stop = (at + 1) * batch if at + 1 < count else len(order)
+            yield epoch, np.array_split(order[at * batch : stop], world)[rank]
         step = 0
 
 

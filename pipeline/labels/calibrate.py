@@ -39,7 +39,8 @@ class Calibration:
 def calibrate(config: PrecomputeTeacher, index: Index, policy: Policy, teacher: Teacher) -> Calibration:
     """Let the teacher look at random pairs of view 0, and choose and measure the code. Nothing is written."""
     logits, rows, rate = _look(config, index, policy, teacher)
-    cut = len(rows) - max(len(rows) // _HELD_OUT, 1)
+    cut = max(len(rows) - max(len(rows) // _HELD_OUT, 1), 1)
+    rest = slice(min(cut, len(rows) - 1), None)  # a single pair has to serve for both
     budget = config.kl_budget or codecs.DEFAULT_BUDGET
     if config.codec == "auto":
         codec = codecs.auto(logits[:cut], budget)
@@ -47,9 +48,9 @@ def calibrate(config: PrecomputeTeacher, index: Index, policy: Policy, teacher: 
         codec = codecs.fit("subspace", logits[:cut], kl=budget)
     else:
         codec = codecs.make(config.codec, classes=index.classes)
-    stream = philox.stream(config.seed, index.records["key_hash"][rows[cut:]], 0)
+    stream = philox.stream(config.seed, index.records["key_hash"][rows[rest]], 0)
     fitted = config.codec in ("auto", "subspace")
-    return Calibration(codec, measure(codec, logits[cut:], stream), budget if fitted else None, rate)
+    return Calibration(codec, measure(codec, logits[rest], stream), budget if fitted else None, rate)
 
 
 def _look(config, index: Index, policy: Policy, teacher: Teacher) -> tuple[np.ndarray, np.ndarray, float]:

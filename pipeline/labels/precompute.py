@@ -232,7 +232,16 @@ def _open_or_create(config, index: Index, policy: Policy, teacher: Teacher) -> N
         found = calibrate(config, index, policy, teacher)
         manifest = _manifest(config, index, policy, teacher, found.codec.config, found.to_json())
         _announce(manifest, found)
-        cache.create(config.store, manifest, status, key_hash)
+        try:
+            cache.create(config.store, manifest, status, key_hash)
+        except UserError:
+            if not cache.exists(config.store):
+                raise
+            raise UserError(
+                f"store {config.store} came into being meanwhile",
+                found="another process that is making it",
+                fix="run this again: it takes the blocks that are missing",
+            ) from None
         return
     store = cache.open(config.store)
     made = store.manifest

@@ -141,13 +141,18 @@ def probe(network: Network, size: int) -> None:
 def least_views(network: Network, size: int) -> int:
     """Views that a training step needs at the least: 2 if BatchNorm meets a single value per channel in one, else 1.
 
-    Weights, running statistics, mode and random number generators stay as they are.
+    Weights, running statistics, mode and random number generators stay as they are. Raises UserError for a network that
+    answers with more than its logits while it trains.
     """
     module, training = network.module, network.module.training
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            module.train()(torch.zeros(1, 3, size, size, device=next(module.parameters()).device))
+            logits = module.train()(torch.zeros(1, 3, size, size, device=next(module.parameters()).device))
+        if not isinstance(logits, torch.Tensor):
+            raise UserError(
+                f"network {network.name} has several heads in training", fix="choose one with a single head"
+            )
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

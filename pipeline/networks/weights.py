@@ -29,8 +29,9 @@ from pipeline.system.files import write_atomically
 
 State = Mapping[str, Tensor]
 
-# The order is timm's, which takes the average; the last two are those of PyTorch's tutorial and of many CIFAR scripts.
-_AVERAGED = ("state_dict_ema", "model_ema")
+# The order is timm's, which takes the average. A run's own checkpoint has `average`; `model_state_dict` is PyTorch's
+# tutorial's, and `net` that of many CIFAR scripts.
+_AVERAGED = ("state_dict_ema", "model_ema", "average")
 _RAW = ("state_dict", "model", "model_state_dict", "net")
 # What torch.compile, FSDP and activation checkpointing put into names, at any depth.
 _INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

@@ -27,7 +27,7 @@ from pipeline.training.evaluate import evaluate, shown
 from pipeline.training.meter import Clock, Meter
 from pipeline.training.metrics import Log
 from pipeline.training.objectives import Objective
-from pipeline.training.trainee import expect_sound, learning_rate, prepare, take_step
+from pipeline.training.trainee import learning_rate, prepare, sound, take_step
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def fit(job: Job) -> dict:
         asked = stack.enter_context(signals.requests())
         network = placed(job.network, device, devices.arithmetic(config.precision, device), replay.policy)
         val = _checked(config, replay.index)
+        replay.least = _least(config, network, replay)
         stack.enter_context(replay)
         if config.dry_run:
             return dry_run.run(config, replay, job.objective, *prepare(config, network))
@@ -85,6 +86,27 @@ def _checked(config: Training, index: Index) -> Index | None:
         raise UserError("--nesterov without momentum", found="--momentum 0", fix="give a momentum or --no-nesterov")
     run_record.check(config)
     return val
+
+
+def _least(config: Training, network: Placed, replay: Replay) -> int:
+    """Samples that a step has at the least. Raises UserError if one cannot have them.
+
+    BatchNorm has no variance of a single value, so a step needs two views where it meets one value of each; where
+    processes do not share their statistics, each of them does.
+    """
+    size = replay.policy.base.size
+    views = 2 if replay.pairs and getattr(config, "augmented_fraction", 0.5) == 0.5 else 1
+    least = -(-models.least_views(network.network, size) // views) * (1 if config.sync_bn else ranks.world())
+    have = min(config.batch_size, len(replay.rows))
+    if have < least:
+        whose = "--batch-size" if have == config.batch_size else "the data set"
+        raise UserError(
+            f"{whose} is too small for the BatchNorm of {network.network.name} at {size} x {size} pixels",
+            found=f"{have} {'image' if have == 1 else 'images'} a step",
+            expected=f"at least {least}",
+            fix="take more images, or a network that does not shrink them to one pixel",
+        )
+    return least
 
 
 class _Run:
@@ -149,13 +171,25 @@ class _Run:
     def _record(self, epoch: int, step: int, rate: float, clock: Clock) -> str:
         record = self.meter.record(clock.times)
         if not np.isfinite(record.get("loss", 0.0)):  # in float16 a step may overflow and be left out
-            expect_sound(self.trainee.module, f"at step {step} of epoch {epoch}, a loss of {record['loss']}")
+            self._expect_sound(f"at step {step} of epoch {epoch}, a loss of {record['loss']}")
         self.log.write({"epoch": epoch, "step": step, "steps": self.steps, "lr": rate, **record})
         self.writers.step(epoch * self.steps + step, record | {"lr": rate})
         return _line(record)
 
+    def _expect_sound(self, where: str) -> None:
+        """Weights that are not finite will not be again, and are not to be saved."""
+        if not sound(self.trainee.module):
+            self.saver.wait()
+            left = self.config.out / "checkpoint.pt"
+            goes_on = f"NAME@{left} starts from its last checkpoint" if left.exists() else "nothing was saved yet"
+            raise UserError(
+                "training diverged: weights are not finite",
+                found=where,
+                fix=f"start anew in another --out, with a lower --lr, or --warmup-epochs or --clip; {goes_on}",
+            )
+
     def save(self, epoch: int, step: int) -> None:
-        expect_sound(self.trainee.module, f"at step {step} of epoch {epoch}")
+        self._expect_sound(f"at step {step} of epoch {epoch}")
         found = self.meter.sums()
         if self.first:
             self.saver(self.trainee.state() | {"epoch": epoch, "step": step, "means": found})

@@ -84,5 +84,7 @@ def _check(config: TrainStudent, index: Index, store: Store | None) -> None:
                 if "@" in spec:
                     expected["teacher_weights"] = teacher.fingerprint
         cache.check(store.manifest, **expected)
+    if config.loss == "dkd" and index.classes < 2:
+        raise UserError("--loss dkd needs two classes", found=index.classes, fix="take another --loss, or more classes")
     if config.live_teacher and config.loss == "ccd-mean":
         raise UserError("--loss ccd-mean needs the stored w of all samples", fix="leave --live-teacher out")

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cache import UserError
 from pipeline.config import Training
 from pipeline.networks.placed import Placed
 from pipeline.system import ranks
@@ -109,7 +108,10 @@ def take_step(
     trainee.optimizer.zero_grad()
     loss_sum: Tensor | float = 0.0
     found: list[tuple[float, dict[str, Any]]] = []
-    parts = np.array_split(np.arange(len(batch.rows)), config.accumulate)
+    many = config.accumulate
+    if many > 1:  # BatchNorm needs two views in a part; from the mean of all processes, as they have to agree
+        many = max(min(many, int(count) // 4), 1)
+    parts = np.array_split(np.arange(len(batch.rows)), many)
     for number, part in enumerate(parts):
         piece = batch if len(parts) == 1 else batch.part(part)
         mine = chosen[:, part]
@@ -141,14 +143,9 @@ def take_step(
     return found
 
 
-def expect_sound(module: torch.nn.Module, where: str) -> None:
-    """Raise UserError unless weights and statistics are finite: they will not be again, and are not to be saved."""
-    if not torch.stack([weights.isfinite().all() for weights in module.state_dict().values()]).all():
-        raise UserError(
-            "training diverged: weights are not finite",
-            found=where,
-            fix="start anew with a lower --lr, or with --warmup-epochs or --clip; the checkpoint in OUT is older",
-        )
+def sound(module: torch.nn.Module) -> bool:
+    """Whether weights and statistics are finite."""
+    return bool(torch.stack([weights.isfinite().all() for weights in module.state_dict().values()]).all())
 
 
 def _scale(scaler) -> Tensor | None:
