@@ -1,4 +1,4 @@
-"""The loss kernels compiled ahead of time, which takes no GPU: registers, spilled bytes and widths of loads."""
+"""The loss kernels compiled ahead of time, which takes no GPU: registers, spills, widths of loads, machine code."""
 
 import contextlib
 import io
@@ -12,13 +12,13 @@ from triton import compile, knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.loss import autograd, decode_gpu, passes_gpu
+from kernels.loss import autograd, long, row, unpack
 
 ARCHITECTURES = (80, 90, 100)
-CLASSES = (10, 100, 257, 1000, 1001, 4096, 21841)
+CLASSES = (10, 100, 257, 1000, 1001, 4096, 8192, 21841)
 DTYPES = ("fp32", "bf16", "fp16")
 FORMATS = ("fp32", "bf16", "fp16", "int8")
-"""Of the teacher: dense of a dtype (rows of fp16 codecs are dense fp16), or int8 rows."""
+"""Of the teacher: dense of a dtype (rows of fp16 codecs and decoded subspace rows are fp16), or int8 rows."""
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
@@ -31,13 +31,12 @@ class Case:
     classes: int
     student: str
     teacher: str
+    report: str = "plain"
     cosine: bool = False
     """w from the teacher's rows; else stored."""
     gradient: bool = True
     masked: bool = False
-    """With a validity mask that is counted, label smoothing and T = 3: everything that can be switched on."""
-    decoded: bool = False
-    """The teacher's rows were decoded by the launch before, which spares that of the sum; a count on the device."""
+    """With a validity mask and a count on the device, label smoothing, parts and T = 3: all that can be switched on."""
     padded: bool = False
     """Rows of students, gradients and dense teachers lie a multiple of 8 logits apart."""
 
@@ -46,11 +45,11 @@ class Case:
 class Compiled:
     registers: int
     spilled_bytes: int
+    warps: int
     load_bits: dict[str, int]
     """Widest load of student and teacher rows, in bits."""
-    atomics: list[str]
-    """Atomic instructions."""
     ptx: str
+    cubin: bytes
 
 
 def cases(classes: tuple[int, ...] = CLASSES) -> Iterator[Case]:
@@ -62,51 +61,54 @@ def cases(classes: tuple[int, ...] = CLASSES) -> Iterator[Case]:
                     yield Case(arch, count, student, teacher)
             yield Case(arch, count, "bf16", "int8", cosine=True, masked=True)
             yield Case(arch, count, "fp32", "fp32", gradient=False)
-            for student in DTYPES:
-                yield Case(arch, count, student, "fp32", decoded=True)
+            yield Case(arch, count, "bf16", "fp16", report="none")
+            yield Case(arch, count, "bf16", "fp16", report="exact")
             if count % 8:
                 yield Case(arch, count, "bf16", "bf16", padded=True)
 
 
 def expected_bits(case: Case) -> dict[str, int]:
-    """The widest loads that the distance between rows and eight logits per thread allow, 128 bits at most."""
+    """The widest loads that the distance between rows and eight logits per thread allow, 128 bits at most.
+
+    Two passes start at multiples of eight logits, wherever a row does; a teacher that lies otherwise is read singly.
+    """
     apart = -(-case.classes // 8) * 8 if case.padded else case.classes
     block = max(1 << (case.classes - 1).bit_length(), 16)  # no more than a row in one load
     found = {}
     for name, dtype in (("student_o", case.student), ("teacher_o", case.teacher)):
         size = _BYTES[dtype]
-        row = (16 + 2 * case.classes if dtype == "int8" else apart) * size
+        logits = 16 + 2 * case.classes if dtype == "int8" else apart
+        if case.classes > autograd.ROW and dtype != "int8":
+            logits = apart = 8
+        row = logits * size
         found[name] = 8 * min(row & -row, (apart & -apart) * size, 8 * size, block * size, 16)
     return found
 
 
 def compile_loss(case: Case) -> Compiled:
-    """`one_pass` or `two_pass` as `kernels.loss.autograd` launches it, on rows that start at multiples of 16 bytes."""
+    """`row_loss` or `long_loss` as `kernels.loss.autograd` launches it, on rows that start at multiples of 16 bytes."""
     options = autograd.launch_options(case.classes)
-    launch = {name: options.pop(name) for name in ("num_warps", "maxnreg", "enable_fp_fusion")}
-    kernel: Any = passes_gpu.one_pass if case.classes <= autograd._WHOLE else passes_gpu.two_pass
+    launch = {name: options.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    kernel: Any = row.row_loss if case.classes <= autograd.ROW else long.long_loss
     int8 = case.teacher == "int8"
     apart = -(-case.classes // 8) * 8 if case.padded else case.classes
     stride = 16 + 2 * case.classes if int8 else apart
     constants: dict[str, Any] = {
-        "STRIDE_STUDENT_O": apart,
-        "STRIDE_STUDENT_A": apart,
+        **dict.fromkeys(("STRIDE_STUDENT_O", "STRIDE_STUDENT_A", "STRIDE_GRAD_O", "STRIDE_GRAD_A"), apart),
+        **dict.fromkeys(("READ_STUDENT", "WRITE"), apart),
         "STRIDE_TEACHER_O": stride,
         "STRIDE_TEACHER_A": stride,
         "STRIDE_HEADER": stride // 2,
         "OFFSET_O": 16 if int8 else 0,
         "OFFSET_A": 16 + case.classes if int8 else 0,
-        "STRIDE_GRAD_O": apart,
-        "STRIDE_GRAD_A": apart,
         "CLASSES": case.classes,
-        "READ_STUDENT": apart,
         "READ_TEACHER": case.classes if int8 else apart,
-        "WRITE": apart,
         "POWER": 0 if case.masked else 4,
+        "REPORT": autograd.REPORTS.index(case.report),
+        "WEIGHTED": 1,
         "COSINE": case.cosine,
         "SMOOTH": case.masked,
-        "COUNTED": case.masked,
-        "COMPUTE": autograd._language(autograd.torch.float32),
+        "COMPUTE": autograd.language(autograd.torch.float32),
         **options,
     }
     teacher = "*i8" if int8 else f"*{case.teacher}"
@@ -116,49 +118,37 @@ def compile_loss(case: Case) -> Compiled:
         "teacher_o": teacher,
         "teacher_a": teacher,
         "header": "*i16" if int8 else None,
+        "index": None,
         "target": "*i64",
         "weight": None if case.cosine else "*fp32",
         "valid": "*u8" if case.masked else None,
-        "count": "*fp32" if case.decoded else None,
+        "count": "*i64" if case.masked else None,
         "loss_scale": "*fp32" if case.student == "fp16" else None,
-        "parts": "*fp32",
         "grad_o": f"*{case.student}" if case.gradient else None,
         "grad_a": f"*{case.student}" if case.gradient else None,
-        "ticket": "*i32" if case.decoded else None,
+        "parts": "*fp32" if case.masked or case.report == "exact" else None,
+        "slots": "*i64" if case.report == "plain" else None,
         "loss": "*fp32",
         "batch": "i32",
-        **dict.fromkeys(("inverse_t", "hard", "soft", "same_weight", "smoothing"), "fp32"),
+        **dict.fromkeys(("inverse_t", "hard", "soft", "same_weight", "smoothing", "unit", "limit"), "fp32"),
     }
-    return _compile(kernel, types, constants, case.arch, launch, ("student_o", "teacher_o"))
+    return compile_kernel(kernel, types, constants, case.arch, launch, ("student_o", "teacher_o"))
 
 
-def compile_decode(arch: int, classes: int, dims: int, wide: int) -> Compiled:
-    """The product that decodes subspace rows."""
-    sizes = decode_gpu.options(dims)
-    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+def compile_unpack(arch: int, dims: int, wide: int) -> Compiled:
+    """Subspace codes to coefficients."""
+    sizes = unpack.options(dims)
+    options = {name: sizes.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     segment = -(-(wide + (dims - wide + 1) // 2) // 16) * 16
-    constants = {
-        "ROW_BYTES": 16 + 2 * segment,
-        "SEGMENT": segment,
-        "WIDE": wide,
-        "DIMS": dims,
-        "CLASSES": classes,
-        "STRIDE_BASIS": -(-classes // 16) * 16,
-        **sizes,
-    }
-    types = {
-        "rows": "*u8",
-        "stream": "*i64",
-        "basis": "*i8",
-        **dict.fromkeys(("scale", "beta", "mean", "out"), "*fp32"),
-        "ticket": "*i32",
-        "vectors": "i32",
-        "unit": "fp32",
-    }
-    return _compile(decode_gpu.decode, types, constants, arch, options, ("basis",))
+    constants = {"ROW_BYTES": 16 + 2 * segment, "WIDE": wide, "DIMS": dims, **sizes}
+    types = {"codes": "*u8", "rows": "*i64", "keys": "*i64", "table": "*fp32", "out": "*fp16", "vectors": "i32"}
+    return compile_kernel(unpack.unpack, types, constants, arch, options, ("codes",))
 
 
-def _compile(kernel: Any, types: dict, constants: dict, arch: int, options: dict, watched: tuple[str, ...]) -> Compiled:
+def compile_kernel(
+    kernel: Any, types: dict, constants: dict, arch: int, options: dict, watched: tuple[str, ...]
+) -> Compiled:
+    """A kernel of pointers aligned to 16 bytes; `types` of None are arguments that are not given."""
     names = kernel.arg_names
     constants = {**{name: None for name, kind in types.items() if kind is None}, **constants}
     signature = {name: types.get(name) or "constexpr" for name in names}
@@ -179,9 +169,10 @@ def _compile(kernel: Any, types: dict, constants: dict, arch: int, options: dict
     return Compiled(
         registers=registers,
         spilled_bytes=spilled,
+        warps=options["num_warps"],
         load_bits={name: _load_bits(ptx, pointers.index(name)) for name in watched},
-        atomics=re.findall(r"\b(?:atom|red)\.[.\w]+", ptx),
         ptx=ptx,
+        cubin=compiled.asm["cubin"],
     )
 
 

@@ -5,7 +5,8 @@ CUDA graph, with the L2 cache warm and flushed, interleaved round by round; besi
 time that a copy of so many bytes takes on this GPU (the floor); peak memory beyond the logits.
 
 Without one nothing is timed. What can be known is counted: operators that eager PyTorch launches, bytes per pair, what
-every kernel compiles to for sm_80, 90 and 100 (`bench.kernels.ahead`), and how far the loss is from float64.
+every kernel compiles to for sm_80, 90 and 100 (`bench.kernels.ahead`), its instructions and the time that they should
+take (`bench.kernels.counts`), and how far the loss is from float64.
 """
 
 import importlib.util
@@ -19,7 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import harness
-from bench.kernels import ahead
+from bench.kernels import ahead, counts
+from bench.kernels.counts import pair_bytes
 from cache import codec as codecs
 from kernels import EncodedPairs, ccd_loss, reference
 from pipeline.config import Bench
@@ -44,7 +46,7 @@ def run(config: Bench) -> dict:
     if torch.cuda.is_available():
         tables = {"time": _times(config.rounds)}
     else:
-        tables = {"operators": _operators(), "error": _errors(), "compiled": _compiled()}
+        tables = {"operators": _operators(), "error": _errors(), "compiled": _compiled(), "model": counts.model()}
     tables["bytes"] = [
         {"classes": classes, "student": dtype, "teacher": form, "bytes": pair_bytes(classes, dtype, form)}
         for classes in sorted({size[1] for size in SIZES})
@@ -64,14 +66,6 @@ def run(config: Bench) -> dict:
     if config.json:
         harness.write(config.json, found)
     return found
-
-
-def pair_bytes(classes: int, student: str, teacher: str) -> int:
-    """Bytes that a pair of rows must move through device memory: both students read, both gradients written, the
-    teacher read once. A subspace row is that of 512 directions at a KL of 0.05."""
-    size = {"fp32": 4, "bf16": 2, "fp16": 2}
-    encoded = {"int8": 16 + 2 * classes, "subspace": 656}
-    return 4 * classes * size[student] + (encoded[teacher] if teacher in encoded else 2 * classes * size[teacher])
 
 
 # --- without a GPU
@@ -98,7 +92,7 @@ def _operators() -> list[dict]:
         loss.backward()
     return [
         {"path": "eager PyTorch", "forward": forward.launches, "backward": backward.launches},
-        {"path": "these kernels", "forward": 2, "backward": 1},
+        {"path": "these kernels", "forward": 1, "backward": 1},
     ]
 
 

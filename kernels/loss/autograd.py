@@ -1,6 +1,6 @@
-"""Launching the fused loss: which kernel for which size, under autograd and as an operator of torch.compile."""
+"""Launching the loss: which kernel for which size, under autograd and as an operator of torch.compile."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,127 +9,138 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from kernels.loss import passes_gpu
-from kernels.loss.decode_gpu import decode_subspace
+from kernels.loss import finish, long, row
+from kernels.loss.unpack import Lean, subspace_logits
 
 INTERPRETED = knobs.runtime.interpret  # what the decorators of the kernels saw
 
-PARTS = ("total", "ce_o", "ce_a", "kl_o", "kl_a", "w", "agree_o", "agree_a")
-"""What the kernels note of each pair: its share of the loss, the terms, and whether student and teacher agree."""
+REPORTS = ("none", "plain", "exact")
+PARTS = 9
+"""Rows of what the kernels note: share of the loss, CE, KL and agreement, of both views each, and w."""
 
-_WHOLE = 4096  # classes of a row that registers hold; beyond this two passes
-_TILE = 1024  # logits of a program where rows are shorter
-_VECTOR = 8  # logits per thread and access
+ROW = 8192  # classes of a row that registers hold; beyond this two passes
+TILE = 4096  # logits of a tile of the two passes
+_VECTOR = 8  # logits of an access
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
     """A loss, but for the students."""
 
-    target: Tensor
-    """Integer (B,)."""
     teacher: list[Tensor]
-    """[original, augmented] (B, C), [rows u8 (B, row_bytes)], or rows, stream i64 (B,), basis, scale, beta, mean."""
+    """(B, C) of each view; [codes u8 (N, row_bytes)]; or codes, dither keys i64 (B,), table and basis of a `Lean`."""
     kind: str
     """dense, or a `Decoder.kind`."""
-    weight: Tensor | None
+    target: Tensor | None = None
+    """Integer (B,); None: no hard term."""
+    rows: Tensor | None = None
+    """i64 (B,), the codes of the pairs; None: all in order."""
+    weight: Tensor | None = None
     """(B,)."""
-    valid: Tensor | None
+    valid: Tensor | None = None
     """Bool (B,)."""
-    count: Tensor | None
-    """Number of pairs as a device scalar; None: `hard` and `soft` know it, but for `counted`."""
-    loss_scale: Tensor | None
+    count: Tensor | None = None
+    """Number of pairs as a device scalar; None: `hard` and `soft` know it."""
+    loss_scale: Tensor | None = None
     """Device scalar that the gradient is multiplied with before it is stored."""
-    same_weight: float
+    same_weight: float = 1.0
     """w of every pair where `weight` is None and not `cosine`."""
-    cosine: bool
-    temperature: float
-    hard: float
+    temperature: float = 1.0
+    hard: float = 0.0
     """Factor of one row's CE."""
-    soft: float
+    soft: float = 0.0
     """Factor of one row's KL."""
-    smoothing: float
+    smoothing: float = 0.0
+    unit: float = 1.0
+    """As in `Lean`."""
     wide: int = 0
     """As in `Decoder`."""
-    unit: float = 1.0
-    """As in `Decoder`."""
-    counted: bool = False
-    """Whether `hard` and `soft` are still to be divided by the number of valid pairs."""
+    cosine: bool = False
+    report: int = 1
+    """Index of `REPORTS`."""
+    parts: bool = False
+
+    def flat(self) -> tuple[list[Tensor], str, list[Tensor | None], list[float], list[int]]:
+        """What an operator's schema can hold."""
+        tensors = [self.target, self.rows, self.weight, self.valid, self.count, self.loss_scale]
+        numbers = [self.same_weight, self.temperature, self.hard, self.soft, self.smoothing, self.unit]
+        return self.teacher, self.kind, tensors, numbers, [self.wide, self.cosine, self.report, self.parts]
 
 
 def launch_options(classes: int) -> dict[str, Any]:
-    """Block shape and warps by rule, not by tuning: eight logits of each tensor per thread."""
-    block, rows = 1024, 1
-    if classes <= _WHOLE:
-        block = max(triton.next_power_of_2(classes), 16)
-        rows = max(_TILE // block, 1)
-    warps = block * rows // 256
-    # Told nothing, the assembler spills some bytes rather than take registers that it has.
-    return {
-        "BLOCK": block,
-        "ROWS": rows,
-        "num_warps": warps,
-        "maxnreg": min(2048 // warps, 255),
-        "enable_fp_fusion": True,
-    }
+    """Tile and warps by rule, not by tuning: 32 logits a lane of a whole row, 16 of a long one."""
+    block = max(triton.next_power_of_2(classes), 16) if classes <= ROW else TILE
+    warps = max(block // 1024, 1) if classes <= ROW else 8
+    return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
 
-def forward(student_o: Tensor, student_a: Tensor, task: Task, grads: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Loss, scalar, and parts (8, B); fills `grads`, two tensors like the students, unless None."""
-    batch, classes = student_o.shape
-    compute = torch.float64 if student_o.dtype == torch.float64 else torch.float32
-    parts = student_o.new_empty((len(PARTS), batch), dtype=compute)
-    loss = student_o.new_empty((), dtype=compute)
-    ticket = None
-    if task.kind == "subspace":  # the product before the loss prepares a ticket, which spares `total_of`'s launch
-        ticket = torch.empty((), dtype=torch.int32, device=student_o.device)
-    with torch.cuda.device_of(student_o):
-        _launch(student_o, student_a, task, _teacher(task, classes, ticket), grads, parts, loss, ticket)
-        if ticket is None:
-            total: Any = passes_gpu.total_of[(1,)]
-            total(parts, loss, batch, num_warps=4)
+_slots: dict[tuple, Tensor] = {}
+
+
+def slots_of(device: torch.device) -> Tensor:
+    """Ticket and sums of the stream in use, all zero between launches."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # a graph may run beside other work
+        return torch.zeros(finish.SLOTS + 1, dtype=torch.int64, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if key not in _slots:
+        _slots[key] = torch.zeros(finish.SLOTS + 1, dtype=torch.int64, device=device)
+    return _slots[key]
+
+
+def forward(students: list[Tensor], task: Task, grads: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Loss, scalar, and parts (PARTS, B) or empty; fills `grads`, like the students, unless None."""
+    batch = len(students[0])
+    compute = torch.float64 if students[0].dtype == torch.float64 else torch.float32
+    exact = REPORTS[task.report] == "exact"
+    parts = students[0].new_empty((PARTS, batch) if task.parts or exact else 0, dtype=compute)
+    loss = students[0].new_empty((), dtype=compute)
+    with torch.cuda.device_of(students[0]):
+        plain = REPORTS[task.report] == "plain"
+        _launch(students, task, grads, parts, loss, slots_of(loss.device) if plain else None)
+        if exact:
+            total: Any = finish.total_of[(1,)]
+            total(parts, loss, len(students) * batch, num_warps=4)
     return loss, parts
 
 
-def _teacher(task: Task, classes: int, ticket: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
-    """Pointers of both views, aligned, the header of int8 rows, and where the views' logits start."""
+def _teacher(task: Task, classes: int) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int], Tensor | None]:
+    """Pointers of both views, aligned, the header of int8 rows, where the views' logits start, and the rows' index."""
     if task.kind == "dense":
-        return task.teacher[0], task.teacher[1], None, (0, 0)
-    rows = task.teacher[0]
+        return task.teacher[0], task.teacher[-1], None, (0, 0), None
+    codes = task.teacher[0]
     if task.kind == "fp16":
-        rows = rows.view(torch.float16)
-        return rows, rows, None, (0, classes)
+        logits = codes.view(torch.float16)
+        return logits, logits, None, (0, classes), task.rows
     if task.kind == "int8":
-        q = rows.view(torch.int8)
-        return q, q, rows.view(torch.int16), (16, 16 + classes)
-    stream, basis, scale, beta, mean = task.teacher[1:]
-    logits = decode_subspace(rows, stream, basis, scale, beta, mean, task.wide, task.unit, ticket)
-    return logits[:, 0], logits[:, 1], None, (0, 0)
+        q = codes.view(torch.int8)
+        return q, q, codes.view(torch.int16), (16, 16 + classes), task.rows
+    _, keys, table, basis = task.teacher
+    logits = subspace_logits(codes, task.rows, keys, Lean(table, basis, task.unit), task.wide)
+    return logits[:, 0], logits[:, 1], None, (0, 0), None
 
 
-def _launch(student_o, student_a, task: Task, teacher, grads, parts: Tensor, loss, ticket) -> None:
-    """Fill `parts` and `grads`; with a ticket the last program adds up `loss`."""
-    teacher_o, teacher_a, header, offsets = teacher
+def _launch(students: list[Tensor], task: Task, grads, parts: Tensor, loss: Tensor, slots: Tensor | None) -> None:
+    teacher_o, teacher_a, header, offsets, index = _teacher(task, students[0].shape[1])
+    student_o, student_a = students[0], students[-1]
     batch, classes = student_o.shape
-    grad_o, grad_a = (None, None) if grads is None else grads
-    options = launch_options(classes)
-    write = classes if grads is None else min(_room(grad_o, classes), _room(grad_a, classes))
-    kernel: Any = passes_gpu.one_pass if classes <= _WHOLE else passes_gpu.two_pass
-    kernel[(triton.cdiv(batch, options["ROWS"]),)](
+    grad_o, grad_a = (None, None) if grads is None else (grads[0], grads[-1])
+    kernel: Any = row.row_loss if classes <= ROW else long.long_loss
+    kernel[(batch, len(students))](
         student_o=student_o,
         student_a=student_a,
         teacher_o=teacher_o,
         teacher_a=teacher_a,
         header=header,
+        index=index,
         target=task.target,
         weight=task.weight,
         valid=None if task.valid is None else task.valid.view(torch.uint8),
         count=task.count,
         loss_scale=task.loss_scale,
-        parts=parts,
         grad_o=grad_o,
         grad_a=grad_a,
-        ticket=ticket,
+        parts=parts if parts.numel() else None,
+        slots=slots,
         loss=loss,
         batch=batch,
         inverse_t=1 / task.temperature,
@@ -137,25 +148,28 @@ def _launch(student_o, student_a, task: Task, teacher, grads, parts: Tensor, los
         soft=task.soft,
         same_weight=task.same_weight,
         smoothing=task.smoothing,
+        unit=task.unit,
+        limit=finish.LARGEST / (batch * len(students)),
         STRIDE_STUDENT_O=student_o.stride(0),
         STRIDE_STUDENT_A=student_a.stride(0),
         STRIDE_TEACHER_O=teacher_o.stride(0),
         STRIDE_TEACHER_A=teacher_a.stride(0),
-        STRIDE_HEADER=0 if header is None else header.stride(0),
         OFFSET_O=offsets[0],
         OFFSET_A=offsets[1],
+        STRIDE_HEADER=0 if header is None else header.stride(0),
         STRIDE_GRAD_O=0 if grad_o is None else grad_o.stride(0),
         STRIDE_GRAD_A=0 if grad_a is None else grad_a.stride(0),
         CLASSES=classes,
         READ_STUDENT=min(_room(student_o, classes), _room(student_a, classes)),
         READ_TEACHER=min(_room(teacher_o, classes), _room(teacher_a, classes)) if task.kind == "dense" else classes,
-        WRITE=write,
+        WRITE=classes if grad_o is None else min(_room(grad_o, classes), _room(grad_a, classes)),
         POWER=int(task.temperature) if task.temperature in (1, 2, 4) else 0,
+        REPORT=task.report,
+        WEIGHTED=len(students) - 1,
         COSINE=task.cosine,
         SMOOTH=task.smoothing > 0,
-        COUNTED=task.counted,
-        COMPUTE=_language(parts.dtype),
-        **options,
+        COMPUTE=language(loss.dtype),
+        **launch_options(classes),
     )
 
 
@@ -168,20 +182,20 @@ def _room(rows: Tensor | None, classes: int) -> int:
     return padded if end * rows.element_size() <= rows.untyped_storage().nbytes() else classes
 
 
-def _language(dtype: torch.dtype) -> tl.dtype:
+def language(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def gradients(student_o: Tensor, student_a: Tensor, scaled: bool, wanted: bool = True) -> list[Tensor]:
+def gradients(students: list[Tensor], scaled: bool, wanted: bool = True) -> list[Tensor]:
     """Where gradients go, rows with as much room as the students'.
 
     float16 would flush those that have not met a loss scale yet, so they wait in float32.
     """
     made = []
-    for row in (student_o, student_a):
-        dtype = torch.float32 if row.dtype == torch.half and not scaled else row.dtype
-        batch, classes = row.shape
-        made.append(row.new_empty((batch, _room(row, classes)) if wanted else 0, dtype=dtype)[..., :classes])
+    for student in students:
+        dtype = torch.float32 if student.dtype == torch.half and not scaled else student.dtype
+        batch, classes = student.shape
+        made.append(student.new_empty((batch, _room(student, classes)) if wanted else 0, dtype=dtype)[..., :classes])
     return made
 
 
@@ -189,14 +203,15 @@ class Loss(torch.autograd.Function):
     """The gradient is computed with the loss; backward only scales it, in place, and is empty for a factor of 1."""
 
     @staticmethod
-    def forward(ctx, student_o: Tensor, student_a: Tensor, task: Task, inplace: bool):
-        grads = [student_o, student_a] if inplace else gradients(student_o, student_a, task.loss_scale is not None)
-        loss, parts = forward(student_o, student_a, task, grads)
+    def forward(ctx, task: Task, inplace: bool, *students: Tensor):
+        mine = list(students)
+        grads = mine if inplace else gradients(mine, task.loss_scale is not None)
+        loss, parts = forward(mine, task, grads)
         if inplace:  # whoever kept these logits for a backward of their own is told so
-            torch.autograd.graph.increment_version([student_o, student_a])
+            torch.autograd.graph.increment_version(mine)
         else:
-            ctx.save_for_backward(student_o, student_a)
-        ctx.grads, ctx.task, ctx.dtypes = grads, task, (student_o.dtype, student_a.dtype)
+            ctx.save_for_backward(*students)
+        ctx.grads, ctx.task, ctx.dtypes = grads, task, [student.dtype for student in students]
         ctx.mark_non_differentiable(parts)
         return loss, parts
 
@@ -207,9 +222,9 @@ class Loss(torch.autograd.Function):
         if grads is None:  # a second time through a retained graph: the first gradient is no longer ours
             if not ctx.saved_tensors:
                 raise RuntimeError("ccd_loss(inplace=True): expected one backward, got a second; its logits are gone")
-            student_o, student_a = ctx.saved_tensors
-            grads = gradients(student_o, student_a, ctx.task.loss_scale is not None)
-            forward(student_o, student_a, ctx.task, grads)
+            students = list(ctx.saved_tensors)
+            grads = gradients(students, ctx.task.loss_scale is not None)
+            forward(students, ctx.task, grads)
         outs = [
             grad
             if grad.dtype == dtype
@@ -217,26 +232,33 @@ class Loss(torch.autograd.Function):
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         scale_gradients(grads, outs, d_loss, ctx.task.loss_scale)
-        return *outs, None, None
+        return None, None, *outs
 
 
 def scale_gradients(grads: list[Tensor], outs: list[Tensor], incoming: Tensor, stored: Tensor | None) -> None:
     """outs = grads · incoming / stored."""
-    size = len(grads[0]) * grads[0].stride(0)  # padding too
+    strides = [rows.stride(0) for rows in (grads[0], grads[-1], outs[0], outs[-1])]
+    rows, width = grads[0].shape
+    if len(set(strides)) == 1 and all(_room(tensor, width) == strides[0] for tensor in (*grads, *outs)):
+        rows, width, strides = 1, rows * strides[0], [0] * 4  # side by side, padding too
+    block = min(triton.next_power_of_2(width), 2048)
+    programs = min(rows * triton.cdiv(width, block), 1024)
     compute = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
     with torch.cuda.device_of(incoming):
-        kernel: Any = passes_gpu.rescale[(min(triton.cdiv(size, 2048), 1024),)]
+        kernel: Any = finish.rescale[(programs, len(grads))]
         kernel(
             grads[0],
-            grads[1],
+            grads[-1],
             outs[0],
-            outs[1],
+            outs[-1],
             incoming,
             stored,
-            size,
+            rows,
+            width,
+            *strides,
             IN_PLACE=all(grad is out for grad, out in zip(grads, outs, strict=True)),
-            COMPUTE=_language(compute),
-            BLOCK=2048,
+            COMPUTE=language(compute),
+            BLOCK=block,
             num_warps=8,
         )
 
@@ -245,69 +267,58 @@ def scale_gradients(grads: list[Tensor], outs: list[Tensor], incoming: Tensor, s
 # costs some 60 µs more per call than the function above.
 
 
-@torch.library.custom_op("jda_distill::pair_loss", mutates_args=())
-def pair_loss(
-    student_o: Tensor,
-    student_a: Tensor,
-    target: Tensor,
+@torch.library.custom_op("jda_distill::distillation_loss", mutates_args=())
+def distillation_loss(
+    students: list[Tensor],
     teacher: list[Tensor],
     kind: str,
-    weight: Tensor | None,
-    valid: Tensor | None,
-    count: Tensor | None,
-    loss_scale: Tensor | None,
-    same_weight: float,
-    cosine: bool,
-    temperature: float,
-    hard: float,
-    soft: float,
-    smoothing: float,
-    wide: int,
-    unit: float,
-    counted: bool,
+    tensors: list[Tensor | None],
+    numbers: list[float],
+    whole: list[int],
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, parts (8, B), and both gradients, empty unless `with_grad`; the rest are `Task`'s fields."""
-    numbers = same_weight, cosine, temperature, hard, soft, smoothing, wide, unit, counted
-    task = Task(target, teacher, kind, weight, valid, count, loss_scale, *numbers)
-    grads = gradients(student_o, student_a, loss_scale is not None, with_grad)
-    loss, parts = forward(student_o, student_a, task, grads if with_grad else None)
-    return loss, parts, grads[0], grads[1]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Loss, parts, and the gradients, empty unless `with_grad`; the rest is `Task.flat`."""
+    task = Task(teacher, kind, *tensors, *numbers, whole[0], bool(whole[1]), whole[2], bool(whole[3]))
+    grads = gradients(students, task.loss_scale is not None, with_grad)
+    loss, parts = forward(students, task, grads if with_grad else None)
+    return loss, parts, grads
 
 
-@pair_loss.register_fake
-def _(student_o, student_a, target, teacher, kind, weight, valid, count, loss_scale, *rest):
-    compute = torch.float64 if student_o.dtype == torch.float64 else torch.float32
-    loss = student_o.new_empty((), dtype=compute)
-    parts = student_o.new_empty((len(PARTS), student_o.shape[0]), dtype=compute)
-    return loss, parts, *gradients(student_o, student_a, loss_scale is not None, rest[-1])
+@distillation_loss.register_fake
+def _(students, teacher, kind, tensors, numbers, whole, with_grad):
+    compute = torch.float64 if students[0].dtype == torch.float64 else torch.float32
+    loss = students[0].new_empty((), dtype=compute)
+    noted = whole[3] or REPORTS[whole[2]] == "exact"
+    parts = students[0].new_empty((PARTS, students[0].shape[0]) if noted else 0, dtype=compute)
+    return loss, parts, gradients(students, tensors[-1] is not None, with_grad)
 
 
 def _remember(ctx, inputs, output):
-    student_o, student_a, *_ = inputs
-    ctx.with_grad, ctx.teachers = inputs[-1], len(inputs[3])
-    ctx.dtypes = student_o.dtype, student_a.dtype
-    ctx.save_for_backward(*output[2:], *(tensor for tensor in inputs[8:9] if tensor is not None))
-    ctx.mark_non_differentiable(*output[1:])
+    students, ctx.with_grad = inputs[0], inputs[-1]
+    ctx.dtypes, ctx.teachers, ctx.scaled = [student.dtype for student in students], len(inputs[1]), inputs[3][-1]
+    ctx.tensors = len(inputs[3])
+    ctx.save_for_backward(*output[2], *([inputs[3][-1]] if ctx.scaled is not None else []))
+    ctx.scaled = ctx.scaled is not None
+    ctx.mark_non_differentiable(output[1], *output[2])
 
 
 def _scale(ctx, d_loss, *_):
     if not ctx.with_grad:
-        raise RuntimeError("pair_loss: expected with_grad=True for a backward")
-    grad_o, grad_a, *stored = ctx.saved_tensors
-    factor = d_loss / stored[0] if stored else d_loss
-    grads = [(grad * factor).to(dtype) for grad, dtype in zip((grad_o, grad_a), ctx.dtypes, strict=True)]
-    return *grads, None, [None] * ctx.teachers, *[None] * 15
+        raise RuntimeError("distillation_loss: expected with_grad=True for a backward")
+    grads = ctx.saved_tensors[: len(ctx.dtypes)]
+    factor = d_loss / ctx.saved_tensors[-1] if ctx.scaled else d_loss
+    outs = [(grad * factor).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+    return outs, [None] * ctx.teachers, None, [None] * ctx.tensors, None, None, None
 
 
-pair_loss.register_autograd(_scale, setup_context=_remember)
+distillation_loss.register_autograd(_scale, setup_context=_remember)
 
 
-def apply(student_o: Tensor, student_a: Tensor, task: Task, inplace: bool) -> tuple[Tensor, Tensor]:
+def apply(students: list[Tensor], task: Task, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """Loss and parts, differentiable in the students."""
-    with_grad = torch.is_grad_enabled() and (student_o.requires_grad or student_a.requires_grad)
+    with_grad = torch.is_grad_enabled() and any(student.requires_grad for student in students)
     if torch.compiler.is_compiling():
-        return pair_loss(student_o, student_a, *(getattr(task, field.name) for field in fields(task)), with_grad)[:2]
+        return distillation_loss(students, *task.flat(), with_grad)[:2]
     if with_grad:
-        return Loss.apply(student_o, student_a, task, inplace)
-    return forward(student_o, student_a, task, None)
+        return Loss.apply(task, inplace, *students)  # pyright: ignore[reportReturnType]
+    return forward(students, task, None)

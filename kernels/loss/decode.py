@@ -5,8 +5,13 @@ A `Decoder` is what a codec knows, as tensors; kernels know neither stores nor c
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from kernels.loss.unpack import Lean
 
 _LOW = 0xFFFFFFFF
 
@@ -28,6 +33,14 @@ class Decoder:
     """subspace: a power of two that lets every coefficient be a float16."""
     mean: torch.Tensor | None = None
     """subspace: f32 (C,)."""
+
+    @cached_property
+    def lean(self) -> "Lean":
+        """What the kernels take of a subspace code."""
+        from kernels.loss import unpack  # Triton, which decoding here does without
+
+        assert self.basis is not None and self.scale is not None and self.beta is not None and self.mean is not None
+        return unpack.lean(self.basis, self.scale, self.beta, self.mean, self.unit)
 
 
 @dataclass(frozen=True, eq=False)

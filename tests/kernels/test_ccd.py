@@ -34,7 +34,8 @@ def cases_of(classes: int, batch: int) -> dict[str, dict]:
     def case(**changes) -> dict:
         return random_case(classes, batch, **changes)
 
-    confident, wrong, late, strided = case(alpha=1.0), case(), case(alpha=0.0), case()
+    confident, late = case(alpha=1.0, report="exact"), case(alpha=0.0, report="exact")
+    wrong, strided = case(), case()
     hot = one_hot(confident["target"], classes)
     confident["logits"][:2] = [row + hot / 500 for row in confident["logits"][:2]]
     wrong["logits"][2:] = [hot, hot.roll(1, dims=1)]

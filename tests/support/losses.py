@@ -22,6 +22,7 @@ def oracle(case: dict) -> dict[str, torch.Tensor]:
     students = [row.requires_grad_() for row in logits[:2]]
     weight = case["options"].get("weight")
     options = case["options"] | {"weight": None if weight is None else weight.double()}
+    options.pop("report", None)  # the specification has one form
     loss = reference.ccd_loss(*logits, case["target"], **options)
     grad_o, grad_a = torch.autograd.grad(loss, students)
     return {"loss": loss.detach(), "grad_o": grad_o, "grad_a": grad_a}

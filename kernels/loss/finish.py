@@ -1,0 +1,110 @@
+"""From rows to the loss: shares are added up in the launch that made them.
+
+Whole numbers give the same sum in any order, so shares are added as multiples of 2^-40 by atomics. The program that
+draws the last number of a ticket writes the loss, and leaves slots and ticket as it found them: all zero.
+"""
+
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# (Triton's annotations are those of Python, not of the language inside @triton.jit.)
+
+import triton
+import triton.language as tl
+
+SLOTS = 32
+"""Sums that programs spread over; the ticket stands before them."""
+
+LARGEST = 2.0**22
+"""A loss beyond it is NaN where shares are whole numbers."""
+
+_ONE = tl.constexpr(2.0**40)
+_SLOTS, _LARGEST = tl.constexpr(SLOTS), tl.constexpr(LARGEST)
+
+
+@triton.jit
+def add_share(slots, loss, share, limit):
+    """Add a program's share of the loss; NaN, and what is not below `limit`, is noted in the ticket's upper half."""
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    sound = tl.abs(share) < limit  # false for NaN
+    whole = (tl.where(sound, share, 0.0) * _ONE).to(tl.int64)
+    tl.atomic_add(slots + 1 + ((tl.program_id(0) + tl.program_id(1)) & (_SLOTS - 1)), whole, sem="relaxed")
+    drawn = tl.where(sound, 1, (1 << 32) + 1).to(tl.int64)
+    before = tl.atomic_add(slots, drawn, sem="acq_rel")  # after all that the program's threads have written
+    if (before & 0xFFFFFFFF).to(tl.int32) == programs - 1:
+        each = tl.arange(0, _SLOTS)
+        total = tl.sum(tl.load(slots + 1 + each, cache_modifier=".cg"), 0).to(tl.float64) * (1.0 / _ONE)
+        unsound = ((before + drawn) >> 32) != 0
+        tl.store(loss, tl.where(unsound, float("nan"), total).to(loss.dtype.element_ty))
+        tl.store(slots + 1 + each, tl.zeros((_SLOTS,), tl.int64))
+        tl.store(slots, 0)
+
+
+@triton.jit
+def total_of(shares, loss, count, BLOCK: tl.constexpr = 1024):
+    """The loss of an exact report, as a float64 sum of the shares in one order. One program."""
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        sums += tl.load(shares + at, mask=at < count, other=0.0).to(tl.float64)
+    tl.store(loss, tl.sum(sums, 0).to(loss.dtype.element_ty))
+
+
+@triton.jit
+def row_factors(count, loss_scale, live, hard, soft, COMPUTE: tl.constexpr):
+    """The factors of one row's CE and KL, over the number of pairs where that is on the device; and of its gradient."""
+    if count is not None:
+        pairs = tl.load(count).to(COMPUTE)
+        pairs = tl.where(pairs == 0.0, 1.0, pairs)  # of no pairs the loss is 0
+        hard, soft = hard / pairs, soft / pairs
+    scaled = tl.where(live, 1.0, 0.0).to(COMPUTE)
+    if loss_scale is not None:
+        scaled = scaled * tl.load(loss_scale).to(COMPUTE)
+    return hard, soft, scaled
+
+
+@triton.jit
+def report(
+    parts, slots, loss, row, view, batch, live, known, w, hard, soft, ce, kl, same, limit,
+    WEIGHTED: tl.constexpr, REPORT: tl.constexpr,
+):  # fmt: skip
+    """Add a row's share to the loss, and store what it is made of; without a report the loss is NaN."""
+    if REPORT > 0:
+        ce = tl.where(known, ce, float("nan"))
+        share = tl.where(live, hard * ce + soft * w * kl, 0.0)
+        if parts is not None:
+            tl.store(parts + view * batch + row, share)
+            tl.store(parts + (2 + view) * batch + row, tl.where(live, ce, 0.0))
+            tl.store(parts + (4 + view) * batch + row, tl.where(live, kl, 0.0))
+            tl.store(parts + (6 + view) * batch + row, tl.where(live & same, 1.0, 0.0))
+            tl.store(parts + 8 * batch + row, tl.where(live, w, 0.0), mask=view == WEIGHTED)
+        if slots is not None:
+            add_share(slots, loss, share, limit)
+    else:
+        tl.store(loss, float("nan"), mask=(row == 0) & (view == 0))
+
+
+@triton.jit
+def rescale(
+    grad_o, grad_a, out_o, out_a, incoming, stored, rows, width,
+    STRIDE_GRAD_O: tl.constexpr, STRIDE_GRAD_A: tl.constexpr, STRIDE_OUT_O: tl.constexpr, STRIDE_OUT_A: tl.constexpr,
+    IN_PLACE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients (rows, width) of the views that program_id(1) counts, times incoming / stored, two device scalars.
+
+    In place nothing is read or written if that is 1: a plain `loss.backward()` costs an empty launch.
+    """
+    factor = tl.load(incoming).to(COMPUTE)
+    if stored is not None:
+        factor = factor / tl.load(stored).to(COMPUTE)
+    wanted = True
+    if IN_PLACE:
+        wanted = factor != 1.0
+    if wanted:
+        tiles = (width + BLOCK - 1) // BLOCK
+        for number in range(tl.program_id(0).to(tl.int64), rows * tiles, tl.num_programs(0)):
+            row = number // tiles
+            columns = number % tiles * BLOCK + tl.arange(0, BLOCK)
+            grad, out = grad_o + row * STRIDE_GRAD_O, out_o + row * STRIDE_OUT_O
+            if tl.program_id(1) == 1:
+                grad, out = grad_a + row * STRIDE_GRAD_A, out_a + row * STRIDE_OUT_A
+            scaled = tl.load(grad + columns, mask=columns < width, other=0.0).to(COMPUTE) * factor
+            tl.store(out + columns, scaled.to(out.dtype.element_ty), mask=columns < width)

@@ -1,0 +1,274 @@
+"""The loss of rows that registers do not hold, C > 8192: one row of one view per program, read twice.
+
+The first pass takes the sums, each thread's against the largest logit that it has met, so that no thread waits for
+another inside the loop; the second, out of the L2 cache, takes gradient and KL. Both walk tiles (2, threads, 8) whose
+vectors lie wholly in the row and start at multiples of 16 bytes, whatever C is; what is left of a row at its ends, at
+most 14 logits, are the `edges`, a tile of their own. `kernels.loss.terms` has the forms.
+"""
+
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# (Triton's annotations are those of Python, not of the language inside @triton.jit.)
+
+import triton
+import triton.language as tl
+
+from kernels.loss.finish import report, row_factors
+from kernels.loss.terms import (
+    ABSENT,
+    LN_2,
+    LOG2_E,
+    cosine,
+    exact_ce,
+    exact_kl,
+    gradient,
+    logits,
+    plain_ce,
+    plain_kl_terms,
+    raised,
+    teacher_scale,
+)
+
+
+@triton.jit
+def _start(begin, head, ALIGNED: tl.constexpr):
+    """Where the vectors of a row at `begin` start; told in eights where that is so, for wide loads and stores."""
+    if ALIGNED:
+        return (begin + 7) // 8 * 8
+    return begin + head
+
+
+@triton.jit
+def _clear(grad, width, BLOCK: tl.constexpr):
+    """The gradient of a row that does not count is 0."""
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        tl.store(grad + columns, tl.zeros((BLOCK,), grad.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def _largest(tile):
+    return tl.max(tl.max(tile, 2), 0)
+
+
+@triton.jit
+def _summed(tile):
+    return tl.sum(tl.sum(tile, 2), 0)
+
+
+@triton.jit
+def _exponentials(z, t, c, c_t, shift_z, shift_t, shift_h, POWER: tl.constexpr):
+    """Exponents of student and teacher, and e_h, e_q, e_p."""
+    z2, t2 = tl.fma(z, c, shift_z), tl.fma(t, c_t, shift_t)
+    e_q = tl.exp2(z2)
+    e_h = tl.exp2(tl.fma(z, LOG2_E, shift_h)) if POWER == 0 else raised(e_q, POWER)
+    return z2, t2, e_h, e_q, tl.exp2(t2)
+
+
+@triton.jit
+def _first(z, t, c, c_t, top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p, POWER: tl.constexpr):
+    """A tile added to each thread's sums. Shifts are carried: products would be fused, and not rounded as before."""
+    most_z, most_t = _largest(z), _largest(t)
+    new_z, new_t = tl.minimum(shift_z, -most_z * c), tl.minimum(shift_t, -most_t * c_t)
+    new_h = tl.minimum(shift_h, -most_z * LOG2_E)
+    _, _, e_h, e_q, e_p = _exponentials(
+        z, t, c, c_t, new_z[None, :, None], new_t[None, :, None], new_h[None, :, None], POWER
+    )
+    less_h, less_q, less_p = _less(shift_z, shift_t, shift_h, new_z, new_t, new_h, POWER)
+    sum_h, sum_q, sum_p = sum_h * less_h + _summed(e_h), sum_q * less_q + _summed(e_q), sum_p * less_p + _summed(e_p)
+    return tl.maximum(top_z, most_z), tl.maximum(top_t, most_t), new_z, new_t, new_h, sum_h, sum_q, sum_p
+
+
+@triton.jit
+def _less(shift_z, shift_t, shift_h, new_z, new_t, new_h, POWER: tl.constexpr):
+    """What sums shrink by under new shifts."""
+    less_q = tl.exp2(new_z - shift_z)
+    less_h = tl.exp2(new_h - shift_h) if POWER == 0 else raised(less_q, POWER)
+    return less_h, less_q, tl.exp2(new_t - shift_t)
+
+
+@triton.jit
+def _second(
+    z, t, columns, inside, label, grad, c, c_t, shift_z, shift_t, shift_h, a, b, d, even, top_z, top_t,
+    by_q, by_p, inverse_t, scale, apart,
+    POWER: tl.constexpr, REPORT: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr, AGREE: tl.constexpr,
+):  # fmt: skip
+    """A tile's gradient, unless `grad` is None, and elementwise what KL, CE and agreement are summed from."""
+    z2, t2, e_h, e_q, e_p = _exponentials(z, t, c, c_t, shift_z, shift_t, shift_h, POWER)
+    if grad is not None:
+        g = gradient(e_h, e_q, e_p, a, b, d, even, inside, HARD, SMOOTH)
+        tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=inside)
+    kl, rest, flat, same = 0.0 * z, 0.0 * z, 0.0 * z, 0.0 * z
+    if REPORT == 1:
+        kl = plain_kl_terms(e_p, z2, t2)
+    if REPORT == 2:
+        kl = exact_kl(z, t, top_z, top_t, e_q, e_p, by_q, by_p, inverse_t, scale, apart)
+        rest = tl.where(columns == label, 0.0, e_h)
+    if SMOOTH and REPORT > 0:
+        flat = tl.where(inside, z - top_z, 0.0)
+    if AGREE:
+        same = tl.where((z == top_z) & (t == top_t), 1.0, 0.0)
+    return kl, rest, flat, same
+
+
+@triton.jit
+def long_loss(
+    student_o, student_a, teacher_o, teacher_a, header, index, target, weight, valid, count, loss_scale,
+    grad_o, grad_a, parts, slots, loss,
+    batch, inverse_t, hard, soft, same_weight, smoothing, unit, limit,
+    STRIDE_STUDENT_O: tl.constexpr, STRIDE_STUDENT_A: tl.constexpr,
+    STRIDE_TEACHER_O: tl.constexpr, STRIDE_TEACHER_A: tl.constexpr,
+    OFFSET_O: tl.constexpr, OFFSET_A: tl.constexpr, STRIDE_HEADER: tl.constexpr,
+    STRIDE_GRAD_O: tl.constexpr, STRIDE_GRAD_A: tl.constexpr,
+    CLASSES: tl.constexpr, READ_STUDENT: tl.constexpr, READ_TEACHER: tl.constexpr, WRITE: tl.constexpr,
+    BLOCK: tl.constexpr, POWER: tl.constexpr, REPORT: tl.constexpr, WEIGHTED: tl.constexpr,
+    COSINE: tl.constexpr, SMOOTH: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """As `kernels.loss.row.row_loss`, with tiles of `BLOCK` logits for 256 threads."""
+    THREADS: tl.constexpr = 256
+    HALF: tl.constexpr = 8 * THREADS  # what is left of the tiles is walked by halves, whose ends are masked
+    row = tl.program_id(0).to(tl.int64)
+    view = tl.program_id(1)
+    at = row
+    if index is not None:
+        at = tl.load(index + row)
+    live = row >= 0
+    if valid is not None:
+        live = tl.load(valid + row) != 0
+    # Vectors start at multiples of 8 of the student's logits, which is 16 bytes or more.
+    FIXED: tl.constexpr = STRIDE_STUDENT_O % 8 == 0 and STRIDE_STUDENT_A % 8 == 0
+    EVEN_O: tl.constexpr = OFFSET_O % 8 == 0 and (STRIDE_TEACHER_O - STRIDE_STUDENT_O) % 8 == 0
+    EVEN_A: tl.constexpr = OFFSET_A % 8 == 0 and (STRIDE_TEACHER_A - STRIDE_STUDENT_A) % 8 == 0
+    begin = row * STRIDE_STUDENT_O
+    if view == 1:
+        begin = row * STRIDE_STUDENT_A
+    head = -begin.to(tl.int32) & 7
+    student = student_o + _start(row * STRIDE_STUDENT_O, head, True)
+    teacher = teacher_o + _start(at * STRIDE_TEACHER_O + OFFSET_O, head, EVEN_O and (FIXED or index is None))
+    if view == 1:
+        student = student_a + _start(row * STRIDE_STUDENT_A, head, True)
+        teacher = teacher_a + _start(at * STRIDE_TEACHER_A + OFFSET_A, head, EVEN_A and (FIXED or index is None))
+    inner = tl.where(live, (CLASSES - head) // 8 * 8, 0)
+    whole = inner // BLOCK * BLOCK
+    half = tl.arange(0, 1)[:, None, None] + tl.arange(0, THREADS)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    tile = tl.arange(0, BLOCK // HALF)[:, None, None] * HALF + half
+    # Columns of the edges, relative to `aligned`: 8 before it, and 8 behind the vectors.
+    side = tl.arange(0, 16)
+    edge = tl.where(side < 8, side - 8, side - 8 + (CLASSES - head) // 8 * 8)
+    there = (edge >= -head) & (edge < tl.where(live, CLASSES - head, -head))
+    z_edge = logits(student + edge, there, there, valid is not None, COMPUTE)
+    t_edge = logits(teacher + edge, there, there, valid is not None, COMPUTE)
+
+    scale = teacher_scale(header, at, view, live, unit, STRIDE_HEADER, COMPUTE)
+    w = tl.full((), 1.0, COMPUTE) * same_weight
+    if COSINE:
+        if view == WEIGHTED:
+            w = cosine(
+                teacher_o, teacher_a, header, at, live, STRIDE_TEACHER_O, STRIDE_TEACHER_A, OFFSET_O, OFFSET_A,
+                STRIDE_HEADER, CLASSES, READ_TEACHER, BLOCK, COMPUTE,
+            )  # fmt: skip
+    elif weight is not None:
+        w = tl.load(weight + row, mask=live, other=0.0).to(COMPUTE)
+    if view != WEIGHTED:
+        w = tl.full((), 1.0, COMPUTE)
+    hard, soft, scaled = row_factors(count, loss_scale, live, hard, soft, COMPUTE)
+
+    c = tl.full((), LOG2_E, COMPUTE) * inverse_t
+    c_t = c * scale
+    none = tl.zeros((THREADS,), COMPUTE)
+    top_z, top_t = none + ABSENT, none + ABSENT
+    shift_z, shift_t, shift_h = none + 1e20, none + 1e20, none + 1e20  # what is absent stays below it
+    sum_h, sum_q, sum_p = none, none, none
+    for start in range(0, whole, BLOCK):
+        z = tl.load(student + start + tile, eviction_policy="evict_last").to(COMPUTE)
+        t = tl.load(teacher + start + tile, eviction_policy="evict_last").to(COMPUTE)
+        top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p = _first(
+            z, t, c, c_t, top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p, POWER
+        )
+    for start in range(whole, inner, HALF):
+        columns = start + half
+        z = logits(student + columns, columns < inner, columns < inner, False, COMPUTE)
+        t = logits(teacher + columns, columns < inner, columns < inner, False, COMPUTE)
+        top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p = _first(
+            z, t, c, c_t, top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p, POWER
+        )
+
+    # Threads and edges together.
+    edge_z, edge_t = tl.max(z_edge, 0), tl.max(t_edge, 0)
+    most_z, most_t = tl.maximum(tl.max(top_z, 0), edge_z), tl.maximum(tl.max(top_t, 0), edge_t)
+    to_z = tl.minimum(tl.min(shift_z, 0), -edge_z * c)
+    to_t = tl.minimum(tl.min(shift_t, 0), -edge_t * c_t)
+    to_h = tl.minimum(tl.min(shift_h, 0), -edge_z * LOG2_E)
+    less_h, less_q, less_p = _less(shift_z, shift_t, shift_h, to_z, to_t, to_h, POWER)
+    _, _, e_h, e_q, e_p = _exponentials(z_edge, t_edge, c, c_t, to_z, to_t, to_h, POWER)
+    all_h = tl.sum(sum_h * less_h, 0) + tl.sum(e_h, 0)
+    all_q = tl.sum(sum_q * less_q, 0) + tl.sum(e_q, 0)
+    all_p = tl.sum(sum_p * less_p, 0) + tl.sum(e_p, 0)
+    by_all = 1.0 / (all_q * all_p * all_h)  # a division costs as much as ten products
+    by_h, by_q, by_p = by_all * (all_q * all_p), by_all * all_h * all_p, by_all * all_h * all_q
+
+    known, label = live, 0
+    z_y, t_y, h_y = tl.full((), 0.0, COMPUTE), tl.full((), 0.0, COMPUTE), tl.full((), 0.0, COMPUTE)
+    if target is not None:
+        target_row = tl.load(target + row, mask=live, other=0).to(tl.int64)
+        known = target_row.to(tl.uint64) < CLASSES
+        label = tl.where(known, target_row.to(tl.int32), 0) - head
+        z_y = tl.load(student + label, mask=live, other=0).to(COMPUTE)
+        t_y = tl.load(teacher + label, mask=live, other=0).to(COMPUTE)
+        h_y = tl.fma(z_y, LOG2_E, to_h) if POWER == 0 else tl.fma(z_y, c, to_z) * POWER
+    # What the shifts were rounded by is in the sums, but not in the logits.
+    apart = LN_2 * (tl.log2(all_q * by_p) - (tl.fma(most_z, c, to_z) - tl.fma(most_t, c_t, to_t)))
+    b, d = soft * w * inverse_t * scaled * by_q, soft * w * inverse_t * scaled * by_p
+    a, even = hard * scaled * by_h, hard * scaled * smoothing / CLASSES
+    grad = None
+    if grad_o is not None:
+        grad = grad_o + _start(row * STRIDE_GRAD_O, head, (STRIDE_GRAD_O - STRIDE_STUDENT_O) % 8 == 0)
+        if view == 1:
+            grad = grad_a + _start(row * STRIDE_GRAD_A, head, (STRIDE_GRAD_A - STRIDE_STUDENT_A) % 8 == 0)
+
+    HARD: tl.constexpr = target is not None
+    AGREE: tl.constexpr = parts is not None
+    kl, rest, flat, same = none, none, none, none
+    for start in range(0, whole, BLOCK):
+        z = tl.load(student + start + tile, eviction_policy="evict_first").to(COMPUTE)
+        t = tl.load(teacher + start + tile, eviction_policy="evict_first").to(COMPUTE)
+        kls, rests, flats, sames = _second(
+            z, t, start + tile, tile >= 0, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even, most_z, most_t,
+            by_q, by_p, inverse_t, scale, apart, POWER, REPORT, HARD, SMOOTH, AGREE,
+        )  # fmt: skip
+        kl, rest, flat = kl + _summed(kls), rest + _summed(rests), flat + _summed(flats)
+        same = tl.maximum(same, _largest(sames))
+    for start in range(whole, inner, HALF):
+        columns = start + half
+        z = logits(student + columns, columns < inner, columns < inner, False, COMPUTE)
+        t = logits(teacher + columns, columns < inner, columns < inner, False, COMPUTE)
+        kls, rests, flats, sames = _second(
+            z, t, columns, columns < inner, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even, most_z, most_t,
+            by_q, by_p, inverse_t, scale, apart, POWER, REPORT, HARD, SMOOTH, AGREE,
+        )  # fmt: skip
+        kl, rest, flat = kl + _summed(kls), rest + _summed(rests), flat + _summed(flats)
+        same = tl.maximum(same, _largest(sames))
+    kls, rests, flats, sames = _second(
+        z_edge, t_edge, edge, there, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even, most_z, most_t,
+        by_q, by_p, inverse_t, scale, apart, POWER, REPORT, HARD, SMOOTH, AGREE,
+    )  # fmt: skip
+    total = tl.sum(kl, 0) + tl.sum(kls, 0)
+    if REPORT == 1:
+        total = LN_2 * (total * by_p + tl.log2(all_q * by_p))
+    ce = tl.full((), 0.0, COMPUTE)
+    if HARD and REPORT > 0:
+        ce = plain_ce(all_h, h_y)
+        if REPORT == 2:
+            ce = exact_ce(tl.sum(rest, 0) + tl.sum(rests, 0), h_y, z_y == most_z)
+        if SMOOTH:
+            ce += smoothing * (z_y - most_z - (tl.sum(flat, 0) + tl.sum(flats, 0)) / CLASSES)
+    agree = tl.maximum(tl.max(same, 0), tl.max(sames, 0)) > 0.0
+    if grad_o is not None and valid is not None:
+        _clear(grad - head, tl.where(live, 0, CLASSES), BLOCK)
+    report(parts, slots, loss, row, view, batch, live, known, w, hard, soft, ce, total, agree, limit, WEIGHTED, REPORT)
+    if grad_o is not None and target is not None:  # after the row, its element at the target
+        if slots is None:  # else the ticket has waited for the program's threads
+            tl.debug_barrier()
+        q_y, p_y = tl.exp2(tl.fma(z_y, c, to_z)), tl.exp2(tl.fma(t_y, c_t, to_t))
+        a_y = tl.exp2(h_y) if POWER == 0 else raised(q_y, POWER)
+        g_y = gradient(a_y, q_y, p_y, a, b, d, even, live, HARD, SMOOTH) - hard * scaled * (1.0 - smoothing)
+        tl.store(grad + label, g_y.to(grad.dtype.element_ty), mask=live & known)

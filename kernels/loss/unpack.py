@@ -1,0 +1,151 @@
+"""Subspace rows to logits: codes become float16 coefficients, once, and one product with the directions follows.
+
+A coefficient is (q − β·u)·s with u of Philox's byte b, which is q·s + b·m + n of three tables. They are written in the
+order of Philox's calls, 16 bytes each; the rows of the basis stand in the same one. Two more rows are the mean and what
+float16 rounds off it, with coefficients 1. A power of two, `Lean.unit`, keeps what is summed within float16; it goes
+into the temperature. Against float64, logits are off by less than the code's own noise by two orders of magnitude.
+"""
+
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# (Triton's annotations are those of Python, not of the language inside @triton.jit.)
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_HEADER = 16  # bytes of a row before its segments
+_LARGEST_STEP = 136  # |q − β·u|: a byte and half a dither of up to four steps
+_ROOM = 64.0  # of a coefficient, so that 1,000 directions cannot leave float16
+_VECTORS = 4
+
+
+class Lean(NamedTuple):
+    """What `coefficients_of` and the product take of a code."""
+
+    table: Tensor
+    """f32 (3, d): s, m and n of each coefficient."""
+    basis: Tensor
+    """f16 (K, P): directions in the order of the calls, mean and its rest; K and P are multiples of 16."""
+    unit: float
+    """Logits are unit times the product."""
+
+
+def lean(basis: Tensor, scale: Tensor, beta: Tensor, mean: Tensor, unit: float) -> Lean:
+    """Of a `Decoder`'s fields, once per code: it waits for the device."""
+    dims, columns = basis.shape
+    calls = -(-dims // 16)
+    largest = max(float(scale.max()) * unit * 128 * _LARGEST_STEP, float(mean.abs().max()), 1e-30)
+    shared = 2.0 ** torch.tensor(largest / _ROOM).log2().ceil().item()
+    s = scale.double() * (unit * 128 / shared)
+    table = torch.stack([s, -beta.double() * s / 256, 255 * beta.double() * s / 512]).float()
+    placed = torch.zeros((16 * calls + 16, columns), dtype=torch.float64, device=basis.device)
+    i = torch.arange(dims, device=basis.device)
+    placed[16 * (i % calls) + i // calls] = basis.double() / 128
+    middle = mean.double() / shared
+    placed[16 * calls, : len(mean)] = middle.half().double()
+    placed[16 * calls + 1, : len(mean)] = middle - middle.half().double()
+    return Lean(table.contiguous(), placed.half(), shared)
+
+
+@triton.jit
+def philox(call, view, low, high):
+    """The four words of Philox4x32-10 with counter (call, view, 0, 0) and key (low, high), all u32."""
+    zero = call & 0
+    c0, c1, c2, c3 = call, zero + view, zero, zero
+    for _ in tl.static_range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        h0, h1 = tl.umulhi(c0, zero + 0xD2511F53), tl.umulhi(c2, zero + 0xCD9E8D57)
+        c0, c1, c2, c3 = h1 ^ c1 ^ low, p1, h0 ^ c3 ^ high, p0
+        low, high = low + 0x9E3779B9, high + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _coefficient(start, table, words, call, there, BYTE: tl.constexpr, WIDE: tl.constexpr, DIMS: tl.constexpr):
+    """Coefficients f16 of byte `BYTE` of the calls: a run of neighbours in the row and in the table."""
+    TOTAL: tl.constexpr = (DIMS + 15) // 16
+    HALF: tl.constexpr = (DIMS - WIDE + 1) // 2
+    i = BYTE * TOTAL + call
+    kept = (call < TOTAL) & (i < DIMS)
+    at = tl.where(i < WIDE + HALF, i, i - HALF)
+    q = tl.load(start + at, mask=kept & there, other=0).to(tl.int32)
+    nibble = tl.where(i < WIDE + HALF, q & 15, q >> 4)
+    q = tl.where(i < WIDE, (q ^ 128) - 128, (nibble ^ 8) - 8).to(tl.float32)
+    byte = ((words[BYTE // 4] >> (8 * (BYTE % 4))) & 255).to(tl.int32).to(tl.float32)
+    s = tl.load(table + i, mask=kept, other=0.0)
+    m = tl.load(table + DIMS + i, mask=kept, other=0.0)
+    n = tl.load(table + 2 * DIMS + i, mask=kept, other=0.0)
+    return tl.fma(q, s, tl.fma(byte, m, n)).to(tl.float16)
+
+
+@triton.jit
+def unpack(
+    codes, rows, keys, table, out, vectors,
+    ROW_BYTES: tl.constexpr, WIDE: tl.constexpr, DIMS: tl.constexpr, VECTORS: tl.constexpr, CALLS: tl.constexpr,
+):  # fmt: skip
+    """Coefficients f16 (vectors, K) of codes u8 (N, row_bytes); vector v is view v % 2 of pair v / 2."""
+    K: tl.constexpr = (DIMS + 15) // 16 * 16 + 16
+    number = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)[:, None]
+    there = number < vectors
+    pair, view = number // 2, (number % 2).to(tl.uint32)
+    key = tl.load(keys + pair, mask=there, other=0)
+    if rows is not None:
+        pair = tl.load(rows + pair, mask=there, other=0)
+    start = codes + pair * ROW_BYTES + 16 + view.to(tl.int64) * ((ROW_BYTES - 16) // 2)
+    call = tl.arange(0, CALLS)[None, :]
+    words = philox(
+        call.to(tl.uint32) + tl.zeros((VECTORS, CALLS), tl.uint32), view, key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    )
+    # Joined from the highest bit of the byte's number down: 16 neighbours of 32 bytes for each lane.
+    c0 = _coefficient(start, table, words, call, there, 0, WIDE, DIMS)
+    c1 = _coefficient(start, table, words, call, there, 1, WIDE, DIMS)
+    c2 = _coefficient(start, table, words, call, there, 2, WIDE, DIMS)
+    c3 = _coefficient(start, table, words, call, there, 3, WIDE, DIMS)
+    c4 = _coefficient(start, table, words, call, there, 4, WIDE, DIMS)
+    c5 = _coefficient(start, table, words, call, there, 5, WIDE, DIMS)
+    c6 = _coefficient(start, table, words, call, there, 6, WIDE, DIMS)
+    c7 = _coefficient(start, table, words, call, there, 7, WIDE, DIMS)
+    c8 = _coefficient(start, table, words, call, there, 8, WIDE, DIMS)
+    c9 = _coefficient(start, table, words, call, there, 9, WIDE, DIMS)
+    c10 = _coefficient(start, table, words, call, there, 10, WIDE, DIMS)
+    c11 = _coefficient(start, table, words, call, there, 11, WIDE, DIMS)
+    c12 = _coefficient(start, table, words, call, there, 12, WIDE, DIMS)
+    c13 = _coefficient(start, table, words, call, there, 13, WIDE, DIMS)
+    c14 = _coefficient(start, table, words, call, there, 14, WIDE, DIMS)
+    c15 = _coefficient(start, table, words, call, there, 15, WIDE, DIMS)
+    low = tl.join(tl.join(tl.join(c0, c8), tl.join(c4, c12)), tl.join(tl.join(c2, c10), tl.join(c6, c14)))
+    high = tl.join(tl.join(tl.join(c1, c9), tl.join(c5, c13)), tl.join(tl.join(c3, c11), tl.join(c7, c15)))
+    joined = tl.reshape(tl.join(low, high), (VECTORS, CALLS * 16))
+    columns = tl.arange(0, CALLS * 16)[None, :]
+    tl.store(out + number * K + columns, joined, mask=there & (columns < K - 16))
+    ones = tl.arange(0, 16)[None, :]
+    tl.store(out + number * K + K - 16 + ones, tl.where(ones < 2, 1.0, 0.0).to(tl.float16), mask=there)
+
+
+def subspace_logits(codes: Tensor, rows: Tensor | None, keys: Tensor, code: Lean, wide: int) -> Tensor:
+    """Codes u8 (N, row_bytes), rows i64 (B,) or None, keys i64 (B,) -> logits over `code.unit`, f16 (B, 2, P)."""
+    vectors, dims = 2 * len(keys), code.table.shape[1]
+    found = torch.empty((vectors, code.basis.shape[0]), dtype=torch.float16, device=codes.device)
+    kernel: Any = unpack[(triton.cdiv(vectors, _VECTORS),)]
+    kernel(
+        codes,
+        rows,
+        keys,
+        code.table,
+        found,
+        vectors,
+        ROW_BYTES=codes.shape[1],
+        WIDE=wide,
+        DIMS=dims,
+        **options(dims),
+    )
+    return torch.mm(found, code.basis).view(len(keys), 2, -1)
+
+
+def options(dims: int) -> dict[str, int | bool]:
+    """Tile and warps of a launch: a lane a call of Philox."""
+    calls = max(triton.next_power_of_2(-(-dims // 16)), 1)
+    return {"VECTORS": _VECTORS, "CALLS": calls, "num_warps": max(calls // 32, 1), "enable_fp_fusion": True}
