@@ -1,4 +1,4 @@
-"""Compute kernels: the distillation loss (`ccd_loss`, of logits or `EncodedPairs`), and the pixels of views (`jda`)."""
+"""Compute kernels: distillation losses (`ccd_loss` of logits or `EncodedPairs`, `kd_loss`), views' pixels (`jda`)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -7,14 +7,17 @@ if TYPE_CHECKING:
     from kernels import jda
     from kernels.loss.ccd import ccd_loss
     from kernels.loss.decode import EncodedPairs
+    from kernels.loss.kd import kd_loss
 
-__all__ = ["EncodedPairs", "ccd_loss", "jda"]
+__all__ = ["EncodedPairs", "ccd_loss", "jda", "kd_loss"]
 
 
 def __getattr__(name: str):
     # On first use: a process that only decodes images should not wait for torch and Triton, nor the loss for numba.
     if name == "ccd_loss":
         return import_module("kernels.loss.ccd").ccd_loss
+    if name == "kd_loss":
+        return import_module("kernels.loss.kd").kd_loss
     if name == "EncodedPairs":
         return import_module("kernels.loss.decode").EncodedPairs
     if name == "jda":

@@ -48,6 +48,22 @@ def cross_entropy(student: Tensor, target: Tensor, label_smoothing: float = 0.0)
     return -(1 - label_smoothing) * picked - (label_smoothing * log_q.mean(1) if label_smoothing else 0)
 
 
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    target: Tensor | None = None,
+    alpha: float = 0.5,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """T² · KL, mean over all rows of logits (..., C) -> scalar; with `target` (...) alpha · CE + (1 − alpha) · that."""
+    student, teacher = student.flatten(0, -2), teacher.detach().flatten(0, -2)
+    soft = temperature**2 * kl_divergence(student, teacher, temperature).mean()
+    if target is None:
+        return soft
+    return alpha * cross_entropy(student, target.flatten(), label_smoothing).mean() + (1 - alpha) * soft
+
+
 class Parts(NamedTuple):
     """What a loss is made of, per pair, (B,) each; zero where there is no label."""
 

@@ -1,1 +1,1 @@
-"""The distillation loss: `ccd` is what users call, `autograd` launches the kernels of `passes_gpu`."""
+"""Distillation losses: `ccd` and `kd` are what users call, `autograd` launches the kernels of `row` and `long`."""

@@ -296,7 +296,8 @@ def _(students, teacher, kind, tensors, numbers, whole, with_grad):
 def _remember(ctx, inputs, output):
     students, ctx.with_grad = inputs[0], inputs[-1]
     ctx.dtypes, ctx.teachers, ctx.scaled = [student.dtype for student in students], len(inputs[1]), inputs[3][-1]
-    ctx.tensors = len(inputs[3])
+    # A list with a None in it is nothing that autograd looks into.
+    ctx.optional = [None] * len(inputs[3]) if all(tensor is not None for tensor in inputs[3]) else None
     ctx.save_for_backward(*output[2], *([inputs[3][-1]] if ctx.scaled is not None else []))
     ctx.scaled = ctx.scaled is not None
     ctx.mark_non_differentiable(output[1], *output[2])
@@ -308,7 +309,7 @@ def _scale(ctx, d_loss, *_):
     grads = ctx.saved_tensors[: len(ctx.dtypes)]
     factor = d_loss / ctx.saved_tensors[-1] if ctx.scaled else d_loss
     outs = [(grad * factor).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-    return outs, [None] * ctx.teachers, None, [None] * ctx.tensors, None, None, None
+    return outs, [None] * ctx.teachers, None, ctx.optional, None, None, None
 
 
 distillation_loss.register_autograd(_scale, setup_context=_remember)

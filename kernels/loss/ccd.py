@@ -96,18 +96,18 @@ def ccd_loss(
     if encoded is None:
         assert isinstance(teacher_o, Tensor) and isinstance(teacher_a, Tensor)
         for name, tensor in (("teacher_o", teacher_o), ("teacher_a", teacher_a)):
-            _expect(name, tensor, student_o.shape, student_o.device, floating=True)
-        if _by_triton(asked, student_o, student_a, teacher_o, teacher_a):
-            return _by_kernel(student_o, student_a, target, [_rows(teacher_o), _rows(teacher_a)], asked)
+            expect(name, tensor, student_o.shape, student_o.device, floating=True)
+        if by_triton(asked, student_o, student_a, teacher_o, teacher_a):
+            return _by_kernel(student_o, student_a, target, [rows_of(teacher_o), rows_of(teacher_a)], asked)
         return _by_torch(student_o, student_a, teacher_o, teacher_a, target, asked)
     _check_encoded(encoded, student_o)
     if asked.weight is None and encoded.weight is not None:
-        _expect("weight", encoded.weight, target.shape, student_o.device, floating=True)
+        expect("weight", encoded.weight, target.shape, student_o.device, floating=True)
         asked = replace(asked, weight=encoded.weight)
     decoder = encoded.decoder
     if asked.weight is None and decoder.kind == "subspace":
         raise ValueError("weight: expected the stored w, got None: logits of subspace rows are centred")
-    if not _by_triton(asked, student_o, student_a):
+    if not by_triton(asked, student_o, student_a):
         teacher_o, teacher_a = encoded.logits().unbind(1)
         return _by_torch(student_o, student_a, teacher_o, teacher_a, target, asked)
     teacher = [encoded.codes.contiguous()]
@@ -122,11 +122,11 @@ def _check_encoded(encoded: EncodedPairs, student: Tensor) -> None:
         raise ValueError(f"decoder: expected {classes} classes, got {encoded.decoder.classes}")
     device = student.device
     if encoded.rows is None:
-        _expect("codes", encoded.codes, (batch, encoded.codes.shape[-1]), device, dtype=torch.uint8)
+        expect("codes", encoded.codes, (batch, encoded.codes.shape[-1]), device, dtype=torch.uint8)
     else:
-        _expect("codes", encoded.codes, encoded.codes.shape, device, dtype=torch.uint8)
-        _expect("rows", encoded.rows, (batch,), device, dtype=torch.int64)
-    _expect("dither_keys", encoded.dither_keys, (batch,), device, dtype=torch.int64)
+        expect("codes", encoded.codes, encoded.codes.shape, device, dtype=torch.uint8)
+        expect("rows", encoded.rows, (batch,), device, dtype=torch.int64)
+    expect("dither_keys", encoded.dither_keys, (batch,), device, dtype=torch.int64)
 
 
 def _by_torch(student_o, student_a, teacher_o, teacher_a, target: Tensor, options: Options):
@@ -184,19 +184,19 @@ def _by_kernel(student_o, student_a, target, teacher: list[Tensor], options: Opt
         report=2 if exact and options.report != "none" else autograd.REPORTS.index(options.report),
         parts=options.parts,
     )
-    students = [_rows(student_o).to(dtype), _rows(student_a).to(dtype)]
+    students = [rows_of(student_o).to(dtype), rows_of(student_a).to(dtype)]
     loss, noted = autograd.apply(students, task, options.inplace)
     if not options.parts:
         return loss
     return loss, Parts(noted[2], noted[3], noted[4], noted[5], noted[8], noted[6], noted[7])
 
 
-def _rows(logits: Tensor) -> Tensor:
+def rows_of(logits: Tensor) -> Tensor:
     """Logits whose classes lie side by side; rows may be any distance apart."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _by_triton(options: Options, *logits: Tensor) -> bool:
+def by_triton(options: Options, *logits: Tensor) -> bool:
     """Whether the kernels compute. Raises ValueError if they are asked for and cannot."""
     obstacle = None
     if not (logits[0].is_cuda or autograd.INTERPRETED):
@@ -216,19 +216,19 @@ def _check(student_o: Tensor, student_a: Tensor, target: Tensor, options: Option
     if student_o.ndim != 2 or student_o.numel() == 0:
         raise ValueError(f"student_o: expected logits (B, C), got shape {tuple(student_o.shape)}")
     device, batch = student_o.device, student_o.shape[:1]
-    _expect("student_o", student_o, student_o.shape, device, floating=True)
-    _expect("student_a", student_a, student_o.shape, device, floating=True)
-    _expect("target", target, batch, device)
+    expect("student_o", student_o, student_o.shape, device, floating=True)
+    expect("student_a", student_a, student_o.shape, device, floating=True)
+    expect("target", target, batch, device)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise ValueError(f"target: expected an integer dtype, got {target.dtype}")
     if isinstance(options.weight, Tensor):
-        _expect("weight", options.weight, batch, device, floating=True)
+        expect("weight", options.weight, batch, device, floating=True)
     if options.valid is not None:
-        _expect("valid", options.valid, batch, device, dtype=torch.bool)
+        expect("valid", options.valid, batch, device, dtype=torch.bool)
     if isinstance(options.count, Tensor):
-        _expect("count", options.count, (), device)
+        expect("count", options.count, (), device)
     if options.loss_scale is not None:
-        _expect("loss_scale", options.loss_scale, options.loss_scale.shape, device, dtype=torch.float32)
+        expect("loss_scale", options.loss_scale, options.loss_scale.shape, device, dtype=torch.float32)
         if options.loss_scale.numel() != 1:
             raise ValueError(f"loss_scale: expected one number, got shape {tuple(options.loss_scale.shape)}")
     if options.inplace:
@@ -252,7 +252,7 @@ def _check_inplace(student_o: Tensor, student_a: Tensor, options: Options) -> No
         raise ValueError("inplace: expected students apart, got logits that overlap")
 
 
-def _expect(name: str, tensor: Tensor, shape, device, *, dtype=None, floating: bool = False) -> None:
+def expect(name: str, tensor: Tensor, shape, device, *, dtype=None, floating: bool = False) -> None:
     if tensor.shape != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != device:

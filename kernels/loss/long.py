@@ -7,6 +7,7 @@ most 14 logits, are the `edges`, a tile of their own. `kernels.loss.terms` has t
 """
 
 # pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportOptionalOperand=false, reportOptionalMemberAccess=false
 # (Triton's annotations are those of Python, not of the language inside @triton.jit.)
 
 import triton

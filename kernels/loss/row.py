@@ -6,6 +6,7 @@ scalars, when the row is written. `kernels.loss.terms` has the forms, `kernels.r
 """
 
 # pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportOptionalOperand=false, reportOptionalMemberAccess=false
 # (Triton's annotations are those of Python, not of the language inside @triton.jit.)
 
 import triton

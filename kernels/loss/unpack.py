@@ -7,6 +7,7 @@ into the temperature. Against float64, logits are off by less than the code's ow
 """
 
 # pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportOptionalOperand=false, reportOptionalMemberAccess=false
 # (Triton's annotations are those of Python, not of the language inside @triton.jit.)
 
 from typing import Any, NamedTuple

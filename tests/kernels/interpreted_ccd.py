@@ -8,6 +8,7 @@ Barriers do nothing, so races between threads cannot be seen; programs share not
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from support.subspace import streams
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import EncodedPairs, ccd_loss, reference
+from kernels import EncodedPairs, ccd_loss, kd_loss, reference
 from kernels.loss import autograd, finish, long, row, unpack
 from pipeline.labels.epochs import decoder_of
 
@@ -169,6 +170,19 @@ def test_padding_between_rows_is_neither_used_nor_harmed(classes):
     expected = exact(case["logits"][:2], case["target"], case["logits"][2:])
     assert_close((loss.detach(), *(leaf.grad[:, :classes] / 3 for leaf in leaves)), expected)
     assert not any(leaf.grad[:, classes:].any() for leaf in leaves)
+
+
+@pytest.mark.parametrize("classes", [10, *slow(8201)])
+@pytest.mark.parametrize("hard", [False, True])
+def test_kd_of_rows_of_any_shape_meets_float64(classes, hard):
+    student, teacher = torch.randn(2, 2, 3, classes, generator=torch.Generator().manual_seed(0)) * 3
+    target = torch.randint(classes, (2, 3)) if hard else None
+    losses = []
+    for function, dtype in ((partial(kd_loss, impl="triton"), torch.float32), (reference.kd_loss, torch.float64)):
+        z = student.to(dtype).requires_grad_()
+        loss = function(z, teacher.to(dtype), 2.0, target, alpha=0.4 if hard else 0.0)
+        losses.append((loss.detach(), torch.autograd.grad(loss, z)[0].flatten(0, 1)))
+    assert_close(*losses)
 
 
 # 16-bit students

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.losses import oracle, random_case
+from torch import nn
 from torch.nn import functional as F
 
 import kernels
@@ -294,6 +295,27 @@ def test_one_object_may_carry_the_stored_labels_of_a_batch():
         ccd_loss(*students.chunk(2), pairs)
     with pytest.raises(ValueError, match="decoder: expected 9 classes, got 10"):
         ccd_loss(*students[:, :9].chunk(2), pairs, target)
+
+
+@pytest.mark.parametrize("views", [(), (2,)])
+def test_kd_is_pytorchs_own_loss(views):
+    student, teacher = torch.randn(2, *views, 6, 30, dtype=torch.float64)
+    target = torch.randint(30, (*views, 6))
+    student.requires_grad_()
+
+    def gradient(loss):
+        return loss.detach(), *torch.autograd.grad(loss, student)
+
+    own = nn.KLDivLoss(reduction="batchmean")
+    log_q, p = (student / 3).log_softmax(-1).flatten(0, -2), (teacher / 3).softmax(-1).flatten(0, -2)
+    expected = 9 * own(log_q, p)
+    torch.testing.assert_close(gradient(kernels.kd_loss(student, teacher, 3.0)), gradient(expected))
+    log_q = (student / 3).log_softmax(-1).flatten(0, -2)
+    hard = nn.CrossEntropyLoss(label_smoothing=0.1)(student.flatten(0, -2), target.flatten())
+    found = kernels.kd_loss(student, teacher, 3.0, target, alpha=0.3, label_smoothing=0.1)
+    torch.testing.assert_close(gradient(found), gradient(0.3 * hard + 0.7 * 9 * own(log_q, p)))
+    with pytest.raises(ValueError, match=r"kd_loss: expected alpha.* got weight"):
+        kernels.kd_loss(student, teacher, weight=1.0)
 
 
 def test_float64_stays_float64():
