@@ -242,7 +242,7 @@ def measure_kernels(found: str) -> None:
     def of(size: str) -> list[dict]:
         sizes = (tuple(map(int, size.split("×"))),)
         with mock.patch.object(kernels, "SIZES", sizes):  # else nothing is known before all are done
-            return kernels._times(Bench.rounds)
+            return kernels._times(harness.ROUNDS)
 
     if torch.cuda.is_available():
         _each(found, "kernels", {size: partial(of, size) for size in _FLOORS})

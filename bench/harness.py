@@ -34,6 +34,7 @@ from rich.table import Table
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import console_out, progress
 
+ROUNDS = 7  # unless the user says otherwise
 _PACKAGES = re.compile(r"torch|torchvision|nvidia-dali-cuda\d+|numpy|numba|pillow|zarr|triton")
 _TICKS = os.sysconf("SC_CLK_TCK")
 T = TypeVar("T")

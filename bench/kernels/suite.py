@@ -44,7 +44,7 @@ def run(config: Bench) -> dict:
     """Run the benchmark, print its tables and write `config.json`."""
     machine = harness.machine()
     if torch.cuda.is_available():
-        tables = {"time": _times(config.rounds)}
+        tables = {"time": _times(config.rounds or harness.ROUNDS)}
     else:
         tables = {"operators": _operators(), "error": _errors(), "compiled": _compiled(), "model": counts.model()}
     tables["bytes"] = [

@@ -55,7 +55,7 @@ def run(config: Bench) -> dict:
     formats = [
         {"teacher": source} | row for source, (fit, held) in sources.items() for row in compare(makes, fit, held)
     ]
-    storages = storage.compare(config.work, config.rounds, config.samples or storage.SAMPLES)
+    storages = storage.compare(config.work, config.rounds or harness.ROUNDS, config.samples or storage.SAMPLES)
     found = harness.document(
         "store",
         machine=machine,

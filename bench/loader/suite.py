@@ -47,7 +47,8 @@ def run(config: Bench) -> dict:
         for host in hosts.values():
             host.submit(arms.request, job, 0)  # imports torch, in all of them at once and before any timed round
         slots = harness.compare(
-            {name: partial(_hosted, host, job, name, warm, timed) for name, host in hosts.items()}, config.rounds
+            {name: partial(_hosted, host, job, name, warm, timed) for name, host in hosts.items()},
+            config.rounds or harness.ROUNDS,
         )
     reference = OURS if OURS in names else names[0]
     found = harness.document(

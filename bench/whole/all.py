@@ -37,7 +37,7 @@ def run(config: Bench) -> dict:
     machine = harness.machine()
     found: dict[str, Any] = {}
     for name in names:
-        rounds = SUITES[name] if config.rounds == Bench.rounds else config.rounds
+        rounds = config.rounds or SUITES[name]
         chosen = dataclasses.replace(config, suite=name, rounds=rounds, arms=None, json=None, out=None)
         found[name] = import_module(MODULES[name]).run(chosen)
         harness.write(path, document(machine, config, found))

@@ -80,7 +80,7 @@ def run(config: Bench) -> dict:
         arms = {name: job.arm(name) for name in names}
         passes = {name: job.teacher_pass(teacher) for name, teacher in job.teachers.items() if name in names}
         steps = {**{name: arm.step for name, arm in arms.items()}, **{f"{name}: pass": p for name, p in passes.items()}}
-        laps = harness.compare(steps, config.rounds)
+        laps = harness.compare(steps, config.rounds or harness.ROUNDS)
         read, teachers = job.bytes_per_pair(), {name: teacher.name for name, teacher in job.teachers.items()}
     rows = _rows({name: laps[name] for name in names}, arms, batch_size, read, device)
     tables = {"step": rows}
@@ -95,7 +95,7 @@ def run(config: Bench) -> dict:
         arms={},
         tables=tables,
     )
-    title = f"{batch_size} pairs, {job.student} on {device}, {config.rounds} rounds"
+    title = f"{batch_size} pairs, {job.student} on {device}, {config.rounds or harness.ROUNDS} rounds"
     for name, table in {"step": [_told(row) for row in rows], "split": [_split(row) for row in rows]}.items():
         harness.show_table(f"end-to-end: {name}, {title}", table)
     if even:
@@ -226,6 +226,9 @@ class TopK:
     classes: int
     row_bytes: int
     decoder = None
+
+    def known(self, rows: np.ndarray) -> np.ndarray:
+        return np.ones(len(rows), bool)
 
     def logits(self, rows: np.ndarray) -> torch.Tensor:
         """f32 (B, 2, C): T · log p, the rest of the mass spread over the other classes."""

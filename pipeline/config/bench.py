@@ -28,8 +28,9 @@ class Bench(Options):
     """Folder for what is made once; without it jda-distill/bench in the user's cache folder."""
     arms: str | None = None
     """Arms to run, separated by commas; without it all."""
-    rounds: Count = 7
-    """Timed rounds; each runs every arm once. One more goes first and is not counted."""
+    rounds: Annotated[int | None, Range(1)] = None
+    """Timed rounds, by default 7; each runs every arm once. One more goes first and is not counted. all has a number
+    for each suite."""
     pairs: Count = 1024
     """Pairs per arm and round, rounded up to whole batches of every worker."""
     batch_size: Annotated[int, Range(1, 2**20)] = 64

@@ -3,8 +3,10 @@
 import importlib
 import importlib.metadata
 import json
+import math
 import platform
 import sys
+import time
 import zlib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +22,7 @@ from pipeline.system.files import write_atomically
 from pipeline.training import page
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # by the option that asks for it
+_PAGE_S = 120  # between pages; one takes seconds to draw
 _VERSIONS = ("torch", "triton", "numpy", "timm", "zarr", "pillow")
 
 
@@ -46,6 +49,7 @@ class Writers:
     def __init__(self, config: Training, first: bool, facts: dict):
         """Raises UserError if what was asked for is not installed."""
         self._out, self._first, self._tensorboard, self._wandb = config.out, first, None, None
+        self._shown = -math.inf
         if not first:
             return
         write_atomically(config.out / "run.json", json.dumps(facts, indent=1, default=str).encode())
@@ -78,6 +82,9 @@ class Writers:
         values = {name: value for name, value in record.items() if isinstance(value, float)}
         values |= {f"val_{name}": value for name, value in record.get("val", {}).items()}
         self._write(number, {f"epoch/{name}": value for name, value in values.items()})
+        if self._first and time.monotonic() - self._shown > _PAGE_S:  # so that a killed run has a page too
+            page.write(self._out)
+            self._shown = time.monotonic()
 
     def close(self) -> Path | None:
         """Write the page; its path."""

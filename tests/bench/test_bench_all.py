@@ -161,7 +161,7 @@ def test_the_page_stands_alone_and_shows_every_suite(found, tmp_path, monkeypatc
             asked.append(config)
             if self.name == broken:
                 raise KeyboardInterrupt
-            return found if self.name == "end_to_end" else _document(self.name, *SUITES[self.name])
+            return found if self.name == "end-to-end" else _document(self.name, *SUITES[self.name])
 
     monkeypatch.setattr(
         all_suites, "import_module", lambda name: Suite({module: suite for suite, module in MODULES.items()}[name])

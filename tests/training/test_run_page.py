@@ -28,7 +28,7 @@ from support.run_pages import (
 )
 
 from cache import UserError
-from pipeline.training import checkpoint
+from pipeline.system import files
 from pipeline.training import page as run_page
 
 
@@ -337,7 +337,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(UserError, match=r"cannot write .*report\.html"):
-        patched.setattr(checkpoint.os, "replace", full)
+        patched.setattr(files.os, "replace", full)
         run_page.write(tmp_path / "r")
     assert file.read_bytes() == before and sorted(path.name for path in file.parent.iterdir()) == [
         "config.json",
