@@ -7,34 +7,45 @@ from cache.errors import UserError
 
 if TYPE_CHECKING:
     from cache import codec
+    from cache.store.beside import BESIDE_BYTES, pair_digest
     from cache.store.blocks import Block, Store, open
     from cache.store.making import create, exists, extend
     from cache.store.manifest import Manifest, check, difference
+    from cache.store.moving import copy, prune
     from cache.store.plane import Plane
     from cache.store.planes import planes
+    from cache.store.shared import Share
 
 __all__ = [
+    "BESIDE_BYTES",
     "Block",
     "Manifest",
     "Plane",
+    "Share",
     "Store",
     "UserError",
     "check",
     "codec",
+    "copy",
     "create",
     "difference",
     "exists",
     "extend",
     "open",
+    "pair_digest",
     "planes",
+    "prune",
 ]
 
 _MODULES = {
+    "cache.store.beside": ("BESIDE_BYTES", "pair_digest"),
     "cache.store.blocks": ("Block", "Store", "open"),
     "cache.store.making": ("create", "exists", "extend"),
     "cache.store.manifest": ("Manifest", "check", "difference"),
+    "cache.store.moving": ("copy", "prune"),
     "cache.store.plane": ("Plane",),
     "cache.store.planes": ("planes",),
+    "cache.store.shared": ("Share",),
 }
 
 

@@ -1,7 +1,7 @@
 """Codecs: how a pair of logit vectors becomes one row of bytes and back."""
 
 from cache.codec.base import MAX_CLASSES
-from cache.codec.choose import DEFAULT_BUDGET, NAMES, Codec, auto, fit, from_config, make
+from cache.codec.choose import DEFAULT_BUDGET, NAMES, Codec, array_shapes, auto, fit, from_config, join, make, split
 from cache.codec.dense import Fp16, Int8
 from cache.codec.subspace import Subspace
 
@@ -13,8 +13,11 @@ __all__ = [
     "Fp16",
     "Int8",
     "Subspace",
+    "array_shapes",
     "auto",
     "fit",
     "from_config",
+    "join",
     "make",
+    "split",
 ]

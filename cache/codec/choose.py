@@ -8,6 +8,7 @@ dither take no notice of it. Codecs are equal if their ``config`` is.
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ Codec = Fp16 | Int8 | Subspace
 
 _PLAIN: dict[str, type[Fp16 | Int8]] = {"fp16": Fp16, "int8": Int8}
 NAMES = (*_PLAIN, "subspace")
-_KEYS = {"subspace": subspace.CONFIG_KEYS}
+_KEYS = {("subspace", 1): subspace.CONFIG_KEYS, ("subspace", 2): subspace.HEADER_KEYS}
 _FIX = "choose one of these, or read the store with the version that wrote it"
 
 
@@ -79,19 +80,47 @@ def _candidates(logits: np.ndarray, kl: float) -> Iterator[Codec]:
             yield fitting.fit(logits, kl)
 
 
-def from_config(config: object, where: str = "codec") -> Codec:
-    """The codec of a config from outside, every value checked. Raises UserError naming the key."""
+def split(config: Any) -> tuple[dict, dict[str, np.ndarray]]:
+    """A config as a store keeps it: a header, which is JSON, and arrays, which one codec has. Raises as `from_config`."""
+    if not isinstance(config, dict) or config.get("name") != "subspace":
+        return config, {}
+    codec = from_config(config)
+    assert isinstance(codec, Subspace)
+    return subspace.split(codec)
+
+
+def array_shapes(header: object, where: str = "codec") -> dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """Of the arrays that go with a header from outside: name -> type, axes, shape. Raises UserError naming the key."""
+    if not isinstance(header, dict) or header.get("name") != "subspace":
+        return {}
+    return subspace.array_shapes(_checked(header, where, 2), where)
+
+
+def join(header: dict, arrays: dict[str, np.ndarray], where: str = "codec") -> dict:
+    """The config of a header, and of arrays of the shapes that it asks for. Raises UserError as `from_config` does."""
+    return subspace.join(header, arrays, where) if header.get("name") == "subspace" else header
+
+
+def _checked(config: object, where: str, version: int) -> dict:
+    """A mapping of the keys of its codec in this format."""
     name = config.get("name") if isinstance(config, dict) else None
-    keys = _KEYS.get(name, ("classes",)) if isinstance(name, str) else ("classes",)
+    keys = _KEYS.get((name, version), ("classes",)) if isinstance(name, str) else ("classes",)
     if not isinstance(config, dict) or config.keys() != {"name", "format", *keys}:
         found = sorted(map(str, config)) if isinstance(config, dict) else repr(config)
         expected = f"a mapping of {', '.join(('name', 'format', *keys))}"
         raise UserError(where, found=f"{found!s:.200}", expected=expected, fix=_FIX)
     if not isinstance(name, str) or name not in NAMES:
         raise UserError(f"{where}: unknown name", found=f"{name!r:.80}", expected=" or ".join(NAMES), fix=_FIX)
-    version, classes = config["format"], config["classes"]
-    if type(version) is not int or version != 1:
-        raise UserError(f"{where}: unknown format of {name}", found=f"{version!r:.80}", expected=1, fix=_FIX)
+    found = config["format"]
+    if type(found) is not int or found != version:
+        raise UserError(f"{where}: unknown format of {name}", found=f"{found!r:.80}", expected=version, fix=_FIX)
+    return config
+
+
+def from_config(config: object, where: str = "codec") -> Codec:
+    """The codec of a config from outside, every value checked. Raises UserError naming the key."""
+    config = _checked(config, where, 1)
+    name, classes = config["name"], config["classes"]
     if name == "subspace":
         return subspace.from_config(config, where)
     if type(classes) is not int or not 1 <= classes <= MAX_CLASSES:

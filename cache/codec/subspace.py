@@ -14,6 +14,7 @@ because E[u] = 0.
 """
 
 import base64
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +46,10 @@ _FIELDS = {  # array -> dtype, shape in terms of classes and dims
     "spread": ("<i4", "2d"),
     "gain": ("<i2", "d"),
 }
-CONFIG_KEYS = ("classes", "dims", "trellis", "wide", *_FIELDS)
+_SIZES = ("classes", "dims", "trellis", "wide")
+CONFIG_KEYS = (*_SIZES, *_FIELDS)
+HEADER_KEYS = (*_SIZES, "arrays")
+_AXES = {"c": "class", "d": "direction", "2": "image"}
 
 
 @dataclass(frozen=True)
@@ -216,13 +220,44 @@ class Subspace:
         return np.ascontiguousarray(rows[:, _ALIGN:]).reshape(len(rows), 2, self.segment), key
 
 
-def from_config(config: dict, where: str) -> Subspace:
-    """The codec of a config from outside, every value checked. Raises UserError naming the key."""
+def split(codec: Subspace) -> tuple[dict, dict[str, np.ndarray]]:
+    """What a store keeps: a header, which is JSON and holds a digest of the arrays (format 2), and the arrays."""
+    arrays = {name: codec.array(name) for name in _FIELDS}
+    sizes = {name: getattr(codec, name) for name in _SIZES}
+    return {"name": "subspace", "format": 2, **sizes, "arrays": _digest(arrays)}, arrays
 
-    def wrong(key: str, found: object, expected: object) -> UserError:
-        return UserError(f"{where}: {key}", found=found, expected=expected, fix="restore the store from a copy")
 
-    fields: dict = {}
+def array_shapes(header: dict, where: str) -> dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """Of the arrays of a header from outside: name -> type, axes, shape. Raises UserError naming the key."""
+    sizes = _sizes(header, where)
+    lengths = {"c": sizes["classes"], "d": sizes["dims"], "2": 2}
+    return {
+        name: (dtype, tuple(_AXES[axis] for axis in shape), tuple(lengths[axis] for axis in shape))
+        for name, (dtype, shape) in _FIELDS.items()
+    }
+
+
+def join(header: dict, arrays: dict[str, np.ndarray], where: str) -> dict:
+    """The config of a header from outside and its arrays. Raises UserError for arrays that are not its own."""
+    if header["arrays"] != (digest := _digest(arrays)):
+        raise _wrong(f"{where}: arrays", f"{header['arrays']!r:.80}", digest)
+    texts = {name: base64.b64encode(array.tobytes()).decode() for name, array in arrays.items()}
+    return {"name": "subspace", "format": 1, **{name: header[name] for name in _SIZES}, **texts}
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in _FIELDS:
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _wrong(key: str, found: object, expected: object) -> UserError:
+    return UserError(key, found=found, expected=expected, fix="restore the store from a copy")
+
+
+def _sizes(config: dict, where: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
     for name, low, high in (
         ("classes", 2, MAX_CLASSES),
         ("dims", 1, MAX_DIMS),
@@ -230,13 +265,22 @@ def from_config(config: dict, where: str) -> Subspace:
         ("wide", 0, MAX_DIMS),
     ):
         value = config[name]
-        high = high if name == "classes" else min(high, fields["classes" if name == "dims" else "dims"])
+        high = high if name == "classes" else min(high, sizes["classes" if name == "dims" else "dims"])
         if type(value) is not int or not low <= value <= high:
-            raise wrong(name, f"{value!r:.80}", f"a whole number in [{low}, {high}]")
-        fields[name] = value
-    lengths = {"c": fields["classes"], "d": fields["dims"], "2": 2}
-    for name, (dtype, shape) in _FIELDS.items():
-        text, size = config[name], math.prod(lengths[axis] for axis in shape) * np.dtype(dtype).itemsize
+            raise _wrong(f"{where}: {name}", f"{value!r:.80}", f"a whole number in [{low}, {high}]")
+        sizes[name] = value
+    return sizes
+
+
+def from_config(config: dict, where: str) -> Subspace:
+    """The codec of a config from outside, every value checked. Raises UserError naming the key."""
+
+    def wrong(key: str, found: object, expected: object) -> UserError:
+        return _wrong(f"{where}: {key}", found, expected)
+
+    fields: dict = _sizes(config, where)
+    for name, (dtype, _, shape) in array_shapes(fields, where).items():
+        text, size = config[name], math.prod(shape) * np.dtype(dtype).itemsize
         if type(text) is not str or len(text) != 4 * -(-size // 3):
             raise wrong(name, f"{len(text)} characters" if type(text) is str else type(text).__name__, f"{size} bytes")
         try:

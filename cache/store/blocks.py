@@ -4,20 +4,22 @@
 array        shape             chunk     content
 ============ ================= ========= =======================================================
 ``pairs``    (V, N, row_bytes) one block u8, encoded logits; zero where a sample is quarantined
-``weight``   (V, N)            one block f32, w = 1 + cos of the pair's raw logits; NaN: the
-                                         teacher skipped the sample, it has no labels
-``digest``   (V, N, 2)         one block u32, CRC-32 of the pixels of both views
+``weight``   (V, N)            one block f32, w = 1 + cos of the pair's raw logits, in steps of
+                                         2⁻²⁰; NaN: the teacher skipped the sample, no labels
+``digest``   (V, N)            one block u32, CRC-32 of the CRC-32s of both views' pixels
 ``status``   (N,)              16 blocks u8, 0 good, else quarantined; written with the store
 ``key_hash`` (N,)              16 blocks u64, hash of each sample's key; written with the store
 ``fidelity`` (V, blocks, 2)    one entry f32, what the codec was seen to lose, see `Block`
 ``commit``   (V, blocks)       one entry u64, 2³² + CRC-32C of a block, see `Store._commit_of`
+``codec/…``  the code's own    ≤ 64 MB   its fitted arrays
 ============ ================= ========= =======================================================
 
 A block exists once its commit entry does, and that is written last. Each chunk carries a CRC-32C of its own, which
 finds a damaged file; the commit finds one that is missing (zarr reads zeros), swapped, or of another block, store or
 run. The group's attributes are the manifest; the store exists once they do. Chunks are read and written here, past
-zarr, which would read at a third of a disk's rate; any zarr reader can read them, but for ``pairs`` of a codec that
-packs: those need their dither keys.
+zarr, which would read at a third of a disk's rate; any zarr reader can read them, with `cache.store.zarr_codecs` also
+``pairs`` of a codec that packs. A store of format 2 has w in full, a digest per view, and its code's arrays in the
+manifest; it is read and grown as it is.
 """
 
 import json
@@ -36,8 +38,8 @@ from cache import codec as codecs
 from cache import philox
 from cache.codec import Codec
 from cache.errors import UserError
-from cache.store import layout
-from cache.store.manifest import Manifest
+from cache.store import beside, layout
+from cache.store.manifest import FORMAT, Manifest
 from cache.store.objects import Damaged, Files, connect, each, place_of
 from cache.store.plane import Plane
 
@@ -59,7 +61,7 @@ class Block(NamedTuple):
     weight: np.ndarray
     """f32 (n,)."""
     digest: np.ndarray
-    """u32 (n, 2)."""
+    """u32 (n,), of pairs."""
     fidelity: np.ndarray
     """f32 (2,): mean KL(T = 4) of decoded labels in nats, and their slope, as measured by the writer; NaN: not."""
 
@@ -93,7 +95,7 @@ class Store:
         views = range(self.manifest.views) if view is None else (view,)
         committed = set(self._files.sizes("commit/c" if view is None else f"commit/c/{view}"))
         blocks = range(self.manifest.blocks)
-        return [(v, block) for v in views for block in blocks if key_of("commit", v, block) not in committed]
+        return [(v, block) for v in views for block in blocks if self.key("commit", v, block) not in committed]
 
     def write_block(
         self,
@@ -106,27 +108,31 @@ class Store:
     ) -> None:
         """Write and commit one block: `rows` u8 (n, row_bytes), `weight` f32 (n,), `digest` u32 (n, 2).
 
-        `fidelity` is kept for information, see `Block`. Killed or failing at any moment it leaves a block without a
-        commit. Raises UserError if it cannot be written.
+        `weight` is rounded to steps of 2⁻²⁰. `digest` is the CRC-32 of each view's pixels, or, (n,), what `read_block`
+        gave. `fidelity` is kept for information, see `Block`. Killed or failing at any moment it leaves a block without
+        a commit. Raises UserError if it cannot be written.
         """
         start, stop = self.block_range(block)
-        given = Block(rows, weight, digest, np.array(fidelity, np.float32))
-        for name, array, like in zip(layout.BLOCK, given, self._empty(stop - start), strict=True):
-            if array.shape != like.shape or array.dtype != like.dtype:
-                raise ValueError(f"{name}: expected {like.dtype} {like.shape}, got {array.dtype} {array.shape}")
-        rows = np.ascontiguousarray(rows)
-        self._files.delete(key_of("commit", view, block))
+        given, like = Block(rows, weight, digest, np.array(fidelity, np.float32)), self._stored(stop - start)
+        if self.manifest.format > 2 and digest.dtype == np.uint32 and digest.shape == (stop - start, 2):
+            given = given._replace(digest=beside.pair_digest(digest))
+        for name, array, wanted in zip(layout.BLOCK, given, like, strict=True):
+            if array.shape != wanted.shape or array.dtype != wanted.dtype:
+                raise ValueError(f"{name}: expected {wanted.dtype} {wanted.shape}, got {array.dtype} {array.shape}")
+        given = given._replace(rows=np.ascontiguousarray(rows))
+        if self.manifest.format > 2:
+            given = given._replace(weight=beside.rounded(weight))
+        self._files.delete(self.key("commit", view, block))
         for name, array in zip(layout.BLOCK, given, strict=True):
-            data = self._packed(view, block, rows) if self._arrays[name].packed else padded(array, self._arrays[name])
-            self._files.put_chunk(key_of(name, view, block), data)
-        commit = self._commit_of(_crc(rows), view, block, given)
-        self._files.put_chunk(key_of("commit", view, block), commit.to_bytes(8, "little"))
+            self._files.put_chunk(self.key(name, view, block), self._chunk(name, view, block, array))
+        commit = self._commit_of(_crc(given.rows), view, block, given)
+        self._files.put_chunk(self.key("commit", view, block), commit.to_bytes(8, "little"))
 
     def read_block(self, view: int, block: int) -> Block:
         """One block, checked against its commit. Raises UserError if it is missing or damaged."""
         start, stop = self.block_range(block)
         out = self._empty(stop - start)
-        if not self._files.has(key_of("commit", view, block)):
+        if not self._files.has(self.key("commit", view, block)):
             raise self._missing(view, [(view, block)])
         self._read_into(view, block, out)
         return out
@@ -163,37 +169,64 @@ class Store:
         """What the encoded rows of all blocks take on disk."""
         return sum(self._files.sizes("pairs/c").values())
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes on disk by array, the code's own together as `codec`, with metadata; `zarr.json` is the manifest."""
+        found = dict.fromkeys((*self._arrays, "codec", ROOT), 0)
+        for key, size in self._files.sizes("").items():
+            name = key.partition("/")[0]
+            found[name] = found.get(name, 0) + size
+        return found
+
+    def key(self, name: str, view: int, block: int) -> str:
+        """The key of a block's chunk of an array."""
+        return layout.key(name, self._arrays[name], view, block)
+
     def _empty(self, count: int, rows: np.ndarray | None = None) -> Block:
         rows = np.empty((count, self.codec.row_bytes), np.uint8) if rows is None else rows
-        return Block(rows, np.empty(count, np.float32), np.empty((count, 2), np.uint32), np.empty(2, np.float32))
+        return Block(rows, np.empty(count, np.float32), np.empty(count, np.uint32), np.empty(2, np.float32))
+
+    def _stored(self, count: int, like: Block | None = None) -> Block:
+        """A block's arrays as the store has them; those of `like` where they are the same."""
+        block = like or self._empty(count)
+        return block._replace(digest=np.empty((count, 2), np.uint32)) if self.manifest.format == 2 else block
 
     def _read_into(self, view: int, block: int, out: Block) -> None:
         """Fill the arrays of `out`, and check them against the commit."""
-        if self._arrays["pairs"].packed:
+        stored = self._stored(len(out.weight), out)
+        if self.codec.packed:
             crc = self._unpack(view, block, out.rows)
         else:
             crc = self._read_chunk("pairs", view, block, out.rows)
-        for name, array in zip(layout.BLOCK[1:], out[1:], strict=True):
+        for name, array in zip(layout.BLOCK[1:], stored[1:], strict=True):
             self._read_chunk(name, view, block, array)
         commit = np.empty(1, np.uint64)
         self._read_chunk("commit", view, block, commit)
-        if commit[0] != self._commit_of(crc, view, block, out):
+        if commit[0] != self._commit_of(crc, view, block, stored):
             names = f"{', '.join(layout.BLOCK)}, or the samples' status or key_hash"
             raise self._damaged(names, view, block, "what its commit does not vouch for")
+        if stored is not out:
+            out.digest[:] = beside.pair_digest(stored.digest)
 
     def _read_chunk(self, name: str, view: int, block: int, out: np.ndarray) -> int:
-        """Fill `out` with the beginning of a chunk, all but padding; returns the CRC-32C of that."""
-        size = self._arrays[name].chunk_bytes
+        """Fill `out` with the beginning of a chunk, all but padding; returns the CRC-32C of that, of a plain chunk."""
+        array, key, to = self._arrays[name], self.key(name, view, block), out.reshape(-1).view(np.uint8)
         try:
-            return self._files.read_chunk(key_of(name, view, block), size, out.reshape(-1).view(np.uint8))
+            if array.coded != "blosc":
+                return self._files.read_chunk(key, array.chunk_bytes, to)
+            data, _ = self._files.get_chunk(key, 0, beside.most(array.chunk_bytes))
         except Damaged as error:
             raise self._damaged(name, view, block, error) from error
+        try:
+            to[:] = beside.unsqueezed(data, array.chunk_bytes)[: len(to)]
+        except ValueError as error:
+            raise self._damaged(name, view, block, error) from error
+        return 0
 
     def _unpack(self, view: int, block: int, out: np.ndarray) -> int:
         """Fill `out` u8 (n, row_bytes) with a block's packed rows; returns their CRC-32C."""
         rows = slice(*self.block_range(block))
         try:
-            data, _ = self._files.get_chunk(key_of("pairs", view, block), 0, self._most_packed(len(out)))
+            data, _ = self._files.get_chunk(self.key("pairs", view, block), 0, self._most_packed(len(out)))
         except Damaged as error:
             raise self._damaged("pairs", view, block, error) from error
         try:
@@ -202,10 +235,14 @@ class Store:
             raise self._damaged("pairs", view, block, error) from error
         return _crc(out)
 
-    def _packed(self, view: int, block: int, rows: np.ndarray) -> bytes:
-        data = self.codec.pack(rows, self.stream(view, slice(*self.block_range(block))))
-        assert len(data) <= self._most_packed(len(rows)), "a codec that inflates"
-        return data
+    def _chunk(self, name: str, view: int, block: int, values: np.ndarray) -> bytes:
+        """The bytes of a chunk that begins with `values`, without its CRC-32C."""
+        if name == "pairs" and self.codec.packed:
+            data = self.codec.pack(values, self.stream(view, slice(*self.block_range(block))))
+            assert len(data) <= self._most_packed(len(values)), "a codec that inflates"
+            return data
+        data = padded(values, self._arrays[name])
+        return beside.squeezed(data) if self._arrays[name].coded == "blosc" else data
 
     def _most_packed(self, count: int) -> int:
         """Bytes that no packed chunk of `count` rows exceeds."""
@@ -235,7 +272,7 @@ class Store:
         return UserError(
             f"store {self.path} is damaged: array {name}, view {view}, block {block}",
             found=found,
-            fix=f"delete {self._files.where(key_of('commit', view, block))} and {_RERUN}",
+            fix=f"delete {self._files.where(self.key('commit', view, block))} and {_RERUN}",
         )
 
 
@@ -252,19 +289,14 @@ def open(path: str | Path) -> Store:
     manifest = _read_manifest(files)
     codec = codecs.from_config(manifest.codec)
     arrays = layout.arrays(manifest, codec)
-    for name in arrays:
-        _check_metadata(files, name, manifest, codec)
-    status, key_hash = (_read_samples(files, name, arrays[name]) for name in layout.SAMPLES)
+    for name, array in arrays.items():
+        _check_metadata(files, name, array, lambda data, name=name: layout.is_of(data, name, manifest, codec))
+    status, key_hash = (_read_array(files, name, arrays[name]) for name in layout.SAMPLES)
     return Store(place, manifest, codec, status, key_hash, files, arrays, _origin_of(manifest))
 
 
 def _crc(array: np.ndarray) -> int:
     return google_crc32c.value(array)  # type: ignore[arg-type]  # any contiguous buffer will do
-
-
-def key_of(name: str, view: int, block: int) -> str:
-    """The key of a block's chunk of an array."""
-    return f"{name}/c/{view}/{block}" + ("/0" if name in ("pairs", "digest", "fidelity") else "")
 
 
 def padded(values: np.ndarray, array: layout.Array) -> bytes:
@@ -280,8 +312,13 @@ def _read_manifest(files: Files) -> Manifest:
     except (Damaged, ValueError) as error:
         raise _unreadable(files.place, ROOT, error) from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
+    where, arrays = f"store {files.place}: manifest", {}
+    if isinstance(attributes, dict) and attributes.get("format") == FORMAT:
+        for name, array in layout.codec_arrays(attributes.get("codec"), f"{where}: codec").items():
+            _check_metadata(files, name, array)
+            arrays[name.removeprefix(layout.CODEC)] = _read_array(files, name, array)
     # Before the exact comparison, which a store of another format would fail.
-    manifest = Manifest.from_attributes(attributes, f"store {files.place}: manifest")
+    manifest = Manifest.from_attributes(attributes, where, arrays)
     try:
         if layout.group_json(attributes) != data:
             raise ValueError("not as it was written")
@@ -290,14 +327,16 @@ def _read_manifest(files: Files) -> Manifest:
     return manifest
 
 
-def _check_metadata(files: Files, name: str, manifest: Manifest, codec: Codec) -> None:
-    key = f"{name}/{ROOT}"
+def _check_metadata(
+    files: Files, name: str, array: layout.Array, good: Callable[[bytes], bool] = lambda data: False
+) -> None:
+    """Raise UserError unless an array's zarr.json is what it should be, or `good` as well."""
+    key, expected = f"{name}/{ROOT}", layout.to_json(layout.array_json(array))
     try:
         data = files.get(key, 0, _MAX_JSON_BYTES).tobytes()
     except Damaged as error:
         raise _unreadable(files.place, key, error) from error
-    if not layout.is_of(data, name, manifest, codec):
-        expected = layout.to_json(layout.array_json(layout.arrays(manifest, codec)[name]))
+    if data != expected and not good(data):
         at = next((i for i, pair in enumerate(zip(data, expected, strict=False)) if pair[0] != pair[1]), 0)
         raise UserError(
             f"store {files.place} is damaged: array {name}, {key} is not that of its manifest",
@@ -307,20 +346,21 @@ def _check_metadata(files: Files, name: str, manifest: Manifest, codec: Codec) -
         )
 
 
-def _read_samples(files: Files, name: str, array: layout.Array) -> np.ndarray:
-    """All of `status` or `key_hash`; memory is taken for what is there, whatever the manifest says."""
-    size, (samples,), (rows,) = array.chunk_bytes, array.shape, array.chunk
-    keys = (f"{name}/c/{chunk}" for chunk in range(-(-samples // rows)))
+def _read_array(files: Files, name: str, array: layout.Array) -> np.ndarray:
+    """All of an array in chunks along its first axis; memory is taken for what is there, whatever the manifest says."""
+    size = array.chunk_bytes
+    keys = (layout.key(name, array, chunk) for chunk in range(-(-array.shape[0] // array.chunk[0])))
     try:
         parts = list(each(lambda key: files.get_chunk(key, size, size)[0], keys, files.workers))
     except Damaged as error:
         fix = _remake(files.place)
         raise UserError(f"store {files.place} is damaged: array {name}", found=error, fix=fix) from error
-    return np.concatenate(parts).view(array.dtype)[:samples]
+    return np.concatenate(parts).view(array.dtype).reshape(-1, *array.shape[1:])[: array.shape[0]]
 
 
 def _origin_of(manifest: Manifest) -> int:
-    made_of = {name: value for name, value in manifest.identity().items() if name not in GROWING}
+    fields = {**manifest.identity(), "codec": manifest.header()}
+    made_of = {name: value for name, value in fields.items() if name not in GROWING}
     return google_crc32c.value(json.dumps(made_of, sort_keys=True).encode())
 
 

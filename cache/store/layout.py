@@ -7,26 +7,25 @@ document has a CRC-32C of itself, the attribute ``crc32c``.
 
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import google_crc32c
 import numpy as np
-from zarr.abc.codec import ArrayBytesCodec
-from zarr.registry import register_codec
 
+from cache import codec as codecs
 from cache.codec import Codec
+from cache.store import beside
 from cache.store.manifest import Manifest
+from cache.store.zarr_codecs import PACKED, PAIRS
 
-if TYPE_CHECKING:
-    from zarr.core.array_spec import ArraySpec
-    from zarr.core.buffer import Buffer, NDBuffer
-
-PACKED = "jda_distill.packed"
 BLOCK = ("pairs", "weight", "digest", "fidelity")
 """What makes a block, besides its commit; in the order in which it is written."""
 SAMPLES = ("status", "key_hash")
 """What is there from the beginning."""
+CODEC = "codec/"
+"""Before the names of a code's own arrays."""
 _SAMPLES_ROWS = 1 << 14  # of a chunk; less in a store of small blocks
+_CODEC_CHUNK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Array:
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
-    packed: bool = False
+    coded: str = "plain"
+    """plain; pairs or packed: by a codec that packs, with its checksum or (format 2) without; blosc."""
 
     @property
     def chunk_bytes(self) -> int:
@@ -49,10 +49,17 @@ def arrays(manifest: Manifest, codec: Codec) -> dict[str, Array]:
     views, samples, width = manifest.views, manifest.samples, codec.row_bytes
     rows, some = min(manifest.block_rows, samples), (min(16 * manifest.block_rows, _SAMPLES_ROWS),)
     by_view = ("view", "sample")
+    packed = "plain" if not codec.packed else "packed" if manifest.format == 2 else "pairs"
+    if manifest.format == 2:
+        weight = Array("<f4", by_view, (views, samples), (1, rows))
+        digest = Array("<u4", (*by_view, "image"), (views, samples, 2), (1, rows, 2))
+    else:
+        weight = Array("<f4", by_view, (views, samples), (1, rows), "blosc")
+        digest = Array("<u4", by_view, (views, samples), (1, rows))
     return {
-        "pairs": Array("<u1", (*by_view, "byte"), (views, samples, width), (1, rows, width), codec.packed),
-        "weight": Array("<f4", by_view, (views, samples), (1, rows)),
-        "digest": Array("<u4", (*by_view, "image"), (views, samples, 2), (1, rows, 2)),
+        "pairs": Array("<u1", (*by_view, "byte"), (views, samples, width), (1, rows, width), packed),
+        "weight": weight,
+        "digest": digest,
         "fidelity": Array("<f4", ("view", "block", "measure"), (views, manifest.blocks, 2), (1, 1, 2)),
         "status": Array("<u1", ("sample",), (samples,), some),
         "key_hash": Array("<u8", ("sample",), (samples,), some),
@@ -60,8 +67,22 @@ def arrays(manifest: Manifest, codec: Codec) -> dict[str, Array]:
     }
 
 
+def codec_arrays(header: object, where: str = "codec") -> dict[str, Array]:
+    """The arrays ``codec/NAME`` of a codec's header from outside, in chunks along the first axis. Raises UserError."""
+    found = {}
+    for name, (dtype, axes, shape) in codecs.array_shapes(header, where).items():
+        along = max(_CODEC_CHUNK_BYTES // int(np.prod(shape[1:], dtype=object)) // np.dtype(dtype).itemsize, 1)
+        found[CODEC + name] = Array(dtype, axes, shape, (min(along, shape[0]), *shape[1:]))
+    return found
+
+
+def key(name: str, array: Array, *chunk: int) -> str:
+    """The key of a chunk; the axes that are not given are not cut."""
+    return "/".join(map(str, (name, "c", *chunk, *[0] * (len(array.shape) - len(chunk)))))
+
+
 def group_json(attributes: object) -> bytes:
-    """The root's zarr.json."""
+    """A group's zarr.json."""
     return to_json({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
@@ -69,6 +90,13 @@ def array_json(array: Array) -> dict[str, Any]:
     """An array's zarr.json."""
     dtype = np.dtype(array.dtype)
     little = {"name": "bytes"} if dtype.itemsize == 1 else {"name": "bytes", "configuration": {"endian": "little"}}
+    crc: dict[str, Any] = {"name": "crc32c"}
+    chain = {
+        "plain": [little, crc],
+        "blosc": [little, {"name": "blosc", "configuration": beside.BLOSC}, crc],
+        "packed": [{"name": PACKED, "configuration": {}}, crc],
+        "pairs": [{"name": PAIRS, "configuration": {}}],
+    }
     document: dict[str, Any] = {
         "zarr_format": 3,
         "node_type": "array",
@@ -77,7 +105,7 @@ def array_json(array: Array) -> dict[str, Any]:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(array.chunk)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": dtype.type(0).item(),
-        "codecs": [{"name": PACKED, "configuration": {}} if array.packed else little, {"name": "crc32c"}],
+        "codecs": chain[array.coded],
         "dimension_names": list(array.axes),
     }
     return {**document, "attributes": {"crc32c": google_crc32c.value(to_json(document))}}
@@ -117,31 +145,3 @@ def from_json(data: bytes) -> Any:
         return json.loads(data)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-class Packed(ArrayBytesCodec):
-    """The array -> bytes stage of packed pairs, by name alone, so that any zarr reader here can open the array."""
-
-    is_fixed_size = False
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Any configuration is taken; there is nothing to configure."""
-        return cls()
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
-        return {"name": PACKED, "configuration": {}}
-
-    def compute_encoded_size(self, input_byte_length: int, chunk_spec: "ArraySpec") -> int:
-        """Not known beforehand."""
-        raise NotImplementedError
-
-    async def _decode_single(self, chunk_data: "Buffer", chunk_spec: "ArraySpec") -> "NDBuffer":
-        raise ValueError("packed rows need their dither keys: read them through cache.open(...).load_plane")
-
-    async def _encode_single(self, chunk_data: "NDBuffer", chunk_spec: "ArraySpec") -> "Buffer | None":
-        raise ValueError("packed rows need their dither keys: write them through cache.open(...).write_block")
-
-
-register_codec(PACKED, Packed)

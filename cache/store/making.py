@@ -11,7 +11,7 @@ import numpy as np
 from cache import codec as codecs
 from cache.errors import UserError
 from cache.store import layout
-from cache.store.blocks import GROWING, ROOT, Store, key_of, open, padded
+from cache.store.blocks import GROWING, ROOT, Store, open, padded
 from cache.store.manifest import Manifest, check
 from cache.store.objects import Damaged, Files, connect, framed, place_of
 
@@ -25,13 +25,15 @@ def create(path: str | Path, manifest: Manifest, status: np.ndarray, key_hash: n
     """
     _require_samples(manifest, status, key_hash)
     attributes = manifest.to_attributes()
-    codec = codecs.from_config(Manifest.from_attributes(attributes).codec)
+    header, fitted = (manifest.codec, {}) if manifest.format == 2 else codecs.split(manifest.codec)
+    codec = codecs.from_config(Manifest.from_attributes(attributes, arrays=fitted).codec)
     place = place_of(path)
     another = "choose another --store, or delete it"
     if exists(place):
         raise UserError(f"{place} exists", fix=another)
     files = connect(place, make=True)
-    for key, data in _initial(layout.arrays(manifest, codec), {"status": status, "key_hash": key_hash}):
+    values = {layout.CODEC + name: array for name, array in fitted.items()} | {"status": status, "key_hash": key_hash}
+    for key, data in _initial({**layout.codec_arrays(header), **layout.arrays(manifest, codec)}, values):
         # The first object that differs says who wins.
         if not files.create(key, data) and not _holds(files, key, data):
             raise UserError(f"{place} exists", found="the beginnings of another store", fix=another)
@@ -46,7 +48,7 @@ def exists(path: str | Path) -> bool:
     if isinstance(place, Path) and not place.is_dir():
         return os.path.lexists(place)
     files = connect(place)
-    if not files.names() <= {*layout.BLOCK, *layout.SAMPLES, "commit"}:
+    if not files.names() <= {*layout.BLOCK, *layout.SAMPLES, "commit", "codec"}:
         return True
     # Labels without a manifest are the remains of a store, not the beginnings of one.
     return any(files.sizes(f"{name}/c") for name in (*layout.BLOCK, "commit"))
@@ -74,13 +76,13 @@ def extend(store: Store, manifest: Manifest, status: np.ndarray, key_hash: np.nd
     _require_same_samples(store, status, key_hash)
     new = replace(old, dataset=manifest.dataset, samples=manifest.samples, views=manifest.views)
     attributes = new.to_attributes()
-    Manifest.from_attributes(attributes)
+    Manifest.from_attributes(attributes, arrays={} if new.format == 2 else codecs.split(new.codec)[1])
     if new == old:
         return store
     files = store._files
     if new.samples > old.samples and old.samples % old.block_rows:
         for name, view in product(("commit", *layout.BLOCK), range(old.views)):
-            files.delete(key_of(name, view, old.blocks - 1))
+            files.delete(store.key(name, view, old.blocks - 1))
     for key, data in _initial(layout.arrays(new, store.codec), {"status": status, "key_hash": key_hash}, old.samples):
         files.put(key, data)
     files.put(ROOT, layout.group_json(attributes))
@@ -109,16 +111,18 @@ def _require_same_samples(store: Store, status: np.ndarray, key_hash: np.ndarray
 
 
 def _initial(
-    arrays: dict[str, layout.Array], samples: dict[str, np.ndarray], first: int = 0
+    arrays: dict[str, layout.Array], content: dict[str, np.ndarray], first: int = 0
 ) -> Iterator[tuple[str, bytes]]:
     """Key and content of all that a store without blocks has, but the manifest; chunks from row `first` on."""
+    if any(name.startswith(layout.CODEC) for name in arrays):
+        yield f"{layout.CODEC}{ROOT}", layout.group_json({})
     for name, array in arrays.items():
         yield f"{name}/{ROOT}", layout.to_json(layout.array_json(array))
-    for name, values in samples.items():
-        (rows,) = arrays[name].chunk
+    for name, values in content.items():
+        rows = arrays[name].chunk[0]
         for chunk in range(first // rows, -(-len(values) // rows)):
             part = values[chunk * rows : (chunk + 1) * rows]
-            yield f"{name}/c/{chunk}", framed(padded(part, arrays[name]))
+            yield layout.key(name, arrays[name], chunk), framed(padded(part, arrays[name]))
 
 
 def _holds(files: Files, key: str, data: bytes) -> bool:

@@ -5,10 +5,14 @@ import json
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
+
 from cache import codec as codecs
 from cache.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
+FORMATS = (2, FORMAT)
+"""Those that can be read: 2 has the codec's arrays in the manifest, w in full and a digest per view."""
 _MAX_TEXT = 4096
 _MAX_MAPPING = 1 << 20  # characters of JSON; a codec may have far more, and bounds them itself
 _SHOWN = 80
@@ -92,29 +96,42 @@ class Manifest:
         """The fields that two runs filling one store must agree on."""
         return {name: getattr(self, name) for name in _FIXES}
 
+    def header(self) -> dict:
+        """What the attributes say of the codec, whose arrays lie beside them."""
+        return self.codec if self.format == 2 else codecs.split(self.codec)[0]
+
     def to_attributes(self) -> dict:
         """JSON-safe, with a checksum; `from_attributes` gives an equal manifest."""
         attributes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        attributes["codec"] = self.header()
         # Readers that keep numbers as doubles would round a seed.
         attributes |= {"mean": list(self.mean), "std": list(self.std), "seed": str(self.seed)}
         return {**attributes, "crc32": _crc(attributes)}
 
     @classmethod
-    def from_attributes(cls, attributes: object, where: str = "manifest") -> "Manifest":
-        """A manifest from JSON values of any origin. Raises UserError naming the field, what it is and should be."""
+    def from_attributes(
+        cls, attributes: object, where: str = "manifest", arrays: dict[str, np.ndarray] | None = None
+    ) -> "Manifest":
+        """A manifest from JSON values of any origin, and the codec's arrays that `codecs.array_shapes` asks for.
+
+        Raises UserError naming the field, what it is and should be.
+        """
         if not isinstance(attributes, dict) or "format" not in attributes:
             raise UserError(f"{where}: not that of a store of soft labels", fix="check --store")
-        if type(attributes["format"]) is not int or attributes["format"] != FORMAT:
+        if type(attributes["format"]) is not int or attributes["format"] not in FORMATS:
             raise UserError(
                 f"{where}: unknown format",
                 found=shown(attributes["format"]),
-                expected=FORMAT,
+                expected=" or ".join(map(str, FORMATS)),
                 fix="read the store with the version that wrote it",
             )
         _check_fields(attributes, where)
         numbers = {name: tuple(float(value) for value in attributes[name]) for name in ("mean", "std")}
         fields = {name: value for name, value in attributes.items() if name != "crc32"}
-        manifest = cls(**{**fields, **numbers, "seed": int(attributes["seed"])})
+        codec = fields["codec"]
+        if attributes["format"] > 2:
+            codec = codecs.join(codec, arrays or {}, f"{where}: codec")
+        manifest = cls(**{**fields, **numbers, "seed": int(attributes["seed"]), "codec": codec})
         _check_bounds(manifest, where)
         if attributes["crc32"] != _crc(fields):
             raise _wrong(where, "crc32", attributes["crc32"], _crc(fields))

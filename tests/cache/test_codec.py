@@ -177,7 +177,7 @@ def test_a_manifest_survives_json(seed, numbers):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("format", value) for value in (0, 1, 3, "2", True, None)),
+        *(("format", value) for value in (0, 1, 4, "2", True, None)),
         *((field, value) for field in ("samples", "classes", "views", "size", "block_rows") for value in (0, -1, 1.0)),
         *((field, value) for field in ("samples", "classes", "views", "size", "block_rows") for value in ("5", True)),
         *(("samples", value) for value in (2**40 + 1, 10**30, None, [])),

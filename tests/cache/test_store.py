@@ -73,14 +73,15 @@ def test_any_zarr_reader_finds_the_arrays_and_the_commits(whole):
         assert {name: (a.shape, a.chunks, str(a.dtype)) for name, a in arrays.items()} == {
             "pairs": ((2, 50, 26), (1, 24, 26), "uint8"),
             "weight": ((2, 50), (1, 24), "float32"),
-            "digest": ((2, 50, 2), (1, 24, 2), "uint32"),
+            "digest": ((2, 50), (1, 24), "uint32"),
             "fidelity": ((2, 3, 2), (1, 1, 2), "float32"),
             "status": ((50,), (384,), "uint8"),
             "key_hash": ((50,), (384,), "uint64"),
             "commit": ((2, 3), (1, 1), "uint64"),
         }
-        for array in arrays.values():
-            assert [codec.to_dict()["name"] for codec in (array.serializer, *array.compressors)] == ["bytes", "crc32c"]
+        for name, array in arrays.items():
+            chain = ["bytes", "blosc", "crc32c"] if name == "weight" else ["bytes", "crc32c"]
+            assert [codec.to_dict()["name"] for codec in (array.serializer, *array.compressors)] == chain
         np.testing.assert_array_equal(arrays["status"][:], status())
         np.testing.assert_array_equal(arrays["key_hash"][:], key_hash())
         for view in range(VIEWS):
@@ -96,7 +97,7 @@ def test_any_zarr_reader_finds_the_arrays_and_the_commits(whole):
 
 
 def test_a_codec_that_packs_has_its_dither_keys_both_ways(tmp_path, monkeypatch):
-    """Chunks are what the codec packs, and a CRC-32C; zarr opens all arrays, and reads all but these."""
+    """Chunks are what the codec packs, and a CRC-32C."""
     store = fill(make(tmp_path / "s", **zipped(monkeypatch)))
     for view in range(VIEWS):
         for block in range(3):
@@ -105,14 +106,6 @@ def test_a_codec_that_packs_has_its_dither_keys_both_ways(tmp_path, monkeypatch)
             np.testing.assert_array_equal(store.stream(view, np.arange(start, stop)), keys)
             packed = store.codec.pack(content(store, view, block)[0], keys)
             assert chunk(tmp_path / "s", "pairs", view, block).read_bytes() == framed(packed)
-    arrays = dict(zarr.open_group(tmp_path / "s", mode="r").arrays())
-    np.testing.assert_array_equal(arrays["weight"][1], store.load_plane(1).weight)
-    with pytest.raises(
-        ValueError, match=r"need their dither keys: read them through cache\.open\(\.\.\.\)\.load_plane"
-    ):
-        arrays["pairs"][0]
-    with pytest.raises(ValueError, match="need their dither keys: write them through"):
-        zarr.open_array(tmp_path / "s", path="pairs", mode="r+")[0] = 1
 
 
 def test_bytes_the_codec_cannot_unpack_are_damage(tmp_path, monkeypatch):
@@ -265,7 +258,7 @@ def test_a_contradiction_shows_no_more_than_the_beginning_of_a_codecs_tables():
 def test_a_store_of_the_first_format_is_refused_as_such(tmp_path):
     """Its metadata was zarr's own."""
     zarr.create_group(tmp_path / "s", zarr_format=3, attributes={**manifest().to_attributes(), "format": 1})
-    with pytest.raises(UserError, match=r"unknown format; found 1, expected 2; fix: read the store with the version"):
+    with pytest.raises(UserError, match=r"unknown format; found 1, expected 2 or 3; fix: read the store with the version"):
         cache.open(tmp_path / "s")
 
 

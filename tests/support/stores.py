@@ -56,8 +56,8 @@ def content(store: Store, view: int, block: int) -> tuple[np.ndarray, np.ndarray
     rng = np.random.default_rng((view, block))
     start, stop = store.block_range(block)
     pairs = rng.integers(0, 256, (stop - start, store.codec.row_bytes), dtype=np.uint8)
-    digest = rng.integers(0, 2**32, (stop - start, 2), dtype=np.uint32)
-    return pairs, rng.random(stop - start, dtype=np.float32), digest, (view + 0.5, block + 0.25)
+    weight = (rng.integers(0, 2**21, stop - start) / 2**20).astype(np.float32)
+    return pairs, weight, rng.integers(0, 2**32, stop - start, dtype=np.uint32), (view + 0.5, block + 0.25)
 
 
 def fill(store: Store) -> Store:
@@ -85,7 +85,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def chunk(path: Path, name: str, view: int, block: int) -> Path:
-    return path / name / "c" / str(view) / str(block) / ("" if name in ("weight", "commit") else "0")
+    return path / name / "c" / str(view) / str(block) / ("0" if name in ("pairs", "fidelity") else "")
 
 
 def framed(data: bytes) -> bytes:
