@@ -81,7 +81,7 @@ def _candidates(logits: np.ndarray, kl: float) -> Iterator[Codec]:
 
 
 def split(config: Any) -> tuple[dict, dict[str, np.ndarray]]:
-    """A config as a store keeps it: a header, which is JSON, and arrays, which one codec has. Raises as `from_config`."""
+    """A config as a store keeps it: a header, which is JSON, and arrays, which one codec has. Raises UserError."""
     if not isinstance(config, dict) or config.get("name") != "subspace":
         return config, {}
     codec = from_config(config)

@@ -13,7 +13,7 @@ class Plane:
     weight: np.ndarray
     """f32 (N,), w = 1 + cos of the pair's raw logits; NaN where the teacher skipped the sample."""
     digest: np.ndarray
-    """u32 (N, 2), CRC-32 of the pixels the teacher saw, original and augmented."""
+    """u32 (N,), `cache.pair_digest` of the CRC-32s of the pixels that the teacher saw."""
     good: np.ndarray
     """bool (N,); a quarantined sample has no labels."""
 

@@ -20,7 +20,6 @@ from pipeline.system.terminal import decimal
 
 _LISTED = 200  # keys in a list
 _TOP = 5
-_BESIDE = 12  # bytes per pair: w and both digests
 
 
 class Looked(NamedTuple):
@@ -83,13 +82,17 @@ def _sizes(store: Store, there: list) -> str:
     """Bytes of this code on disk and in memory, and of the plain ones."""
     samples, count, classes = store.manifest.samples, store.manifest.views, store.manifest.classes
     pairs = sum(stop - start for start, stop in (store.block_range(block) for _, block in there))
-    disk = store.label_bytes() / (2 * pairs) if pairs else math.nan
+    stored = store.sizes()
+    disk, beside, whole = (
+        sum(stored[name] for name in names) / (2 * pairs) if pairs else math.nan
+        for names in (("pairs",), ("weight", "digest"), stored)
+    )
     fp16, int8 = (codecs.make(name, classes=classes).row_bytes / 2 for name in ("fp16", "int8"))
     kinds = {
         "labels on disk": disk,
         "labels in memory": store.codec.row_bytes / 2,
-        "w and digests": _BESIDE / 2,
-        "store: labels, w, digests, on disk": disk + _BESIDE / 2,
+        "w and digests": beside,
+        "store: labels, w, digests and all else, on disk": whole,
         "dense fp16, for comparison": fp16,
         "dense int8, for comparison": int8,
     }

@@ -40,7 +40,7 @@ from pipeline.views.policy import Policy
 
 _CHECKED = 1024  # pairs per block whose labels are decoded again and compared
 _BEHIND = 4  # batches whose labels may wait to be coded
-_BESIDE = 20  # bytes per pair: weight, digests, checksums and metadata in round figures
+_BESIDE = cache.BESIDE_BYTES
 
 
 def precompute(
@@ -104,7 +104,7 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> No
             **({"blocks by process": " + ".join(str(blocks) for blocks, _, _ in found)} if len(found) > 1 else {}),
             "rate": f"{done / seconds:,.0f} pairs/s" if done else "-",
             "codec": f"{store.manifest.codec['name']}, {store.codec.row_bytes / 2:g} bytes per vector in memory",
-            "bytes per vector": f"{store.label_bytes() / (2 * len(index) * config.views):.1f} on disk",
+            "bytes per vector": _bytes(store, 2 * len(index) * config.views),
             "blocks outside the budget": f"{len(outside)}, the first {outside[0]}" if outside else "none",
             "quarantined samples": int((index.records["status"] != 0).sum()),
             "skipped samples": len(loader.skipped.causes),
@@ -285,6 +285,11 @@ def _manifest(config, index: Index, policy: Policy, teacher: Teacher, codec: dic
     )
 
 
+def _bytes(store: Store, vectors: int) -> str:
+    sizes = store.sizes()
+    return f"{sizes['pairs'] / vectors:.1f} on disk, {sum(sizes.values()) / vectors:.1f} with w, digest and all else"
+
+
 def _announce(manifest: Manifest, found: Calibration) -> None:
     print(f"labels: {_described(found)}; {_size(manifest.samples, manifest.views, found)}", flush=True)
 
@@ -293,6 +298,7 @@ def _described(found: Calibration) -> str:
     kl = ", ".join(f"T = {temperature:g}: {value:.2g}" for temperature, value in found.fidelity.kl.items())
     return (
         f"{found.codec.config['name']}, {found.fidelity.bytes_per_vector:.1f} bytes per vector on disk, "
+        f"{found.fidelity.bytes_per_vector + _BESIDE / 2:.1f} with w and digest, "
         f"{found.codec.row_bytes / 2:g} in memory; KL in nats at {kl}; slope {found.fidelity.slope:.4f}"
     )
 

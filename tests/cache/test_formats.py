@@ -1,14 +1,22 @@
 """Labels of every released format stay readable for ever: frozen examples, written once by fixtures/make.py."""
 
+import base64
 import json
+import shutil
+import zlib
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
+from support.stores import framed, manifest
 from support.subspace import reference_decode
 
+import cache
 from cache import codec as codecs
 from cache.codec.subspace import Subspace
+from cache.store import beside
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.json"))
 
@@ -40,3 +48,118 @@ def test_the_frozen_subspace_has_bytes_and_nibbles_on_the_trellis_and_some_off_i
     (path,) = (path for path in FIXTURES if path.stem.startswith("subspace"))
     config = json.loads(path.read_text())["config"]
     assert 0 < config["wide"] < config["trellis"] < config["dims"]
+
+
+# Stores
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent / "fixtures/store").glob("*.json")), ids=lambda p: p.stem
+)
+def test_a_frozen_store_reads_as_it_did_and_takes_blocks(path, tmp_path):
+    """Its labels, w, and the checksums of both views' pixels."""
+    frozen = json.loads(path.read_text())
+    for name, text in frozen["files"].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(base64.b64decode(text))
+    store = cache.open(tmp_path)
+    assert store.manifest.format == int(path.stem.partition("-")[2])
+    rows = np.frombuffer(bytes.fromhex("".join(frozen["rows"])), np.uint8).reshape(5, -1)
+    weight, digest = np.array(frozen["weight"], np.float32), np.array(frozen["digest"], np.uint32)
+    pairs = [zlib.crc32(both.tobytes()) for both in digest]
+    plane = store.load_plane(0)
+    np.testing.assert_array_equal(plane.encoded, rows)
+    np.testing.assert_allclose(plane.weight, weight, rtol=0, atol=0 if store.manifest.format == 2 else 1e-6)
+    np.testing.assert_array_equal(plane.digest, pairs)
+    np.testing.assert_array_equal(store.status, frozen["status"])
+    store.write_block(0, 0, rows[:3], weight[:3], digest[:3], (0.25, 1.0))
+    written = {name: base64.b64encode((tmp_path / name).read_bytes()).decode() for name in frozen["files"]}
+    assert written == frozen["files"]
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory) -> tuple[cache.Store, np.ndarray]:
+    """A store of 1000 classes, filled, and what it was filled with."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(96, 2, 20)) @ rng.normal(size=(20, 1000))).astype(np.float32)
+    codec = codecs.fit("subspace", logits, kl=0.05)
+    made = manifest(classes=1000, samples=96, views=1, block_rows=40, codec=codec.config)
+    status = np.zeros(96, np.uint8)
+    store = cache.create(tmp_path_factory.mktemp("s") / "labels.zarr", made, status, rng.integers(0, 2**64, 96, "u8"))
+    rows = codec.encode(logits, store.stream(0, slice(None)))
+    weight, digest = rng.random(96, np.float32) * 2, rng.integers(0, 2**32, (96, 2), np.uint32)
+    weight[7] = np.nan
+    for block in range(3):
+        at = slice(*store.block_range(block))
+        store.write_block(0, block, rows[at], weight[at], digest[at])
+    return store, weight
+
+
+def test_the_manifest_of_1000_classes_is_small(thousand):
+    """The basis of even 20 directions would be 27 kB of it."""
+    store, _ = thousand
+    assert (store.path / "zarr.json").stat().st_size < 20_000
+    assert cache.open(store.path).manifest == store.manifest and cache.open(store.path).codec == store.codec
+
+
+def test_zarr_alone_reads_labels_w_digests_status_and_the_codes_arrays(thousand):
+    """In this process, whose import of the package has registered the plug-ins; their entry points are declared too."""
+    store, _ = thousand
+    group, plane = zarr.open_group(store.path, mode="r"), store.load_plane(0)
+    np.testing.assert_array_equal(group["weight"][0], plane.weight)
+    np.testing.assert_array_equal(group["digest"][0], plane.digest)
+    np.testing.assert_array_equal(group["status"][:], store.status)
+    for name in ("mean", "basis", "scale", "beta", "spread", "gain"):
+        np.testing.assert_array_equal(group[f"codec/{name}"][:], store.codec.array(name))
+    np.testing.assert_array_equal(group["pairs"][0], plane.encoded)
+    np.testing.assert_array_equal(group["pairs"][0, 39:82:3], plane.encoded[39:82:3])
+    rows = group["pairs"][0, 41:43]
+    np.testing.assert_array_equal(store.codec.decode(rows), store.codec.decode(plane.encoded[41:43]))
+    declared = {point.name: point for point in entry_points(group="zarr.codecs")}
+    for name in ("jda_distill.pairs", "jda_distill.packed"):
+        if name in declared:  # the package may have been installed before it had them
+            assert declared[name].load().name == name
+
+
+def test_zarr_finds_damage_in_packed_pairs(thousand, tmp_path):
+    path = Path(shutil.copytree(thousand[0].path, tmp_path / "s"))
+    file = path / "pairs/c/0/1/0"
+    data = bytearray(file.read_bytes())
+    data[50] ^= 1
+    file.write_bytes(data)
+    pairs = zarr.open_group(path, mode="r")["pairs"]
+    with pytest.raises(ValueError, match=r"pairs/c/0/1/0 is damaged"):
+        pairs[0, 50]
+    assert pairs[0, 0].any()
+    file.unlink()
+    assert not pairs[0, 50].any()  # as zarr has it
+
+
+def test_w_is_kept_to_a_millionth_in_fewer_than_three_bytes(thousand):
+    store, weight = thousand
+    kept = store.load_plane(0).weight
+    np.testing.assert_allclose(kept, weight, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(np.isnan(kept), np.isnan(weight))
+    spread = np.clip(1.6 + 0.2 * np.random.default_rng(1).normal(size=8192), 0, 2).astype(np.float32)
+    assert len(beside.squeezed(beside.rounded(spread).tobytes())) < 2.7 * 8192
+
+
+@pytest.mark.parametrize("name", ["mean", "basis", "scale", "beta", "spread", "gain"])
+def test_a_flipped_bit_in_a_codes_array_is_found(thousand, tmp_path, name):
+    """By its own CRC-32C; and where that fits, by the digest in the manifest."""
+    path = Path(shutil.copytree(thousand[0].path, tmp_path / "s"))
+    file = next(file for file in (path / "codec" / name / "c").rglob("*") if file.is_file())
+    sound = file.read_bytes()
+    flipped = bytes([sound[0] ^ 1]) + sound[1:]
+    file.write_bytes(flipped)
+    with pytest.raises(cache.UserError, match=rf"damaged: array codec/{name}; found CRC-32C .*fix: "):
+        cache.open(path)
+    file.write_bytes(framed(flipped[:-4]))
+    with pytest.raises(cache.UserError, match=r"manifest: codec: arrays; found .*fix: "):
+        cache.open(path)
+    file.unlink()
+    with pytest.raises(cache.UserError, match=rf"damaged: array codec/{name}; found no "):
+        cache.open(path)
+    (path / "codec" / name / "zarr.json").write_text("{}")
+    with pytest.raises(cache.UserError, match=rf"damaged: array codec/{name}"):
+        cache.open(path)

@@ -258,7 +258,9 @@ def test_a_contradiction_shows_no_more_than_the_beginning_of_a_codecs_tables():
 def test_a_store_of_the_first_format_is_refused_as_such(tmp_path):
     """Its metadata was zarr's own."""
     zarr.create_group(tmp_path / "s", zarr_format=3, attributes={**manifest().to_attributes(), "format": 1})
-    with pytest.raises(UserError, match=r"unknown format; found 1, expected 2 or 3; fix: read the store with the version"):
+    with pytest.raises(
+        UserError, match=r"unknown format; found 1, expected 2 or 3; fix: read the store with the version"
+    ):
         cache.open(tmp_path / "s")
 
 

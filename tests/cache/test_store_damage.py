@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numcodecs import Blosc
 from support.stores import BLOCKED, assert_exact, assert_exact_block, chunk, files, fill, framed, make, manifest, zipped
 
 import cache
@@ -144,9 +145,11 @@ def test_a_whole_block_of_another_store_is_found(copy, tmp_path, changes):
 
 def rewrite(file: Path, change: Callable[[np.ndarray], object], dtype: str = "u1") -> None:
     """Change a chunk, and let its checksum fit."""
-    values = np.frombuffer(file.read_bytes()[:-4], dtype).copy()
+    squeezed, data = Blosc("zstd", 5, Blosc.BITSHUFFLE), file.read_bytes()[:-4]
+    weight = "weight" in file.parts
+    values = np.frombuffer(squeezed.decode(data) if weight else data, "<f4" if weight else dtype).copy()
     change(values)
-    file.write_bytes(framed(values.tobytes()))
+    file.write_bytes(framed(squeezed.encode(values) if weight else values.tobytes()))
 
 
 def test_swapped_rows_within_a_chunk_are_found(copy):
@@ -188,6 +191,9 @@ def test_a_commit_that_is_only_a_checksum_is_no_commit(copy):
 
 
 # Hostile manifests, checksums and all
+
+
+HEADER = {"name": "subspace", "format": 2, "classes": 5, "dims": 4, "trellis": 0, "wide": 0, "arrays": "0" * 64}
 
 
 def forge(path: Path, **changes) -> None:
@@ -235,6 +241,10 @@ def assert_refused(path: Path, fact: str) -> None:
         ({"format": "x" * 10**6}, "unknown format"),
         ({"teacher": "x" * 10**6}, "teacher"),
         ({"mean": [0.5] * 10**5}, "mean"),
+        ({"codec": {"name": "subspace", "format": 2}}, "codec"),
+        ({"codec": HEADER | {"dims": 6}}, "dims; found 6"),
+        ({"codec": HEADER | {"classes": 2**20, "dims": 4096}}, "codec/mean"),
+        ({"codec": HEADER | {"arrays": "x" * 10**6}}, "codec/mean"),
     ],
 )
 def test_a_hostile_manifest_is_refused(copy, changes, fact):

@@ -44,7 +44,7 @@ GPU = Rates(
     unpack=0.0,
     fit=0.0,
     image_bytes=100_000.0,
-    label_bytes=80.0,
+    label_bytes=93.0,
     row_bytes=600.0,
 )
 CPU = dataclasses.replace(GPU, device="cpu", cores=2)
@@ -131,7 +131,7 @@ def test_gpus_divide_the_work_and_storage_does_not_grow_with_them():
     for gpus, hours, bottleneck in ((1, 100, "student"), (2, 50, "student"), (8, 25, "storage"), (64, 25, "storage")):
         found = plan.training(GPU, limited, gpus, live=False)
         assert found.bottleneck == bottleneck
-        labels = 100 * gpus / 1e8 * 90_000_000 / HOUR  # of 80 + 20 bytes a pair, all of them by every process
+        labels = 100 * gpus / 1e8 * 90_000_000 / HOUR  # of 93 + 7 bytes a pair, all of them by every process
         assert found.hours == pytest.approx(hours + labels if bottleneck == "storage" else hours)
     assert spent(plan.training(GPU, limited, 64, live=True)) == (25, "storage")
     assert plan.training(GPU, JOB, 64).hours == pytest.approx(100 / 64)
