@@ -15,12 +15,12 @@ import numpy as np
 from cache.codec import fitting, subspace
 from cache.codec.base import MAX_CLASSES
 from cache.codec.dense import Fp16, Int8
-from cache.codec.fidelity import drift
+from cache.codec.fidelity import TEMPERATURE, drift
 from cache.codec.subspace import Subspace
 from cache.errors import UserError
 
 DEFAULT_BUDGET = 0.05
-"""Nats of KL(T = 4) per vector."""
+"""Nats of KL per vector, at the temperature that the code is for."""
 
 
 Codec = Fp16 | Int8 | Subspace
@@ -42,16 +42,16 @@ def make(name: str, **params) -> Codec:
 def fit(name: str, logits: np.ndarray, **params) -> Codec:
     """The codec `name` for a teacher whose logits are f32 (n, 2, C) on pairs drawn at random from the data.
 
-    subspace takes `kl`, the mean KL(T = 4) in nats that its noise may cause. Raises UserError if the logits do not
-    suffice.
+    subspace takes `kl`, the mean KL in nats that its noise may cause at `temperature` (4). Raises UserError if the
+    logits do not suffice.
     """
     if name != "subspace":
         return make(name, classes=logits.shape[2], **params)
     return fitting.fit(logits, **params)
 
 
-def auto(logits: np.ndarray, kl_budget: float = DEFAULT_BUDGET) -> Codec:
-    """The codec of the fewest bytes on disk that is unbiased and within `kl_budget` on held-out pairs.
+def auto(logits: np.ndarray, kl_budget: float = DEFAULT_BUDGET, temperature: float = TEMPERATURE) -> Codec:
+    """The codec of the fewest bytes on disk that is unbiased and within `kl_budget` at `temperature` on held-out pairs.
 
     `logits` f32 (n, 2, C) of pairs drawn at random from the data; the last quarter is held out. Raises UserError for a
     budget that is not positive.
@@ -62,22 +62,22 @@ def auto(logits: np.ndarray, kl_budget: float = DEFAULT_BUDGET) -> Codec:
     held = logits[-max(len(logits) - fitting.held_out(len(logits)), 1) :]
     stream = np.arange(len(held), dtype=np.uint64)
     best, fewest = None, math.inf
-    for codec in _candidates(logits, kl_budget):
+    for codec in _candidates(logits, kl_budget, temperature):
         rows = codec.encode(held, stream)
         size = len(codec.pack(rows, stream))
-        good = isinstance(codec, Fp16) or not drift(codec, held, rows, stream).beyond(kl_budget)
+        good = isinstance(codec, Fp16) or not drift(codec, held, rows, stream, temperature).beyond(kl_budget)
         if good and size < fewest:
             best, fewest = codec, size
     assert best is not None
     return best
 
 
-def _candidates(logits: np.ndarray, kl: float) -> Iterator[Codec]:
+def _candidates(logits: np.ndarray, kl: float, temperature: float) -> Iterator[Codec]:
     for name in _PLAIN:
         yield make(name, classes=logits.shape[2])
     if len(logits) >= fitting.MIN_PAIRS and logits.shape[2] > 1:
         with contextlib.suppress(UserError):  # it cannot keep these logits so well
-            yield fitting.fit(logits, kl)
+            yield fitting.fit(logits, kl, temperature)
 
 
 def split(config: Any) -> tuple[dict, dict[str, np.ndarray]]:

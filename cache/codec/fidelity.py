@@ -8,8 +8,9 @@ import numpy as np
 from cache.codec.base import Code
 
 TEMPERATURE = 4.0
-"""Of the KL divergence that budgets are given in: the method's."""
+"""Of the KL divergence that budgets are given in, unless another is asked for: the method's."""
 TEMPERATURES = (1.0, 2.0, TEMPERATURE)
+"""At which the loss of every code is measured, besides its own."""
 MAX_BIAS = 0.02
 """How far the slope of decoded on true logits may be from 1."""
 
@@ -34,12 +35,21 @@ class Fidelity:
         return asdict(self) | {"kl": {f"{temperature:g}": value for temperature, value in self.kl.items()}}
 
 
-def measure(codec: Code, logits: np.ndarray, stream: np.ndarray, rows: np.ndarray | None = None) -> Fidelity:
-    """Of `codec` on logits f32 (n, 2, C) with dither keys u64 (n,); `rows`, if they are encoded already."""
+def measure(
+    codec: Code,
+    logits: np.ndarray,
+    stream: np.ndarray,
+    rows: np.ndarray | None = None,
+    temperature: float = TEMPERATURE,
+) -> Fidelity:
+    """Of `codec` on logits f32 (n, 2, C) with dither keys u64 (n,); `rows`, if they are encoded already.
+
+    KL is measured at `TEMPERATURES` and at `temperature`.
+    """
     rows = codec.encode(logits, stream) if rows is None else rows
     true, decoded = _centred(logits), _centred(codec.decode(rows, stream))
     return Fidelity(
-        kl={temperature: divergence(true, decoded, temperature) for temperature in TEMPERATURES},
+        kl={t: divergence(true, decoded, t) for t in sorted({*TEMPERATURES, temperature})},
         slope=_slope(true, decoded),
         agreement=float((true.argmax(-1) == decoded.argmax(-1)).mean()),
         bytes_per_vector=len(codec.pack(rows, stream)) / (2 * len(rows)),
@@ -52,29 +62,32 @@ class Drift:
     """Of one block's labels, on a sample of them. NaN: nothing was measured."""
 
     kl: float = math.nan
-    """Mean KL(T = 4), nats."""
+    """Mean KL at `temperature`, nats."""
     slope: float = math.nan
     kl_error: float = math.nan
     """Standard error of `kl`."""
     slope_error: float = math.nan
+    temperature: float = TEMPERATURE
 
     def beyond(self, budget: float | None) -> str | None:
         """What is wrong, if the slope is off 1 by more than `MAX_BIAS` or the KL above the budget, beyond chance."""
         if abs(self.slope - 1) - 3 * self.slope_error > MAX_BIAS:
             return f"slope {self.slope:.3f}, expected 1 ± {MAX_BIAS}"
         if budget is not None and self.kl - 3 * self.kl_error > budget:
-            return f"KL(T = 4) {self.kl:.4g} nats, expected at most {budget:g}"
+            return f"KL(T = {self.temperature:g}) {self.kl:.4g} nats, expected at most {budget:g}"
         return None
 
 
-def drift(codec: Code, logits: np.ndarray, rows: np.ndarray, stream: np.ndarray) -> Drift:
+def drift(
+    codec: Code, logits: np.ndarray, rows: np.ndarray, stream: np.ndarray, temperature: float = TEMPERATURE
+) -> Drift:
     """How far labels u8 (n, row_bytes) are from the logits f32 (n, 2, C) that they code."""
     true, decoded = _centred(logits), _centred(codec.decode(rows, stream))
-    kl = divergences(true, decoded, TEMPERATURE).ravel()
+    kl = divergences(true, decoded, temperature).ravel()
     slope = _slope(true, decoded)
     off = (true * (decoded - slope * true)).sum(-1)
     slope_error = float(np.linalg.norm(off) / max((true * true).sum(), np.finfo(np.float64).tiny))
-    return Drift(float(kl.mean()), slope, float(kl.std() / math.sqrt(kl.size)), slope_error)
+    return Drift(float(kl.mean()), slope, float(kl.std() / math.sqrt(kl.size)), slope_error, temperature)
 
 
 def divergence(true: np.ndarray, decoded: np.ndarray, temperature: float) -> float:

@@ -36,8 +36,8 @@ def require_budget(kl: float) -> None:
         raise UserError("the KL budget", found=kl, expected="a positive number of nats", fix="try 0.05")
 
 
-def fit(logits: np.ndarray, kl: float) -> Subspace:
-    """The code whose KL(T = 4) is `kl` nats on held-out pairs, of logits f32 (n, 2, C) in random order.
+def fit(logits: np.ndarray, kl: float, temperature: float = TEMPERATURE) -> Subspace:
+    """The code whose KL at `temperature` is `kl` nats on held-out pairs, of logits f32 (n, 2, C) in random order.
 
     Raises UserError for a budget that is not positive or not reached, or fewer than `MIN_PAIRS` pairs.
     """
@@ -52,11 +52,12 @@ def fit(logits: np.ndarray, kl: float) -> Subspace:
     require_encodable(logits, logits.shape[2])
     cut = held_out(len(logits))
     stream = np.arange(len(logits) - cut, dtype=np.uint64)
-    part = _directions(logits[:cut])
+    part = _directions(logits[:cut], temperature)
     moments = _moments(_coefficients(logits[cut:], part))
     nominal, tried = kl, []
     for _ in range(_ROUNDS):
-        found = measure(_code(part, moments, nominal), logits[cut:], stream).kl[TEMPERATURE]
+        code = _code(part, moments, nominal)
+        found = measure(code, logits[cut:], stream, temperature=temperature).kl[temperature]
         off = abs(found / (_MARGIN * kl) - 1)
         tried.append((found > _MISSED * kl, off, found, nominal))
         if found <= 0 or off < _TOLERANCE:
@@ -74,7 +75,7 @@ def fit(logits: np.ndarray, kl: float) -> Subspace:
     # The more pairs, the better the directions: 4,096 vectors for 512 of them cost a byte less than 3,072. The moments
     # stay those of pairs that the directions were not fitted to, rank by rank: in the fitted pairs themselves the last
     # of 1000 directions have half the variance that they have in others.
-    whole = _directions(logits)
+    whole = _directions(logits, temperature)
     own = _moments(_coefficients(logits, whole))
     own[:, : moments.shape[1]] = moments[:, : own.shape[1]]
     return _code(whole, own, nominal)
@@ -92,7 +93,7 @@ class _Directions:
     """f64 (d,), see `_sensitivity`."""
 
 
-def _directions(logits: np.ndarray) -> _Directions:
+def _directions(logits: np.ndarray, temperature: float) -> _Directions:
     classes = logits.shape[2]
     centred = logits.astype(np.float64)
     centred -= centred.mean(axis=2, keepdims=True)
@@ -107,7 +108,7 @@ def _directions(logits: np.ndarray) -> _Directions:
         basis = vectors.T
     kept = np.flatnonzero(variance > _NEGLIGIBLE * max(variance.sum() / classes, 1e-12))[::-1][:MAX_DIMS]
     basis = basis[kept] if len(kept) else np.eye(1, classes) - 1 / classes
-    return _Directions(mean, basis, np.abs(flat @ basis.T).max(axis=0), _sensitivity(logits, basis))
+    return _Directions(mean, basis, np.abs(flat @ basis.T).max(axis=0), _sensitivity(logits, basis, temperature))
 
 
 def _coefficients(logits: np.ndarray, found: _Directions) -> np.ndarray:
@@ -123,16 +124,16 @@ def _moments(coefficients: np.ndarray) -> np.ndarray:
     return np.stack([(original**2).mean(0), (augmented**2).mean(0), (original * augmented).mean(0)])
 
 
-def _sensitivity(logits: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    """g f64 (d,): noise of variance v along direction i adds g_i v to KL(T = 4), to second order in the noise.
+def _sensitivity(logits: np.ndarray, basis: np.ndarray, temperature: float) -> np.ndarray:
+    """g f64 (d,): noise of variance v along direction i adds g_i v to KL at T, to second order in the noise.
 
     KL ≈ Var_p(e) / 2T² with e the error and p the teacher's probabilities at T.
     """
-    flat = logits.reshape(-1, logits.shape[2]).astype(np.float64) / TEMPERATURE
+    flat = logits.reshape(-1, logits.shape[2]).astype(np.float64) / temperature
     p = np.exp(flat - flat.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
     variance = p.mean(axis=0) @ (basis**2).T - ((p @ basis.T) ** 2).mean(axis=0)
-    return np.maximum(variance, 1e-12) / (2 * TEMPERATURE**2)
+    return np.maximum(variance, 1e-12) / (2 * temperature**2)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ the truth, whatever the logits; the errors are independent between rows and view
 whereas they learn a bias, be it a smaller one.
 
 Steps and beta are chosen per direction. A direction of spread s costs the rate I(s / step) (the mutual information of
-x and x + u) and adds the noise step^2 D(s / step), which KL(T = 4) feels with the weight g_i; `fit` minimises the sum
+x and x + u) and adds the noise step^2 D(s / step), which KL at T feels with the weight g_i; `fit` minimises the sum
 of rates for a sum of g_i step_i^2 D. beta < 1 trades the independence of the noise's variance for less of it where
 s is small against the step: with beta = 1 even a direction that never moves would be noisy. Errors stay unbiased,
 because E[u] = 0.

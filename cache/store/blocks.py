@@ -63,7 +63,7 @@ class Block(NamedTuple):
     digest: np.ndarray
     """u32 (n,), of pairs."""
     fidelity: np.ndarray
-    """f32 (2,): mean KL(T = 4) of decoded labels in nats, and their slope, as measured by the writer; NaN: not."""
+    """f32 (2,): mean KL of decoded labels in nats, and their slope, as measured by the writer; NaN: not."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,9 @@
 """What a store was made from: everything that decides its bytes, and the refusal of whatever contradicts it."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -91,6 +93,28 @@ class Manifest:
     def blocks(self) -> int:
         """Blocks per view; the last one may be short."""
         return -(-self.samples // self.block_rows)
+
+    @property
+    def temperature(self) -> float:
+        """The lowest that the labels are meant for, as `fidelity` has it: the KL budget is for it."""
+        value = self.fidelity.get("temperature")
+        return float(value) if type(value) in (int, float) and 0 < value < math.inf else 4.0
+
+    def noise(self, temperature: float) -> float | None:
+        """Nats of KL that the code adds to a label at a temperature, between those that were measured; None: not known.
+
+        Below the lowest temperature measured it is that one's, which is too little.
+        """
+        kl = self.fidelity.get("kl")
+        found = {}
+        for text, value in kl.items() if isinstance(kl, dict) else ():
+            with contextlib.suppress(ValueError):
+                if type(value) is float and value >= 0 and 0 < (at := float(text)) < math.inf:
+                    found[at] = value
+        if not found:
+            return None
+        at = sorted(found)
+        return float(np.interp(math.log(temperature), np.log(at), [found[t] for t in at]))
 
     def identity(self) -> dict:
         """The fields that two runs filling one store must agree on."""

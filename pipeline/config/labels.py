@@ -28,7 +28,10 @@ class PrecomputeTeacher(Machine):
     codec: Literal["auto", "subspace", "int8", "fp16"] = "auto"
     """How a pair of logit vectors is kept; auto takes the smallest that is unbiased and within the budget."""
     kl_budget: Annotated[float | None, Range(0, above=True)] = None
-    """Mean KL(T = 4) in nats that the code may add to a label; by default 0.05, or that of an existing store."""
+    """Mean KL in nats at TEMPERATURE that the code may add to a label; by default 0.05, or an existing store's."""
+    temperature: Annotated[float | None, Range(0, above=True)] = None
+    """The lowest temperature that students will distil at: the code is fitted for it; by default 4, or that of an
+    existing store."""
     dry_run: bool = False
     """Measure codec, size and time on some pairs, print them and write nothing."""
     seed: Seed = 0

@@ -7,7 +7,7 @@ import numpy as np
 
 from cache import UserError, philox
 from cache import codec as codecs
-from cache.codec.fidelity import Fidelity, measure
+from cache.codec.fidelity import TEMPERATURE, Fidelity, measure
 from pipeline.config import PrecomputeTeacher
 from pipeline.data.index import Index
 from pipeline.networks.teacher import Teacher
@@ -27,13 +27,14 @@ class Calibration:
     fidelity: Fidelity
     """On pairs that the code has not seen."""
     budget: float | None
-    """Nats of KL(T = 4) per vector; None for a code that was not fitted to one."""
+    """Nats of KL at `temperature` per vector; None for a code that was not fitted to one."""
+    temperature: float
     pairs_per_second: float
     """Of loader and teacher together."""
 
     def to_json(self) -> dict:
         """For the manifest's `fidelity`."""
-        return self.fidelity.to_json() | {"budget": self.budget}
+        return self.fidelity.to_json() | {"budget": self.budget, "temperature": self.temperature}
 
 
 def calibrate(config: PrecomputeTeacher, index: Index, policy: Policy, teacher: Teacher) -> Calibration:
@@ -41,16 +42,17 @@ def calibrate(config: PrecomputeTeacher, index: Index, policy: Policy, teacher: 
     logits, rows, rate = _look(config, index, policy, teacher)
     cut = max(len(rows) - max(len(rows) // _HELD_OUT, 1), 1)
     rest = slice(min(cut, len(rows) - 1), None)  # a single pair has to serve for both
-    budget = config.kl_budget or codecs.DEFAULT_BUDGET
+    budget, temperature = config.kl_budget or codecs.DEFAULT_BUDGET, config.temperature or TEMPERATURE
     if config.codec == "auto":
-        codec = codecs.auto(logits[:cut], budget)
+        codec = codecs.auto(logits[:cut], budget, temperature)
     elif config.codec == "subspace":
-        codec = codecs.fit("subspace", logits[:cut], kl=budget)
+        codec = codecs.fit("subspace", logits[:cut], kl=budget, temperature=temperature)
     else:
         codec = codecs.make(config.codec, classes=index.classes)
     stream = philox.stream(config.seed, index.records["key_hash"][rows[rest]], 0)
     fitted = config.codec in ("auto", "subspace")
-    return Calibration(codec, measure(codec, logits[rest], stream), budget if fitted else None, rate)
+    fidelity = measure(codec, logits[rest], stream, temperature=temperature)
+    return Calibration(codec, fidelity, budget if fitted else None, temperature, rate)
 
 
 def _look(config, index: Index, policy: Policy, teacher: Teacher) -> tuple[np.ndarray, np.ndarray, float]:

@@ -31,7 +31,7 @@ class Looked(NamedTuple):
     entropy: dict[int, np.ndarray]
     """T -> f64 (2 n,), of the decoded softmax, nats."""
     fidelity: list[tuple[int, int, float, float]]
-    """View, block, KL(T = 4) and slope."""
+    """View, block, KL and slope."""
     skipped: dict[int, list[int]]
     """Rows that the teacher pass skipped -> in which views."""
 
@@ -61,13 +61,13 @@ def render(store: Store, index: Index, there: list, looked: Looked, pairs: list[
     codec = {**manifest.codec, **arrays, "name": manifest.codec["name"]}
     sections = {
         "Size": _sizes(store, there),
-        "What the code loses": _losses(manifest.fidelity),
+        "What the code loses": _losses(manifest.fidelity, manifest.temperature),
         "Completeness": _completeness(store, there),
         "View pairs": _gallery(index, pairs),
         "Distributions": note(
             f"{len(looked.weight):,} pairs, drawn at random from {looked.blocks:,} of {len(there):,} committed blocks."
         )
-        + _plots(manifest.fidelity.get("budget"), looked),
+        + _plots(manifest.fidelity.get("budget"), manifest.temperature, looked),
         "Samples without labels": _without_labels(index, looked),
         "Manifest": _definitions({**fields, "codec": codec}),
     }
@@ -109,14 +109,14 @@ def _sizes(store: Store, there: list) -> str:
     return table(head, rows) + note(f"Memory holds one view at a time, two while the next loads.{scaled}")
 
 
-def _losses(fidelity: dict) -> str:
+def _losses(fidelity: dict, temperature: float) -> str:
     """What the manifest says was measured when the code was chosen."""
     if not fidelity:
         return "<p>Not measured when the store was made.</p>"
     kl = fidelity.get("kl")
     rows = [
         *((f"KL divergence at T = {t}, nats", value) for t, value in (kl if isinstance(kl, dict) else {}).items()),
-        ("budget at T = 4, nats", fidelity.get("budget")),
+        (f"budget at T = {temperature:g}, nats", fidelity.get("budget")),
         ("slope of decoded on true logits", fidelity.get("slope")),
         ("the largest logit stays the largest", fidelity.get("agreement")),
         ("pairs measured", fidelity.get("pairs")),
@@ -174,7 +174,8 @@ def _picture(pixels: np.ndarray) -> str:
     return f'<img{small} alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def _plots(budget: object, looked: Looked) -> str:
+def _plots(budget: object, temperature: float, looked: Looked) -> str:
+    what = f"KL(T = {temperature:g})"
     kl, slope = (np.array([entry[at] for entry in looked.fidelity]) for at in (2, 3))
 
     def histogram(values: np.ndarray) -> Callable[[Any], None]:
@@ -191,7 +192,7 @@ def _plots(budget: object, looked: Looked) -> str:
     plots = (
         (looked.weight, histogram(looked.weight), "w = 1 + cos of the pair's logits", "pairs"),
         *((h, histogram(h), f"entropy of the labels at T = {t}, nats", "vectors") for t, h in looked.entropy.items()),
-        (kl, per_block(kl, budget), "committed block", "KL(T = 4), nats; dashed: budget"),
+        (kl, per_block(kl, budget), "committed block", f"{what}, nats; dashed: budget"),
         (slope, per_block(slope, 1.0), "committed block", "slope of the labels; dashed: unbiased"),
     )
     drawn = [
@@ -200,7 +201,7 @@ def _plots(budget: object, looked: Looked) -> str:
         if np.isfinite(values).any()
     ]
     rows = [(view, block, f"{kl:.4g}", f"{slope:.4f}") for view, block, kl, slope in looked.fidelity]
-    blocks = table(("view", "block", "KL(T = 4)", "slope"), rows)
+    blocks = table(("view", "block", what, "slope"), rows)
     return f'<div class="plots">{"".join(drawn)}</div><details><summary>blocks</summary>{blocks}</details>'
 
 

@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 
-from cache import Plane, UserError
+from cache import Plane, UserError, pair_digest
 from pipeline.data.index import Index
 from pipeline.views.batch import Batch
 
@@ -30,7 +30,7 @@ class PixelCheck:
         rows, at = batch.rows[chosen], np.flatnonzero(chosen)
         pairs = batch.images[:, at].cpu().numpy().swapaxes(0, 1)
         found = np.array([[zlib.crc32(view) for view in pair] for pair in pairs], np.uint32).reshape(-1, 2)
-        if len(differ := np.flatnonzero((found != self.plane.digest[rows]).any(axis=-1))):
+        if len(differ := np.flatnonzero(pair_digest(found) != self.plane.digest[rows])):
             key = self.index.key(int(rows[differ[0]]))
             raise UserError(
                 "the student would not see the pixels that the teacher saw",

@@ -212,7 +212,9 @@ class _Block:
             rows = np.concatenate([rows for rows, _ in self._sample])
             answers = np.concatenate([answers for _, answers in self._sample])
             stream = self.store.stream(self.view, rows)
-            found = drift(self.store.codec, answers, self.pairs[rows - self.start], stream)
+            found = drift(
+                self.store.codec, answers, self.pairs[rows - self.start], stream, self.store.manifest.temperature
+            )
         self.store.write_block(self.view, self.block, self.pairs, self.weight, self.digest, (found.kl, found.slope))
         if complaint := found.beyond(self.store.manifest.fidelity.get("budget")):
             outside.append(f"view {self.view}, block {self.block}: {complaint}")
@@ -256,13 +258,13 @@ def _open_or_create(config, index: Index, policy: Policy, teacher: Teacher) -> N
             expected=config.codec,
             fix="give the store's --codec, or run precompute-teacher into another store",
         )
-    if config.kl_budget not in (None, made.fidelity.get("budget")):
-        raise UserError(
-            "the store has another KL budget",
-            found=made.fidelity.get("budget"),
-            expected=config.kl_budget,
-            fix="leave --kl-budget out, or run precompute-teacher into another store",
-        )
+    for flag, what, wished, found in (
+        ("--kl-budget", "KL budget", config.kl_budget, made.fidelity.get("budget")),
+        ("--temperature", "temperature", config.temperature, made.temperature),
+    ):
+        if wished not in (None, found):
+            fix = f"leave {flag} out, or run precompute-teacher into another store"
+            raise UserError(f"the store has another {what}", found=found, expected=wished, fix=fix)
     if wanted.views > made.views or wanted.samples > made.samples:
         cache.extend(store, wanted, status, key_hash)
     else:

@@ -1,5 +1,7 @@
 """Training a student on stored soft labels, or beside its teacher: what it learns from; `training.loop` is the loop."""
 
+import sys
+
 import cache
 from cache import Store, UserError
 from pipeline.config import TrainStudent
@@ -16,6 +18,7 @@ from pipeline.views import policy as policies
 from pipeline.views.policy import Policy
 
 _UNKNOWN_KL = 0.05  # what a code may add where a store does not say
+_HARMFUL_KL = 0.3  # nats at the student's temperature
 
 
 def run(config: TrainStudent) -> dict:
@@ -66,6 +69,22 @@ def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy) -> T
     return Teacher(models.trained(spec, index.class_list), policy, device, devices.arithmetic(config.precision, device))
 
 
+def _check_temperature(config: TrainStudent, store: Store) -> None:
+    """Say what labels that were made for a higher temperature lose at the student's; refuse what was seen to harm."""
+    made_for, noise = store.manifest.temperature, store.manifest.noise(config.temperature)
+    if config.temperature >= made_for or noise is None:
+        return
+    if noise > _HARMFUL_KL:
+        raise UserError(
+            f"labels made for T = {made_for:g} are too noisy for --temperature {config.temperature:g}",
+            found=f"{noise:.2g} nats of noise there",
+            expected=f"at most {_HARMFUL_KL:g}",
+            fix=f"run precompute-teacher --temperature {config.temperature:g} into another store",
+        )
+    what = f"labels made for T = {made_for:g} have a noise of {noise:.2g} nats at --temperature {config.temperature:g}"
+    print(f"warning: {what}", file=sys.stderr)
+
+
 def _check(config: TrainStudent, index: Index, store: Store | None) -> None:
     """Raise UserError unless the options suit each other, and what they know of the store is in its manifest."""
     if not store:
@@ -84,6 +103,8 @@ def _check(config: TrainStudent, index: Index, store: Store | None) -> None:
                 if "@" in spec:
                     expected["teacher_weights"] = teacher.fingerprint
         cache.check(store.manifest, **expected)
+        if config.loss != "ce" and not config.live_teacher:
+            _check_temperature(config, store)
     if config.loss == "dkd" and index.classes < 2:
         raise UserError("--loss dkd needs two classes", found=index.classes, fix="take another --loss, or more classes")
     if config.live_teacher and config.loss == "ccd-mean":
