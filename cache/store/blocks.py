@@ -78,7 +78,7 @@ class Store:
     """u64 (N,): what the dither keys, and the data set's views, are functions of."""
     _files: Files
     _arrays: dict[str, layout.Array]
-    _origin: int
+    origin: int
     """CRC-32C of what made the labels: a block of another teacher, policy or codec is no block of this store."""
 
     def block_range(self, block: int) -> tuple[int, int]:
@@ -146,24 +146,34 @@ class Store:
         samples, width, blocks = self.manifest.samples, self.codec.row_bytes, self.manifest.blocks
         if out is not None and (out.shape != (samples, width) or out.dtype != np.uint8 or not out.flags.c_contiguous):
             raise ValueError(f"expected out u8 ({samples}, {width}), contiguous, got {out.dtype} {out.shape}")
-        if missing := self.missing_blocks(view):
-            raise self._missing(view, missing)
+        self.require(view)
         try:
             plane = self._empty(samples, out)
         except MemoryError:
             found = f"{samples * width:,} bytes wanted"
             raise UserError(f"no memory for a plane of store {self.path}", found=found, fix="map planes") from None
 
-        def read(block: int) -> None:
-            rows = slice(*self.block_range(block))
-            fidelity = np.empty(2, np.float32)
-            self._read_into(view, block, Block(plane.rows[rows], plane.weight[rows], plane.digest[rows], fidelity))
-
-        with closing(each(read, range(blocks), self._files.workers)) as done:
+        with closing(each(lambda block: self.fill(view, block, plane), range(blocks), self.workers)) as done:
             for count, _ in enumerate(done, 1):
                 if progress:
                     progress(count, blocks)
         return Plane(view, plane.rows, plane.weight, plane.digest, self.status == 0)
+
+    @property
+    def workers(self) -> int:
+        """Threads worth having."""
+        return self._files.workers
+
+    def require(self, view: int) -> None:
+        """Raise UserError unless all blocks of a view are committed."""
+        if missing := self.missing_blocks(view):
+            raise self._missing(view, missing)
+
+    def fill(self, view: int, block: int, plane: Block) -> None:
+        """Fill a block's part of a view's arrays, all but fidelity, checked. Raises UserError as `read_block` does."""
+        rows = slice(*self.block_range(block))
+        fidelity = np.empty(2, np.float32)
+        self._read_into(view, block, Block(plane.rows[rows], plane.weight[rows], plane.digest[rows], fidelity))
 
     def label_bytes(self) -> int:
         """What the encoded rows of all blocks take on disk."""
@@ -254,7 +264,7 @@ class Store:
         The dither keys are functions of the samples' key hashes, the view, and the seed, which the origin holds.
         """
         rows = slice(*self.block_range(block))
-        whose = np.array([self._origin, view, block], "<u8")
+        whose = np.array([self.origin, view, block], "<u8")
         crc = rows_crc
         for array in (*content[1:], self.status[rows], self.key_hash[rows], whose):
             crc = google_crc32c.extend(crc, np.ascontiguousarray(array, array.dtype.newbyteorder("<")))  # type: ignore

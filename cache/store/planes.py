@@ -4,14 +4,17 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from cache.errors import UserError
+from cache.store import shared
 from cache.store.blocks import Store
 from cache.store.plane import Plane
+from cache.store.shared import Share
 
 
 def planes(
@@ -21,21 +24,28 @@ def planes(
     mode: Literal["memory", "mmap"] = "memory",
     folder: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    share: Share | None = None,
 ) -> Iterator[Plane]:
     """The planes of `views`, in order; while one is in use the next one loads in the background.
 
     A view that follows itself is not read again. With mode "mmap" the encoded rows are in an unnamed file in `folder`
-    (default: where temporary files go), which the system pages, so that a plane may be larger than memory. `progress`
-    is called, by other threads, as by `Store.load_plane`, whose errors surface when their plane is due.
+    (default: where temporary files go), which the system pages, so that a plane may be larger than memory. With `share`
+    the processes that it names hold one plane together, of which each unpacks its part: in shared memory, or, with mode
+    "mmap" or for want of room there, in a file in `folder`. `progress` is called, by other threads, as by
+    `Store.load_plane`, whose errors surface when their plane is due.
     """
     if mode not in ("memory", "mmap"):
         raise UserError("unknown mode of planes", found=repr(mode), expected="memory or mmap")
+    if share and (mode == "mmap" or not shared.room(store, share)):
+        share = replace(share, folder=Path(folder or tempfile.gettempdir()))
     remaining = iter(views)
     view = next(remaining, None)
     plane: Plane | None = None
     ahead: Future[Plane] | None = None
 
     def load(view: int) -> Plane:
+        if share:
+            return shared.load(store, view, share, progress)
         out = _mapped((store.manifest.samples, store.codec.row_bytes), folder) if mode == "mmap" else None
         return store.load_plane(view, out, progress)
 

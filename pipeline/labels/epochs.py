@@ -18,6 +18,7 @@ from cache.codec import Codec, Subspace
 from kernels import EncodedPairs
 from kernels.loss.decode import Decoder
 from pipeline.data import probes
+from pipeline.system import ranks
 from pipeline.system.terminal import decimal, progress
 from pipeline.views import policy as policies
 from pipeline.views.policy import Policy
@@ -105,13 +106,17 @@ def epochs(
     """The labels of `views`, in order; the next plane loads in the background while one is in use.
 
     `placement`: gpu, pinned (memory), mmap (a file in `folder`, paged by the system), or auto for the first of these
-    that the plane fits. Only the first plane is waited for, and shows its progress. `held`: planes in use at a time.
+    that the plane fits. The processes of a job on one machine hold a plane together. Only the first plane is waited
+    for, and shows its progress. `held`: planes in use at a time.
     """
     placement = place(store, device, placement, held)
+    share = None
+    if (world := ranks.local_world()) > 1:
+        share = cache.Share(ranks.job(), ranks.local_rank(), world)
     mode = "mmap" if placement == "mmap" else "memory"
     with ExitStack() as waiting:
         advance = waiting.enter_context(progress("labels", store.manifest.blocks, "blocks"))
-        for plane in cache.planes(store, views, mode=mode, folder=folder, progress=lambda *_: advance(1)):
+        for plane in cache.planes(store, views, mode=mode, folder=folder, progress=lambda *_: advance(1), share=share):
             waiting.close()
             encoded = torch.from_numpy(plane.encoded)
             yield Labels(store, plane, device, encoded.to(device) if placement == "gpu" else encoded)

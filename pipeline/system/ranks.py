@@ -5,6 +5,7 @@ fast process takes more than a slow one and no process waits for another's resul
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -109,3 +110,14 @@ def everyone(value: str) -> list[str]:
     if world() > 1:
         dist.all_gather_object(found, value)
     return found
+
+
+def local_world() -> int:
+    """Number of processes of the job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def job() -> str:
+    """A name of this start of the job, of letters, digits and underlines."""
+    parts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+    return re.sub(r"\W", "_", "_".join(parts), flags=re.ASCII)

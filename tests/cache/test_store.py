@@ -90,7 +90,7 @@ def test_any_zarr_reader_finds_the_arrays_and_the_commits(whole):
                 stored = [arrays[name][view, rows] for name in BLOCKED[:3]] + [arrays["fidelity"][view, block]]
                 for got, wanted in zip(stored, content(store, view, block), strict=True):
                     np.testing.assert_array_equal(got, wanted)
-                whose = np.array([store._origin, view, block], np.uint64)
+                whose = np.array([store.origin, view, block], np.uint64)
                 covered = (*stored, status()[rows], key_hash()[rows], whose)
                 crc = google_crc32c.value(b"".join(array.tobytes() for array in covered))
                 assert arrays["commit"][view, block] == 2**32 + crc
