@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": (config.Evaluate, "pipeline.training.evaluate"),
     "verify": (config.Verify, "pipeline.labels.verify"),
     "inspect": (config.Inspect, "pipeline.labels.inspect"),
+    "store": (config.Store, "pipeline.labels.store"),
     "plan": (config.Plan, "pipeline.planning.plan"),
     "demo": (config.Demo, "pipeline.demo"),
     "bench": (config.Bench, "bench"),

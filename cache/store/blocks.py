@@ -47,6 +47,7 @@ _COMMITTED = 1 << 32
 ROOT = "zarr.json"
 _MAX_ROOT_BYTES = 1 << 28  # a codec's basis can be tens of MB
 _MAX_JSON_BYTES = 1 << 14
+_MAX_OBJECT_BYTES = 1 << 33  # twice a chunk
 _RERUN = "run precompute-teacher again, it resumes"
 GROWING = ("dataset", "samples", "views", "block_rows")
 """The fields of a manifest's identity that say how much is stored, not what."""
@@ -76,7 +77,7 @@ class Store:
     """u8 (N,): 0 good, else quarantined."""
     key_hash: np.ndarray
     """u64 (N,): what the dither keys, and the data set's views, are functions of."""
-    _files: Files
+    files: Files
     _arrays: dict[str, layout.Array]
     origin: int
     """CRC-32C of what made the labels: a block of another teacher, policy or codec is no block of this store."""
@@ -93,7 +94,7 @@ class Store:
     def missing_blocks(self, view: int | None = None) -> list[tuple[int, int]]:
         """(view, block) of every block without a commit, in order; of one view if given."""
         views = range(self.manifest.views) if view is None else (view,)
-        committed = set(self._files.sizes("commit/c" if view is None else f"commit/c/{view}"))
+        committed = set(self.files.sizes("commit/c" if view is None else f"commit/c/{view}"))
         blocks = range(self.manifest.blocks)
         return [(v, block) for v in views for block in blocks if self.key("commit", v, block) not in committed]
 
@@ -122,17 +123,17 @@ class Store:
         given = given._replace(rows=np.ascontiguousarray(rows))
         if self.manifest.format > 2:
             given = given._replace(weight=beside.rounded(weight))
-        self._files.delete(self.key("commit", view, block))
+        self.files.delete(self.key("commit", view, block))
         for name, array in zip(layout.BLOCK, given, strict=True):
-            self._files.put_chunk(self.key(name, view, block), self._chunk(name, view, block, array))
+            self.files.put_chunk(self.key(name, view, block), self._chunk(name, view, block, array))
         commit = self._commit_of(_crc(given.rows), view, block, given)
-        self._files.put_chunk(self.key("commit", view, block), commit.to_bytes(8, "little"))
+        self.files.put_chunk(self.key("commit", view, block), commit.to_bytes(8, "little"))
 
     def read_block(self, view: int, block: int) -> Block:
         """One block, checked against its commit. Raises UserError if it is missing or damaged."""
         start, stop = self.block_range(block)
         out = self._empty(stop - start)
-        if not self._files.has(self.key("commit", view, block)):
+        if not self.files.has(self.key("commit", view, block)):
             raise self._missing(view, [(view, block)])
         self._read_into(view, block, out)
         return out
@@ -162,7 +163,7 @@ class Store:
     @property
     def workers(self) -> int:
         """Threads worth having."""
-        return self._files.workers
+        return self.files.workers
 
     def require(self, view: int) -> None:
         """Raise UserError unless all blocks of a view are committed."""
@@ -177,15 +178,22 @@ class Store:
 
     def label_bytes(self) -> int:
         """What the encoded rows of all blocks take on disk."""
-        return sum(self._files.sizes("pairs/c").values())
+        return sum(self.files.sizes("pairs/c").values())
 
     def sizes(self) -> dict[str, int]:
         """Bytes on disk by array, the code's own together as `codec`, with metadata; `zarr.json` is the manifest."""
         found = dict.fromkeys((*self._arrays, "codec", ROOT), 0)
-        for key, size in self._files.sizes("").items():
+        for key, size in self.files.sizes("").items():
             name = key.partition("/")[0]
             found[name] = found.get(name, 0) + size
         return found
+
+    def raw(self, key: str) -> bytes:
+        """An object as it is."""
+        try:
+            return self.files.get(key, 0, _MAX_OBJECT_BYTES).tobytes()
+        except Damaged as error:
+            raise _unreadable(self.path, key, error) from error
 
     def key(self, name: str, view: int, block: int) -> str:
         """The key of a block's chunk of an array."""
@@ -222,8 +230,8 @@ class Store:
         array, key, to = self._arrays[name], self.key(name, view, block), out.reshape(-1).view(np.uint8)
         try:
             if array.coded != "blosc":
-                return self._files.read_chunk(key, array.chunk_bytes, to)
-            data, _ = self._files.get_chunk(key, 0, beside.most(array.chunk_bytes))
+                return self.files.read_chunk(key, array.chunk_bytes, to)
+            data, _ = self.files.get_chunk(key, 0, beside.most(array.chunk_bytes))
         except Damaged as error:
             raise self._damaged(name, view, block, error) from error
         try:
@@ -236,7 +244,7 @@ class Store:
         """Fill `out` u8 (n, row_bytes) with a block's packed rows; returns their CRC-32C."""
         rows = slice(*self.block_range(block))
         try:
-            data, _ = self._files.get_chunk(self.key("pairs", view, block), 0, self._most_packed(len(out)))
+            data, _ = self.files.get_chunk(self.key("pairs", view, block), 0, self._most_packed(len(out)))
         except Damaged as error:
             raise self._damaged("pairs", view, block, error) from error
         try:
@@ -282,7 +290,7 @@ class Store:
         return UserError(
             f"store {self.path} is damaged: array {name}, view {view}, block {block}",
             found=found,
-            fix=f"delete {self._files.where(self.key('commit', view, block))} and {_RERUN}",
+            fix=f"delete {self.files.where(self.key('commit', view, block))} and {_RERUN}",
         )
 
 

@@ -35,7 +35,7 @@ def create(path: str | Path, manifest: Manifest, status: np.ndarray, key_hash: n
     values = {layout.CODEC + name: array for name, array in fitted.items()} | {"status": status, "key_hash": key_hash}
     for key, data in _initial({**layout.codec_arrays(header), **layout.arrays(manifest, codec)}, values):
         # The first object that differs says who wins.
-        if not files.create(key, data) and not _holds(files, key, data):
+        if not files.create(key, data) and not holds(files, key, data):
             raise UserError(f"{place} exists", found="the beginnings of another store", fix=another)
     if not files.create(ROOT, layout.group_json(attributes)):
         raise UserError(f"{place} exists", found="a store that another process has just made", fix=another)
@@ -79,7 +79,7 @@ def extend(store: Store, manifest: Manifest, status: np.ndarray, key_hash: np.nd
     Manifest.from_attributes(attributes, arrays={} if new.format == 2 else codecs.split(new.codec)[1])
     if new == old:
         return store
-    files = store._files
+    files = store.files
     if new.samples > old.samples and old.samples % old.block_rows:
         for name, view in product(("commit", *layout.BLOCK), range(old.views)):
             files.delete(store.key(name, view, old.blocks - 1))
@@ -125,7 +125,8 @@ def _initial(
             yield layout.key(name, arrays[name], chunk), framed(padded(part, arrays[name]))
 
 
-def _holds(files: Files, key: str, data: bytes) -> bool:
+def holds(files: Files, key: str, data: bytes) -> bool:
+    """Is the object there, and are these its bytes?"""
     try:
         return files.get(key, len(data), len(data)).tobytes() == data
     except Damaged:

@@ -2,7 +2,7 @@
 
 from pipeline.config.bench import Bench
 from pipeline.config.data import Prepare
-from pipeline.config.labels import Inspect, PrecomputeTeacher, Verify
+from pipeline.config.labels import Inspect, PrecomputeTeacher, Store, Verify
 from pipeline.config.machine import Machine, Precision
 from pipeline.config.planning import Demo, Plan
 from pipeline.config.ranges import Options, Range
@@ -22,6 +22,7 @@ __all__ = [
     "PrecomputeTeacher",
     "Prepare",
     "Range",
+    "Store",
     "TrainStudent",
     "TrainTeacher",
     "Training",

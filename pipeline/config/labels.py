@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from pipeline.config.machine import Machine
-from pipeline.config.ranges import Count, Part, Range, Seed
+from pipeline.config.ranges import Count, Options, Part, Range, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,3 +85,17 @@ class Inspect(Machine):
     """Teacher as NAME@WEIGHTS: pictures then also show its top classes before coding."""
     samples: Annotated[int, Range(0, 1000)] = 12
     """View pairs to show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store(Options):
+    """What a store holds (info), the same without its last views (prune), or elsewhere (copy)."""
+
+    action: Annotated[Literal["info", "prune", "copy"], tyro.conf.Positional]
+    """info: print it; prune: keep the first VIEWS views; copy: copy it to TO, checked, and resumed if run again."""
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    """A folder or an s3://, gs:// or az:// URL."""
+    to: str | None = None
+    """copy: a folder or URL."""
+    views: Annotated[int | None, Range(1, 2**16)] = None
+    """prune: how many views to keep."""

@@ -73,6 +73,16 @@ def test_a_store_made_on_a_server_is_the_one_made_in_a_folder(server, tmp_path, 
     np.testing.assert_array_equal(group["weight"][1], local.load_plane(1).weight)
 
 
+def test_a_copy_to_a_server_and_back_is_byte_identical(server, tmp_path):
+    local = fill(make(tmp_path / "s"))
+    there = cache.copy(local, f"{BUCKET}/copied/s.zarr")
+    assert there.path == f"{BUCKET}/copied/s.zarr" and there.missing_blocks() == []
+    assert objects(f"{BUCKET}/copied/s.zarr") == files(tmp_path / "s")
+    back = cache.copy(there, tmp_path / "back")
+    assert files(tmp_path / "back") == files(tmp_path / "s")
+    assert_exact(back, 1)
+
+
 def test_a_store_on_a_server_grows(server, tmp_path):
     url, new = f"{BUCKET}/grown", dict(samples=60, views=3, dataset="larger")
     store = fill(make(url))
