@@ -12,7 +12,7 @@ from numcodecs import blosc
 
 WEIGHT_STEP = 2.0**-20
 """Of the stored w; half of it and float32's rounding, 5.4e-7, is what w is off by at most."""
-BYTES = 7
+BESIDE_BYTES = 7
 """Of a pair on disk, in round figures: w 2.6, digest 4, checksums and metadata."""
 BLOSC = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "typesize": 4, "blocksize": 0}
 """The configuration of zarr's codec `blosc`."""

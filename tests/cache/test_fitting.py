@@ -395,15 +395,3 @@ def test_what_kl_feels_of_noise_along_a_direction():
         true = logits.astype(np.float64)
         noise = (kl(true, true + size * along) + kl(true, true - size * along)) / 2
         assert felt == pytest.approx(noise / size**2, rel=1e-3)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_code_for_another_temperature_spends_its_budget_there(temperature):
-    seen, unseen = low_rank(768, seed=3), low_rank(512, seed=4)
-    own = codecs.fit("subspace", seen, kl=0.05, temperature=temperature)
-    _, _, bias = measured(own, unseen)
-    stream = np.arange(512, dtype=np.uint64)
-    spent = kl(unseen, own.decode(own.encode(unseen, stream)), temperature)
-    assert 0.9 * 0.05 < spent < 1.1 * 0.05 and bias == pytest.approx(1, abs=0.02)
-    fidelity_there = fidelity.measure(own, unseen, stream, temperature=temperature)
-    assert fidelity_there.kl[temperature] == pytest.approx(spent, rel=1e-6)
