@@ -83,10 +83,8 @@ def _sizes(store: Store, there: list) -> str:
     samples, count, classes = store.manifest.samples, store.manifest.views, store.manifest.classes
     pairs = sum(stop - start for start, stop in (store.block_range(block) for _, block in there))
     stored = store.sizes()
-    disk, beside, whole = (
-        sum(stored[name] for name in names) / (2 * pairs) if pairs else math.nan
-        for names in (("pairs",), ("weight", "digest"), stored)
-    )
+    parts = store.label_bytes(), stored["weight"] + stored["digest"], sum(stored.values())
+    disk, beside, whole = (size / (2 * pairs) if pairs else math.nan for size in parts)
     fp16, int8 = (codecs.make(name, classes=classes).row_bytes / 2 for name in ("fp16", "int8"))
     kinds = {
         "labels on disk": disk,

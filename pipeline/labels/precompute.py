@@ -288,8 +288,8 @@ def _manifest(config, index: Index, policy: Policy, teacher: Teacher, codec: dic
 
 
 def _bytes(store: Store, vectors: int) -> str:
-    sizes = store.sizes()
-    return f"{sizes['pairs'] / vectors:.1f} on disk, {sum(sizes.values()) / vectors:.1f} with w, digest and all else"
+    whole = sum(store.sizes().values())
+    return f"{store.label_bytes() / vectors:.1f} on disk, {whole / vectors:.1f} with w, digest and all else"
 
 
 def _announce(manifest: Manifest, found: Calibration) -> None:
