@@ -10,7 +10,7 @@ and not measured by this project. A pair is one student's logit and its teacher'
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +63,9 @@ def count(text: str, trips: Sequence[float] = ()) -> Counts:
     """Count a kernel's machine code, its loops, in the order of their heads, with `trips`; 1 where none are left."""
     blocks = _blocks(text)
     weights = _weights(blocks, trips)
-    units: Counter = Counter()
-    loads: Counter = Counter()
-    stores: Counter = Counter()
+    units: dict[str, float] = defaultdict(float)
+    loads: dict[int, float] = defaultdict(float)
+    stores: dict[int, float] = defaultdict(float)
     barriers = 0.0
     for block, weight in zip(blocks, weights[0], strict=True):
         for name, _ in block.lines:

@@ -278,7 +278,12 @@ def distillation_loss(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss, parts, and the gradients, empty unless `with_grad`; the rest is `Task.flat`."""
-    task = Task(teacher, kind, *tensors, *numbers, whole[0], bool(whole[1]), whole[2], bool(whole[3]))
+    target, rows, weight, valid, count, loss_scale = tensors
+    same_weight, temperature, hard, soft, smoothing, unit = numbers
+    wide, cosine, report, noted = whole
+    optional = target, rows, weight, valid, count, loss_scale
+    factors = same_weight, temperature, hard, soft, smoothing, unit
+    task = Task(teacher, kind, *optional, *factors, wide, bool(cosine), report, bool(noted))
     grads = gradients(students, task.loss_scale is not None, with_grad)
     loss, parts = forward(students, task, grads if with_grad else None)
     return loss, parts, grads

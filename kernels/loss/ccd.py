@@ -160,10 +160,8 @@ def _by_kernel(student_o, student_a, target, teacher: list[Tensor], options: Opt
         hard, soft = hard / count, soft / count
     weight, cosine = options.weight, options.weight is None
     exact = options.report == "exact" or student_o.dtype == torch.float64
-    dtype = torch.promote_types(student_o.dtype, student_a.dtype)
     if encoded is None:
-        shared = torch.promote_types(teacher[0].dtype, teacher[1].dtype)
-        teacher = [row.to(shared) for row in teacher]
+        teacher = _alike(*teacher)
     task = autograd.Task(
         teacher=teacher,
         kind="dense" if encoded is None else encoded.decoder.kind,
@@ -184,11 +182,19 @@ def _by_kernel(student_o, student_a, target, teacher: list[Tensor], options: Opt
         report=2 if exact and options.report != "none" else autograd.REPORTS.index(options.report),
         parts=options.parts,
     )
-    students = [rows_of(student_o).to(dtype), rows_of(student_a).to(dtype)]
-    loss, noted = autograd.apply(students, task, options.inplace)
+    students = _alike(student_o, student_a)
+    loss, noted = autograd.apply([rows_of(student) for student in students], task, options.inplace)
     if not options.parts:
         return loss
     return loss, Parts(noted[2], noted[3], noted[4], noted[5], noted[8], noted[6], noted[7])
+
+
+def _alike(one: Tensor, other: Tensor) -> list[Tensor]:
+    """Both views in one dtype, as a kernel takes them."""
+    if one.dtype == other.dtype:
+        return [one, other]
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return [one.to(dtype), other.to(dtype)]
 
 
 def rows_of(logits: Tensor) -> Tensor:
