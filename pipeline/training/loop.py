@@ -133,7 +133,7 @@ class _Run:
             sums = state["means"] if self.first else None  # they were of all processes
         replay.position = self.epoch, self.step
         self.log = Log(config.out, self.epoch, self.step, write=self.first)
-        facts = run_record.describe(network.device, job.network, job.about)
+        facts = run_record.describe(network, job.about)
         self.writers = stack.enter_context(run_record.Writers(config, self.first, facts))
         self.saver = checkpoint.Saver(config.out, config.checkpoint_steps)
         stack.callback(self.saver.close)

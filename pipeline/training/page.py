@@ -71,6 +71,14 @@ def write(out: Path) -> Path:
     return path
 
 
+def _normalisation(facts: dict) -> str | None:
+    """Of the channels, as the network has them."""
+    both = [facts.get("mean"), facts.get("std")]
+    if not all(isinstance(each, list) for each in both):
+        return None
+    return "; ".join(", ".join(f"{value!s:.6}" for value in each[:3]) for each in both if each)
+
+
 def _run(config: dict, facts: dict) -> str:
     command, versions = facts.get("command"), facts.get("versions")
     rows = {
@@ -80,6 +88,7 @@ def _run(config: dict, facts: dict) -> str:
         "processes": facts.get("world"),
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
         "parameters": _shown(_number(facts, "parameters"), ",.0f"),
+        "mean and std of its input": _normalisation(facts),
         "teacher": facts.get("teacher"),
         "store": facts.get("store"),
     }

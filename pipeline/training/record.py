@@ -16,7 +16,7 @@ import torch
 
 from cache import UserError
 from pipeline.config import Training
-from pipeline.networks import models
+from pipeline.networks.placed import Placed
 from pipeline.system import ranks
 from pipeline.system.files import write_atomically
 from pipeline.training import page
@@ -26,8 +26,9 @@ _PAGE_S = 120  # between pages; one takes seconds to draw
 _VERSIONS = ("torch", "triton", "numpy", "timm", "zarr", "pillow")
 
 
-def describe(device: torch.device, network: models.Network, about: dict) -> dict:
-    """Facts of a run, JSON-safe: command, versions, machine."""
+def describe(network: Placed, about: dict) -> dict:
+    """Facts of a run, JSON-safe: command, versions, machine, network."""
+    device, module = network.device, network.network.module
     installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
     dali = [name for name in installed if name.startswith("nvidia-dali-cuda")]
     return {
@@ -38,7 +39,9 @@ def describe(device: torch.device, network: models.Network, about: dict) -> dict
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "world": ranks.world(),
-        "parameters": sum(parameter.numel() for parameter in network.module.parameters()),
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "mean": network.mean,
+        "std": network.std,
         **about,
     }
 

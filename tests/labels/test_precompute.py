@@ -53,6 +53,23 @@ def whole(options) -> PrecomputeTeacher:
     return options
 
 
+def test_a_store_that_another_process_makes_meanwhile_is_not_to_be_deleted(options, tmp_path, monkeypatch):
+    """It comes into being while this one calibrates, and a second run joins in."""
+    ours = dataclasses.replace(options, store=tmp_path / "labels.zarr")
+    measured = precompute.calibrate
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(precompute, "calibrate", measured)
+        precompute.run(ours)
+        return measured(*arguments)
+
+    monkeypatch.setattr(precompute, "calibrate", meanwhile)
+    with pytest.raises(UserError, match="found another process that is making it; fix: run this again") as caught:
+        precompute.run(ours)
+    assert "delete" not in str(caught.value)
+    precompute.run(ours)
+
+
 def contents(path: Path) -> dict[str, np.ndarray]:
     store = cache.open(path)
     planes = [store.load_plane(view) for view in range(store.manifest.views)]
