@@ -1,4 +1,4 @@
-"""Runs `interpreted_ccd.py`: Triton chooses its interpreter when a kernel is decorated, so in a process of its own."""
+"""Runs `interpreted_*.py`: Triton chooses its interpreter when a kernel is decorated, so in a process of its own."""
 
 import os
 import subprocess
@@ -10,7 +10,15 @@ TESTS = Path(__file__).parents[1]
 
 def test_the_kernels_meet_float64_in_the_interpreter():
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "kernels" / "interpreted_ccd.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *sorted(TESTS.glob("kernels/interpreted_*.py")),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
         capture_output=True,
         text=True,

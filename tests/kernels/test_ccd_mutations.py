@@ -1,4 +1,4 @@
-"""The loss kernels broken on purpose: each mutation of their source must fail the named test of `interpreted_ccd.py`.
+"""The loss kernels broken on purpose: each mutation of their source must fail the named test.
 
 Run as a script, this file is one interpreter of Triton's that has loaded PyTorch and forks a child per mutation.
 """
@@ -127,6 +127,11 @@ def test_every_mutation_is_caught(tmp_path):
     assert exits == dict.fromkeys(MUTATIONS, 1) | {CONTROL: 0}, child.stdout[-3000:]
 
 
+def file_of(test: str) -> Path:
+    files = TESTS.glob("kernels/interpreted_*.py")
+    return next(path for path in files if f"def {test.partition('[')[0]}(" in path.read_text())
+
+
 def main(folder: Path) -> None:
     """Write the exit code of pytest by mutation."""
     import pytest
@@ -144,7 +149,7 @@ def main(folder: Path) -> None:
         number, (name, (*_, test)) = todo.pop()
         if (child := os.fork()) == 0:
             sys.path.insert(0, str(folder / str(number)))
-            code = pytest.main(["-xq", "-p", "no:cacheprovider", f"{TESTS / 'kernels' / 'interpreted_ccd.py'}::{test}"])
+            code = pytest.main(["-xq", "-p", "no:cacheprovider", f"{file_of(test)}::{test}"])
             sys.stdout.flush()
             os._exit(code)
         running[child] = name
