@@ -8,7 +8,7 @@ predict w to 0.03-0.1 at the default budget, and so save 1 to 2 more of them, bu
 import zlib
 
 import numpy as np
-from numcodecs import blosc
+from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue] - it is compiled
 
 WEIGHT_STEP = 2.0**-20
 """Of the stored w; half of it and float32's rounding, 5.4e-7, is what w is off by at most."""

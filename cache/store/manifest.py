@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class Manifest:
     @property
     def temperature(self) -> float:
         """The lowest that the labels are meant for, as `fidelity` has it: the KL budget is for it."""
-        value = self.fidelity.get("temperature")
+        value: Any = self.fidelity.get("temperature")
         return float(value) if type(value) in (int, float) and 0 < value < math.inf else 4.0
 
     def noise(self, temperature: float) -> float | None:

@@ -78,7 +78,7 @@ class Pairs(Packed, ArrayBytesCodecPartialDecodeMixin):
         rows = chunk_spec.shape[1]
         first = int(block) * rows
         hashes = cast(np.ndarray, await key_hash.getitem(slice(first, first + rows)))
-        out = np.zeros(chunk_spec.shape, np.uint8)
+        out: Any = np.zeros(chunk_spec.shape, np.uint8)
         keys = philox.stream(seed, hashes, int(view))
         out[0, : len(hashes)] = await asyncio.to_thread(_unpacked, chunk.to_bytes(), codec, keys, byte_getter.path)
         return chunk_spec.prototype.nd_buffer.from_ndarray_like(out)[selection]
