@@ -132,6 +132,7 @@ class Replay:
         self.batch_size, self.epochs, self.seed, self.pairs, self.repeat = batch_size, epochs, seed, pairs, repeat
         self._check(policy)
         if self.store:
+            self.index = planes.numbered_alike(self.index, machine, self.store.manifest)
             self.policy, decoder = planes.replayed(self.store.manifest)
         else:
             self.policy = policy if isinstance(policy, Policy) else policies.load(policy or "imagenet")

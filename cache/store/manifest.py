@@ -18,6 +18,7 @@ FORMATS = (2, FORMAT)
 """Those that can be read: 2 has the codec's arrays in the manifest, w in full and a digest per view."""
 _MAX_TEXT = 4096
 _MAX_MAPPING = 1 << 20  # characters of JSON; a codec may have far more, and bounds them itself
+_MAX_CLASS_LIST = 64 << 20
 _SHOWN = 80
 _MAX_CHUNK_BYTES = 1 << 31
 _MAX_BLOCKS = 1 << 22  # each is a handful of files
@@ -88,6 +89,8 @@ class Manifest:
     """Of libraries and machine; informative, never compared."""
     fidelity: dict = dataclasses.field(default_factory=dict)
     """What the codec was measured to lose; informative, never compared."""
+    class_list: dict | None = None
+    """Names of the classes and what numbered them, as who made the store keeps them; old stores have none."""
     format: int = FORMAT
 
     @property
@@ -131,6 +134,8 @@ class Manifest:
         attributes["codec"] = self.header()
         # Readers that keep numbers as doubles would round a seed.
         attributes |= {"mean": list(self.mean), "std": list(self.std), "seed": str(self.seed)}
+        if self.class_list is None:
+            del attributes["class_list"]
         return {**attributes, "crc32": _crc(attributes)}
 
     @classmethod
@@ -191,11 +196,11 @@ def difference(path: str, found: object, expected: object) -> tuple[str, object,
 
 def _check_fields(attributes: dict, where: str) -> None:
     names = {field.name for field in dataclasses.fields(Manifest)} | {"crc32"}
-    if attributes.keys() != names:
+    if attributes.keys() | {"class_list"} != names:
         unknown = shown(sorted(map(str, attributes.keys() - names)))
         raise UserError(
             f"{where}: fields",
-            found=f"unknown {unknown}, missing {sorted(names - attributes.keys())}",
+            found=f"unknown {unknown}, missing {sorted(names - attributes.keys() - {'class_list'})}",
             expected="exactly those of its format",
             fix="make the store again with precompute-teacher",
         )
@@ -212,6 +217,11 @@ def _check_fields(attributes: dict, where: str) -> None:
             raise _wrong(where, name, attributes[name], "a mapping")
         if name != "codec" and (size := len(json.dumps(attributes[name]))) > _MAX_MAPPING:
             raise _wrong(where, name, f"{size} characters", f"at most {_MAX_MAPPING}")
+    listed = attributes.get("class_list")
+    if "class_list" in attributes and not isinstance(listed, dict):
+        raise _wrong(where, "class_list", listed, "a mapping")
+    if (size := len(json.dumps(listed))) > _MAX_CLASS_LIST:
+        raise _wrong(where, "class_list", f"{size} characters", f"at most {_MAX_CLASS_LIST}")
     for name, low in (("mean", -1e6), ("std", 1e-6)):
         value = attributes[name]
         good = isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) for v in value)

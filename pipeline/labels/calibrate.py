@@ -10,6 +10,7 @@ from cache import codec as codecs
 from cache.codec.fidelity import TEMPERATURE, Fidelity, measure
 from pipeline.config import PrecomputeTeacher
 from pipeline.data.index import Index
+from pipeline.labels.agreement import Agreement, agreement
 from pipeline.networks.teacher import Teacher
 from pipeline.system import device as devices
 from pipeline.system.terminal import progress
@@ -31,10 +32,13 @@ class Calibration:
     temperature: float
     pairs_per_second: float
     """Of loader and teacher together."""
+    agreement: Agreement
+    """Of the teacher with the labels, on the original views."""
 
     def to_json(self) -> dict:
         """For the manifest's `fidelity`."""
-        return self.fidelity.to_json() | {"budget": self.budget, "temperature": self.temperature}
+        asked = {"budget": self.budget, "temperature": self.temperature}
+        return self.fidelity.to_json() | asked | {"agreement": self.agreement.share}
 
 
 def calibrate(config: PrecomputeTeacher, index: Index, policy: Policy, teacher: Teacher) -> Calibration:
@@ -52,7 +56,8 @@ def calibrate(config: PrecomputeTeacher, index: Index, policy: Policy, teacher: 
     stream = philox.stream(config.seed, index.records["key_hash"][rows[rest]], 0)
     fitted = config.codec in ("auto", "subspace")
     fidelity = measure(codec, logits[rest], stream, temperature=temperature)
-    return Calibration(codec, fidelity, budget if fitted else None, temperature, rate)
+    agrees = agreement(logits[:, 0], index.records["label"][rows])
+    return Calibration(codec, fidelity, budget if fitted else None, temperature, rate, agrees)
 
 
 def _look(config, index: Index, policy: Policy, teacher: Teacher) -> tuple[np.ndarray, np.ndarray, float]:

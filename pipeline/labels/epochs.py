@@ -17,7 +17,10 @@ from cache import Manifest, Plane, Store, UserError
 from cache.codec import Codec, Subspace
 from kernels import EncodedPairs
 from kernels.loss.decode import Decoder
+from pipeline.config import Machine
 from pipeline.data import probes
+from pipeline.data.classes import Classes
+from pipeline.data.index import Index, matched
 from pipeline.system import ranks
 from pipeline.system.terminal import decimal, progress
 from pipeline.views import policy as policies
@@ -57,6 +60,17 @@ def labels_of(store: Store | None) -> dict[str, Any]:
     fields = store.manifest.identity()
     codec = hashlib.sha256(json.dumps(fields["codec"], sort_keys=True).encode()).hexdigest()
     return {name: fields[name] for name in ("teacher", "teacher_weights", "seed", "decoder")} | {"codec": codec}
+
+
+def numbered_alike(index: Index, machine: Machine, manifest: Manifest) -> Index:
+    """`index`, once its classes are those of the store, renumbered by name if the user gave a --class-map.
+
+    Raises UserError with the first difference. A store from before it kept names is taken at its word.
+    """
+    if manifest.class_list is None:
+        return index
+    listed = Classes.from_json(manifest.class_list, "the store's manifest")
+    return matched(index, machine, listed, "--data", "the store")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from cache import Store
 from pipeline.config import Inspect
 from pipeline.data.index import open_data
 from pipeline.labels import page
-from pipeline.labels.epochs import replayed
+from pipeline.labels.epochs import numbered_alike, replayed
 from pipeline.labels.page import Looked, Pair, softmax
 from pipeline.networks import models
 from pipeline.networks.teacher import Teacher
@@ -32,6 +32,7 @@ def run(config: Inspect) -> None:
     store = cache.open(config.store)
     manifest = store.manifest
     cache.check(manifest, dataset=index.fingerprint, samples=len(index), classes=index.classes)
+    index = numbered_alike(index, config, manifest)
     policy, decoder = replayed(manifest)
     teacher = None
     if config.teacher is not None:

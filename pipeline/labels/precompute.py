@@ -25,8 +25,9 @@ from cache.codec.fidelity import Drift, drift
 from kernels.reference import cosine_weight
 from pipeline.config import PrecomputeTeacher
 from pipeline.data import dali, probes
-from pipeline.data.index import Index, open_data
+from pipeline.data.index import Index, matched, open_data
 from pipeline.labels.calibrate import Calibration, calibrate
+from pipeline.labels.epochs import numbered_alike
 from pipeline.networks import called, models
 from pipeline.networks.teacher import Teacher
 from pipeline.system import device as devices
@@ -64,7 +65,9 @@ def precompute(
 def run(config: PrecomputeTeacher) -> None:
     """Create, complete or extend a store. Raises UserError for anything in it that contradicts the options."""
     index = open_data(config, config.data, "train")
-    _run(config, index, models.trained(config.teacher, index.class_list))
+    network = models.trained(config.teacher, index.classes)
+    index = matched(index, config, network.class_list or index.class_list, "--data", f"--teacher {config.teacher}")
+    _run(config, index, network)
 
 
 def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> None:
@@ -247,6 +250,7 @@ def _open_or_create(config, index: Index, policy: Policy, teacher: Teacher) -> N
         return
     store = cache.open(config.store)
     made = store.manifest
+    numbered_alike(index, config, made)
     wanted = _manifest(config, index, policy, teacher, made.codec, made.fidelity)
     if probes.decoder_of(made.decoder) == probes.decoder_of(wanted.decoder):
         probes.check(made.decoder, made.versions)
@@ -284,6 +288,7 @@ def _manifest(config, index: Index, policy: Policy, teacher: Teacher, codec: dic
         | {"decoding": dali.version(), "python": platform.python_version()}
         | {"device": str(teacher.device), "precision": teacher.precision},
         fidelity=fidelity,
+        class_list=index.class_list.to_json(),
     )
 
 
@@ -294,6 +299,8 @@ def _bytes(store: Store, vectors: int) -> str:
 
 def _announce(manifest: Manifest, found: Calibration) -> None:
     print(f"labels: {_described(found)}; {_size(manifest.samples, manifest.views, found)}", flush=True)
+    print(f"teacher: agrees with the labels of {found.agreement}", flush=True)
+    found.agreement.warn(f"teacher {manifest.teacher}")
 
 
 def _described(found: Calibration) -> str:
@@ -311,6 +318,7 @@ def _size(samples: int, views: int, found: Calibration) -> str:
 
 
 def _show_plan(config, index: Index, found: Calibration) -> None:
+    found.agreement.warn(f"teacher {config.teacher}")
     samples = len(index)
     left = len(index.good) * config.views
     if cache.exists(config.store):
@@ -321,6 +329,7 @@ def _show_plan(config, index: Index, found: Calibration) -> None:
     summary(
         "dry run: nothing was written",
         {
+            "agrees with the labels of": found.agreement,
             "codec": _described(found),
             "store": _size(samples, config.views, found),
             "one plane in memory": decimal(samples * found.codec.row_bytes),

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.config import Evaluate, Machine
 from pipeline.data.index import Index, matched, open_data
+from pipeline.labels.agreement import Agreement
 from pipeline.networks import models
 from pipeline.networks.placed import Placed, placed
 from pipeline.system import device as devices
@@ -29,6 +30,8 @@ def run(config: Evaluate) -> None:
     result = evaluate(there, index, policy, config.batch_size, config)
     seen = f"{policy.base.size} pixels, as policy {policy.name} has them"
     summary("evaluation", {"model": config.model, "data": Path(config.data), "images": seen, **shown(result)})
+    present = len(np.unique(index.records["label"][index.good]))
+    Agreement(result["top1"], result["samples"], present).warn(config.model)
 
 
 def shown(result: dict) -> dict:

@@ -6,11 +6,13 @@ import cache
 from cache import Store, UserError
 from pipeline.config import TrainStudent
 from pipeline.data.index import Index, open_data
-from pipeline.labels.epochs import Labels
+from pipeline.labels.agreement import look
+from pipeline.labels.epochs import Labels, numbered_alike
 from pipeline.networks import models
 from pipeline.networks.teacher import Teacher
 from pipeline.replay import Replay
 from pipeline.system import device as devices
+from pipeline.system import ranks
 from pipeline.training.checks import TeacherCheck
 from pipeline.training.loop import Job, fit
 from pipeline.training.objectives import CrossEntropy, Distillation, Objective, choice
@@ -26,6 +28,8 @@ def run(config: TrainStudent) -> dict:
     index = open_data(config, config.data, "train")
     store = cache.open(config.store) if config.store else None
     _check(config, index, store)
+    if store:
+        index = numbered_alike(index, config, store.manifest)
     from_store = store is not None and config.loss != "ce" and not config.live_teacher
     replay = Replay(
         index,
@@ -66,7 +70,12 @@ def run(config: TrainStudent) -> dict:
 
 def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy) -> Teacher:
     device = devices.pick(config)
-    return Teacher(models.trained(spec, index.class_list), policy, device, devices.arithmetic(config.precision, device))
+    network = models.trained(spec, index.class_list)
+    teacher = Teacher(network, policy, device, devices.arithmetic(config.precision, device))
+    if config.live_teacher and ranks.rank() == 0 and (found := look(teacher, index, policy, config, config.batch_size)):
+        print(f"teacher: agrees with the labels of {found}", flush=True)
+        found.warn(f"teacher {spec}")
+    return teacher
 
 
 def _check_temperature(config: TrainStudent, store: Store) -> None:
