@@ -14,10 +14,10 @@ class Prepare(Options):
     """Turn a source of images into WebDataset shards and an index; every image is decoded once."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """imagefolder:PATH, cifar10:PATH, cifar100:PATH, webdataset:PATTERN, digits or synthetic:N. A pattern is a path, an
-    s3:// or an https:// URL with {braces} and, but for https, wildcards; a folder means its *.tar."""
+    """imagefolder:PATH, cifar10:PATH, cifar100:PATH, idx:PATH, webdataset:PATTERN, digits or synthetic:N. A pattern is
+    a path, an s3:// or an https:// URL with {braces} and, but for https, wildcards; a folder means its *.tar."""
     out: Path
-    """Folder to create. digits and cifar fill OUT/train and OUT/val."""
+    """Folder to create. digits, cifar and idx fill OUT/train and OUT/val."""
     classes: Annotated[int | None, Range(1, 2**31 - 1)] = None
     """Number of classes of a webdataset source; by default the largest label + 1."""
     shard_size: Count = 4096

@@ -22,8 +22,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 FREE_PIXELS = 1 << 22
 """Of an image, however few bytes it has."""
 
-_JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
-_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xae\x42\x60\x82"
+_JPEG_SCAN, _JPEG_END, _PNG_END = b"\xff\xda", b"\xff\xd9", b"IEND\xae\x42\x60\x82"
+_STARTS = rb"\xff\xd8\xff|\x89PNG\r\n|RIFF....WEBP|GIF8|II\*\0|MM\0\*|BM|P[1-6]\s"
 _PNG_DEPTH = 24  # place of the byte that says how many bits a channel has
 _DEEP = ("I", "F")  # modes begin so: Pillow's RGB of them is clipped, not scaled
 _KINDS = {  # the formats that are no FORMATS, and what is brought in place of an image, by how they begin
@@ -68,7 +68,7 @@ def header(image: bytes, pixels_per_byte: float) -> Header:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return Header(Flaw(f"over {Image.MAX_IMAGE_PIXELS} pixels"))
     except Exception:  # Pillow's plug-ins raise what they please
-        if image.startswith((_JPEG_START, _PNG_START)):
+        if re.match(_STARTS, image, re.DOTALL):
             return Header(Flaw("damaged"))
         kind = next((kind for start, kind in _KINDS.items() if re.match(start, image, re.DOTALL | re.IGNORECASE)), "")
         return Header(Flaw(f"not an image that is read ({', '.join(FORMATS)})", kind))

@@ -28,7 +28,8 @@ from pipeline.data.examine import Item, examine, header
 from pipeline.data.ledger import Flaw, Ledger
 from pipeline.data.remote import is_remote
 from pipeline.data.shards import Reader
-from pipeline.data.sources import ARGUMENTS, SOURCES, USAGE, Options, Source, tars
+from pipeline.data.sources import ARGUMENTS, SOURCES, USAGE, tars
+from pipeline.data.sources.base import Options, Source
 from pipeline.data.sources.tars import Numbers, Scan, duplicate_key, scan
 from pipeline.system.cores import share
 from pipeline.system.terminal import decimal, progress, summary
@@ -75,7 +76,7 @@ def build(
     A GLOB of tars is a path or a URL (s3://bucket/key, http(s)://host/path) with {braces}, and wildcards but for
     HTTP. Remote tars stay where they are.
 
-    digits and cifar become `out/train` and `out/val`, all others one data set in `out`. Everything is
+    digits, cifar and idx become `out/train` and `out/val`, all others one data set in `out`. Everything is
     built in a sibling folder that takes the name `out` at the end, so `out` is whole or not there.
     `classes` is for webdataset (else the highest label + 1) and synthetic (else 1000). `class_order` and `class_map`
     are those of `pipeline.data.classes`.

@@ -15,7 +15,8 @@ from support.prepared import SMALL, samples
 from cache.errors import UserError
 from pipeline.data import prepare
 from pipeline.data.ledger import Ledger
-from pipeline.data.sources import Options, tars
+from pipeline.data.sources import tars
+from pipeline.data.sources.base import Options
 from pipeline.data.sources.folder import folder
 
 DIRS = st.lists(st.sampled_from(["cat", "dog", ".git", "__MACOSX", "deep.er"]), max_size=3)

@@ -22,7 +22,8 @@ from pipeline.data import prepare
 from pipeline.data.classes import Classes
 from pipeline.data.index import Index, key_hash
 from pipeline.data.ledger import Ledger
-from pipeline.data.sources import Options, Sample, tars
+from pipeline.data.sources import tars
+from pipeline.data.sources.base import Options, Sample
 from pipeline.data.sources.synthetic import synthetic
 
 NAMES = st.sampled_from(["a", "b", "dir/a", "dir.v2/a", "c d", "é"])

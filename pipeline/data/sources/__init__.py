@@ -8,21 +8,17 @@ and are scanned where they lie.
 from collections.abc import Callable
 
 from pipeline.data.ledger import Ledger
-from pipeline.data.sources.base import Options, Sample, Source
-from pipeline.data.sources.cifar import cifar10, cifar100
-from pipeline.data.sources.digits import digits
-from pipeline.data.sources.folder import folder
-from pipeline.data.sources.synthetic import synthetic
-
-__all__ = ["ARGUMENTS", "SOURCES", "USAGE", "Ledger", "Options", "Sample", "Source"]
+from pipeline.data.sources import cifar, digits, folder, idx, synthetic
+from pipeline.data.sources.base import Options, Source
 
 ARGUMENTS = {"digits": "", "synthetic": "[1-9][0-9]{0,8}"}
 """What may stand behind the colon, where it is no place: regular expressions."""
 SOURCES: dict[str, Callable[[str, Options, Ledger], dict[str, Source]]] = {
-    "imagefolder": folder,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "digits": digits,
-    "synthetic": synthetic,
+    "imagefolder": folder.folder,
+    "cifar10": cifar.cifar10,
+    "cifar100": cifar.cifar100,
+    "idx": idx.idx,
+    "digits": digits.digits,
+    "synthetic": synthetic.synthetic,
 }
-USAGE = "imagefolder:PATH | cifar10:PATH | cifar100:PATH | webdataset:GLOB | digits | synthetic:N"
+USAGE = "imagefolder:PATH | cifar10:PATH | cifar100:PATH | idx:PATH | webdataset:GLOB | digits | synthetic:N"

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cache.errors import UserError
 from pipeline.data.classes import Classes
+from pipeline.data.ledger import Ledger
 
 EXTENSIONS = ("jpg", "jpeg", "png", "jfif", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "avif")
 """Of images. The first one that a sample of a tar has is its image."""
@@ -63,3 +64,13 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+def account(found: list[str], used: list[str], ledger: Ledger) -> None:
+    """Tell the ledger of the files of a data set that comes in a few, and of what lies beside them."""
+    for name in found:
+        ledger.meet()
+        if name in used:
+            ledger.use()
+        else:
+            ledger.leave(name, "no part of the data set")

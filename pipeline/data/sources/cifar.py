@@ -15,7 +15,7 @@ from PIL import Image
 from cache.errors import UserError
 from pipeline.data.classes import Classes
 from pipeline.data.ledger import Ledger
-from pipeline.data.sources.base import Options, Sample, Source, encoded
+from pipeline.data.sources.base import Options, Sample, Source, account, encoded
 
 
 class _CifarUnpickler(pickle.Unpickler):
@@ -96,7 +96,7 @@ def _read_batches(path: Path, folder: str, names: list[str], ledger: Ledger) -> 
     if path.is_dir():
         path = path / folder if (path / folder).is_dir() else path
         blobs = {name: (path / name).read_bytes() for name in names}
-        _account([entry.name for entry in os.scandir(path) if not entry.is_dir()], names, ledger)
+        account([entry.name for entry in os.scandir(path) if not entry.is_dir()], names, ledger)
         return blobs
     blobs = {}
     with tarfile.open(path) as tar:
@@ -112,17 +112,8 @@ def _read_batches(path: Path, folder: str, names: list[str], ledger: Ledger) -> 
             file = tar.extractfile(member)
             assert file
             blobs[name] = file.read()
-    _account(list(members), [f"{folder}/{name}" for name in names], ledger)
+    account(list(members), [f"{folder}/{name}" for name in names], ledger)
     return blobs
-
-
-def _account(found: list[str], used: list[str], ledger: Ledger) -> None:
-    for name in found:
-        ledger.meet()
-        if name in used:
-            ledger.use()
-        else:
-            ledger.leave(name, "no part of the data set")
 
 
 def _unpickle(blob: bytes, name: str) -> dict:

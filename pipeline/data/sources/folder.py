@@ -115,7 +115,7 @@ def _walk(root: str, ledger: Ledger) -> Iterator[tuple[str, str]]:
 
 def _fate(entry: os.DirEntry, outside: bool) -> str:
     """Why a file is left out, "" for an image of a class."""
-    if not entry.is_file():
+    if not os.path.isfile(entry.path):  # which, unlike the entry's own, takes a link in a circle for none
         nowhere = entry.is_symlink() and not os.path.exists(entry.path)
         return "a link that leads nowhere" if nowhere else "not a regular file"
     if outside:
