@@ -32,7 +32,7 @@ from pipeline.networks import called, models
 from pipeline.networks.teacher import Teacher
 from pipeline.system import device as devices
 from pipeline.system import ranks
-from pipeline.system.terminal import decimal, duration, progress, summary
+from pipeline.system.terminal import counted, decimal, duration, progress, summary
 from pipeline.views import plan
 from pipeline.views import policy as policies
 from pipeline.views.batch import Batch
@@ -103,7 +103,9 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> No
         "teacher pass",
         {
             "store": config.store,
-            "views computed": f"{done:,} in {sum(len(v) for v, _ in todo)} blocks" if todo else "none, all were there",
+            "views computed": f"{done:,} in {counted(sum(len(v) for v, _ in todo), 'block')}"
+            if todo
+            else "none, all were there",
             **({"blocks by process": " + ".join(str(blocks) for blocks, _, _ in found)} if len(found) > 1 else {}),
             "rate": f"{done / seconds:,.0f} pairs/s" if done else "-",
             "codec": f"{store.manifest.codec['name']}, {store.codec.row_bytes / 2:g} bytes per vector in memory",

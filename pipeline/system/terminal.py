@@ -128,6 +128,11 @@ def decimal(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def counted(count: int, noun: str) -> str:
+    """1 block, 1,024 blocks."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """A length of time for people, to three digits: 41.3 s, 12.5 min, 127 h."""
     if seconds < 99.95:

@@ -57,3 +57,7 @@ def test_a_note_is_said_once_and_by_the_first_process(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     terminal.note("took the average of b")
     assert capsys.readouterr().err == "note: took the average of a\n"
+
+
+def test_one_is_no_plural():
+    assert [terminal.counted(count, "block") for count in (0, 1, 2000)] == ["0 blocks", "1 block", "2,000 blocks"]
