@@ -1,49 +1,49 @@
-"""`pipeline bench gpu-acceptance`: on a GPU machine, in nine minutes, everything that this package claims about GPUs.
+"""`pipeline bench gpu-acceptance`: on a GPU machine everything that this package claims about GPUs, in three calls.
 
-Copy the repository there and run, from its root (nothing need be installed but what `pyproject.toml` names, with DALI,
-scikit-learn, pytest and hypothesis; wheels in a folder on PYTHONPATH will do):
+Copy the repository there and run, from its root (nothing need be installed; wheels in a folder on PYTHONPATH will do):
 
-    python -m bench.gpu_acceptance --json found.json --out acceptance
+    python -m bench.gpu_acceptance --arms A --json found-a.json --out acceptance     230 s, without DALI
+    python -m bench.gpu_acceptance --arms B --json found-b.json --out acceptance     270 s
+    python -m bench.gpu_acceptance --arms C --json found-c.json --out acceptance     170 s
 
-Each part is a process of its own with a limit. The JSON is written after each; the most important come first:
+Each part is a process of its own with a limit, and none needs a package that it does not use. The JSON is written
+after each; the most valuable come first:
 
-    tests        the tests marked `gpu`
-    kernels      the loss against its floor, eager PyTorch and torch.compile; a size at a time
-    data         ImageNet-like images for the parts below, unless `--data` names a prepared set
-    end-to-end   steps of ResNet-18 at 224 pixels on labels alone, on stored labels and with ResNet-34 in the loop
-    waiting      how long a student waits for its batches, with no other arm beside it while the loader works
-    loader       pairs per second, against what one would write without it
-    decoding     the same of the loader whose decoder and pixel kernels run on the GPU; and images per second of DALI
-                 alone, which no loader that decodes by it can pass
+    A   once        every kernel once: does it compile and run, and is it right
+        tests       the tests marked `gpu`
+        pixels      the pair kernel by parts, on 256 images of 500 pixels
+        losses      the loss of dense, int8 and subspace labels against its floor
+    B   data        ImageNet-like images for the parts below, unless `--data` names a prepared set
+        decoders    by each decoder the loader's bytes, with and without digests, and a bad image among good ones
+        rates       pairs per second of the loader, and images per second of DALI alone, which none can pass
+        whole       two blocks of a teacher pass, then a student's steps
+        end-to-end  steps of ResNet-18 at 224 pixels on labels alone, on stored labels and with ResNet-34 in the loop
+    C   compiled    the loss beside eager PyTorch and torch.compile
+        waiting     how long a student waits for its batches, with no other arm beside it while the loader works
 
 What failed or ran out of time has its last lines in table `parts`, and its whole output in OUT; the exit code is then
 1. Table `verdicts` holds what was found against the targets. Without a GPU all parts run shortened: tests are only
-collected, kernels counted, and no target is held against a CPU's figure.
+collected, kernels interpreted or counted, and no target is held against a CPU's figure.
 """
 
-import itertools
 import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from subprocess import DEVNULL
-from unittest import mock
 from xml.etree import ElementTree
 
-import numpy as np
-
 from bench import harness
+from cache import UserError
 from pipeline import cli
 from pipeline.config import Bench
 from pipeline.system.terminal import console_out
@@ -51,16 +51,18 @@ from pipeline.system.terminal import console_out
 Tables = dict[str, list[dict]]
 
 _ROOT = Path(__file__).absolute().parents[1]
-_BUDGET_S = 530.0  # nine minutes, less what imports and tables take
+CALLS = {"A": 230.0, "B": 270.0, "C": 170.0}
+"""Call -> seconds that its parts may take together."""
 _GRACE_S = 8.0  # between SIGINT, at which pytest still writes its report, and SIGKILL
 _COLUMNS = 8  # that a terminal has room for; the JSON has all
 _FIELDS = ("name", "driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem", "memory.total")
-_FLOORS = {"4096×1000": "≤ 2", "4096×21841": "≤ 1.18", "1024×1000": "≤ 2", "1024×100": None}  # as they are measured
+_FLOORS = {"4096×1000": "≤ 2", "4096×21841": "≤ 1.18", "1024×1000": "≤ 2"}
 _UNMEASURED = "not measured"
 
 
 @dataclass(frozen=True)
 class Part:
+    call: str
     name: str
     command: tuple[str, ...]
     limit_s: float
@@ -81,7 +83,7 @@ def run(config: Bench) -> dict:
 
     from pipeline.data.index import Index
 
-    gpu = torch.cuda.is_available()
+    gpu, calls = torch.cuda.is_available(), _calls(config.arms)
     out = (config.out or harness.work(config.work) / "gpu-acceptance").absolute()
     out.mkdir(parents=True, exist_ok=True)
     given = Index.open(config.data, "train").path if config.data else None
@@ -95,7 +97,8 @@ def run(config: Bench) -> dict:
         harness.write(config.json or out / "found.json", found)
 
     with tempfile.TemporaryDirectory(dir=out) as made:
-        rows = run_parts(_parts(out, given, Path(made) / "data", gpu), out, _BUDGET_S, save)
+        parts = [part for part in _parts(out, given, Path(made) / "data", gpu) if part.call in calls]
+        rows = run_parts(parts, out, sum(CALLS[call] for call in calls), save)
     for title, table in sorted(found["tables"].items(), key=lambda item: item[0] in ("verdicts", "parts")):
         columns = list(dict.fromkeys(column for row in table for column in row))[:_COLUMNS]
         shown = [{column: "–" if row.get(column) is None else row[column] for column in columns} for row in table]
@@ -104,6 +107,13 @@ def run(config: Bench) -> dict:
     if any(row["ok"] == "no" for row in rows):
         raise SystemExit(1)
     return found
+
+
+def _calls(chosen: str | None) -> list[str]:
+    calls = list(CALLS) if chosen is None else chosen.upper().split(",")
+    if unknown := [call for call in calls if call not in CALLS]:
+        raise UserError("unknown call", found=unknown[0], expected=", ".join(CALLS), fix="check --arms")
+    return calls
 
 
 def _nvidia_smi() -> dict[str, str] | None:
@@ -124,7 +134,8 @@ def run_parts(parts: list[Part], out: Path, budget_s: float, save: Callable[[Tab
         started = time.monotonic()
         ok, what, more = _run(part, out / f"{part.name}.log", min(part.limit_s, end - started))
         rows.append({"part": part.name, "seconds": round(time.monotonic() - started, 1), "ok": ok, "what": what})
-        tables |= more
+        for name, table in more.items():
+            tables[name] = tables.get(name, []) + table
         save(tables)
         console_out.print(f"{part.name}: {what}", highlight=False, markup=False)
     return rows
@@ -178,120 +189,43 @@ def run_limited(command: tuple[str, ...], log: Path, limit_s: float) -> int | No
 
 
 def _parts(out: Path, given: Path | None, new: Path, gpu: bool) -> list[Part]:
-    """`given` is a prepared data set, or one is made at `new`."""
-    data, python, needs = given or new, sys.executable, ("nvidia.dali", *(() if given else ("sklearn",)))
+    """`given` is a prepared data set, or one is made at `new`. What makes it may take no longer than what it is for."""
+    data, python = given or new, sys.executable
     # Other files need more packages; and what another version of a library deprecates is no fault of the GPU.
-    files = [str(path) for path in sorted(_ROOT.glob("tests/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    files = [str(path) for path in sorted(_ROOT.glob("tests/**/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     options = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "default", "--continue-on-collection-errors")
     tests = (python, "-m", "pytest", *files, *options)
+    interpreted = "" if gpu else "import os\nos.environ['TRITON_INTERPRET'] = '1'\n"
 
-    def own(name: str, function: Callable, limit_s: float, *paths: Path) -> Part:
-        call = f"from bench.gpu_acceptance import {function.__name__} as measure\nmeasure{tuple(map(str, paths))!r}"
-        return Part(name, (python, "-c", call), limit_s, paths[0], read_tables, needs if data in paths else ())
+    def own(call: str, name: str, limit_s: float, *paths: Path, needs: tuple[str, ...] = ()) -> Part:
+        code = f"{interpreted}from bench import gpu_steps\ngpu_steps.{name}{tuple(map(str, paths))!r}"
+        return Part(call, name, (python, "-c", code), limit_s, paths[0], read_tables, needs)
 
-    def bench(name: str, suite: str, limit_s: float, read: Callable, *options: object) -> Part:
+    def step(call: str, name: str, limit_s: float, arms: str, rounds: int) -> Part:
+        sized = ("--batch-size", 256 if gpu else 4, "--rounds", rounds if gpu else 2)
         found = out / f"{name}.json"
-        options = ("--data", data, "--work", out, "--json", found, *options)
-        return Part(name, (python, "-m", "pipeline", "bench", suite, *map(str, options)), limit_s, found, read, needs)
+        more = ("--data", data, "--work", out, "--json", found, "--arms", arms, *sized)
+        command = (python, "-m", "pipeline", "bench", "end-to-end", *map(str, more))
+        return Part(call, name, command, limit_s, found, read_steps, ("nvidia.dali", "zarr", "timm"))
 
-    if gpu:
-        first = Part("tests", (*tests, f"--junitxml={out / 'tests.xml'}"), 170, out / "tests.xml", read_tests)
-        steps, alone, batch_size, images = 200, 100, 256, 1024
-        loader = ("jda-distill,pillow,torchvision", "--rounds", 3)
-    else:
-        first = Part("tests", (*tests, "--collect-only"), 170, out / "tests.log", read_collected)
-        steps, alone, batch_size, images = 3, 3, 4, 64
-        loader = ("jda-distill,pillow", "--rounds", 1, "--pairs", 64, "--batch-size", 16)
-    make = (python, "-m", "pipeline", "prepare", f"synthetic:{images}", "--out", str(data))
-    made = Part("data", make, 60, data / "dataset.json", lambda _: ("prepared", {}), needs)
-    sized = ("--batch-size", batch_size, "--rounds")
+    report, read = (out / "tests.xml", read_tests) if gpu else (out / "tests.log", read_collected)
+    how = (f"--junitxml={report}",) if gpu else ("--collect-only",)
+    made = (python, "-m", "pipeline", "prepare", f"synthetic:{1024 if gpu else 32}", "--out", str(data))
+    decoding = ("nvidia.dali",)
     return [
-        first,
-        own("kernels", measure_kernels, 190, out / "kernels.json"),
-        *([] if given else [made]),
-        bench("end-to-end", "end-to-end", 130, read_steps, "--arms", "ce,stored,live", *sized, steps),
-        bench("waiting", "end-to-end", 70, read_steps, "--arms", "loaded", *sized, alone),
-        bench("loader", "loader", 90, read_loader, "--arms", *loader),
-        own("decoding", measure_decoding, 70, out / "decoding.json", data),
+        own("A", "once", 25, out / "once.json"),
+        Part("A", "tests", (*tests, *how), 120, report, read),
+        own("A", "pixels", 30, out / "pixels.json"),
+        own("A", "losses", 45, out / "losses.json"),
+        *([] if given else [Part("B", "data", made, 30, data / "dataset.json", lambda _: ("prepared", {}), decoding)]),
+        own("B", "decoders", 60, out / "decoders.json", data, needs=decoding),
+        own("B", "rates", 60, out / "rates.json", data, needs=decoding),
+        own("B", "whole", 40, out / "whole.json", data, needs=(*decoding, "zarr")),
+        step("B", "end-to-end", 72, "ce,stored,live", 60),
+        own("C", "compiled", 110, out / "compiled.json"),
+        *([] if given else [Part("C", "data", made, 20, data / "dataset.json", lambda _: ("prepared", {}), decoding)]),
+        step("C", "waiting", 32, "loaded", 60),
     ]
-
-
-# --- what parts of their own do, in their processes
-
-
-def _each(found: str, title: str, jobs: Mapping[str, Callable[[], list[dict]]]) -> None:
-    """Fill a table job by job, written after each; one that fails is named at the end and stops none."""
-    rows, failed = [], []
-    for name, job in jobs.items():
-        try:
-            rows += job()
-        except Exception:
-            traceback.print_exc()
-            failed.append(name)
-        Path(found).write_text(json.dumps({title: rows}))
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}")
-
-
-def measure_kernels(found: str) -> None:
-    """`bench kernels`, a size at a time; without a GPU what it counts quickly."""
-    import torch
-
-    from bench.kernels import suite as kernels
-
-    def of(size: str) -> list[dict]:
-        sizes = (tuple(map(int, size.split("×"))),)
-        with mock.patch.object(kernels, "SIZES", sizes):  # else nothing is known before all are done
-            return kernels._times(harness.ROUNDS)
-
-    if torch.cuda.is_available():
-        _each(found, "kernels", {size: partial(of, size) for size in _FLOORS})
-    else:
-        _each(found, "kernels", {"operators": kernels._operators, "errors": kernels._errors})
-
-
-def measure_decoding(found: str, data: str) -> None:
-    """Pairs per second of this loader by each decoder, and images per second of DALI alone, fed from memory."""
-    import torch
-    from nvidia.dali import fn, types
-    from nvidia.dali.pipeline import Pipeline
-
-    from bench.loader import arms
-    from pipeline.views.loader import Loader
-
-    gpu, threads = torch.cuda.is_available(), len(os.sched_getaffinity(0))
-    job = arms.Job(Path(data), 256 if gpu else 16, threads)
-    index = arms.opened(job.data)
-    encoded = [[np.frombuffer(index.read(row), np.uint8) for row in arms.part_of(job, step)[1]] for step in range(4)]
-
-    def pairs(decoder: str) -> Iterator[int]:
-        plan = map(partial(arms.request, job), itertools.count())
-        batches = Loader(index, arms.POLICY, threads=threads, decoder=decoder).batches(plan)
-        return (len(batch.rows) for batch in batches)
-
-    def images(decoder: str) -> Iterator[int]:
-        source, device = itertools.cycle(encoded), None if decoder == "cpu" else 0
-        how = {} if device is None else {"device": "mixed", "hw_decoder_load": float(decoder == "gpu-hw")}
-        how |= {"output_type": types.DALIImageType.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
-        graph = Pipeline(job.batch_size, threads, device_id=device, exec_dynamic=True, prefetch_queue_depth=2)
-        with graph:
-            given = fn.external_source(source=lambda: next(source), batch=True, dtype=types.DALIDataType.UINT8)
-            graph.set_outputs(fn.decoders.image(given, **how))
-        graph.build()
-        return (len(decoded) for (decoded,) in arms._runs(graph))
-
-    decoders = ("gpu", "gpu-hw", "cpu") if gpu else ("cpu",)
-    jobs = {f"loader, {name}": partial(pairs, name) for name in decoders}
-    jobs |= {f"DALI alone, {name}": partial(images, name) for name in decoders}
-    _each(found, "decoding", {name: partial(_rate, name, steps) for name, steps in jobs.items()})
-
-
-def _rate(name: str, steps: Callable[[], Iterator[int]]) -> list[dict]:
-    done = steps()
-    slots = [harness.measure(done, warm=8, timed=8) for _ in range(3)]  # up to 6 batches lie ready at a slot's start
-    rate = harness.spread(slot.rate for slot in slots)
-    cpu_ms = statistics.median(1e3 * slot.cpu_seconds / slot.items for slot in slots)
-    return [{"arm": name, "per second": rate["median"], "min": rate["min"], "max": rate["max"], "CPU ms": cpu_ms}]
 
 
 # --- what they have found
@@ -317,7 +251,7 @@ def read_collected(log: Path) -> tuple[str, Tables]:
 
 
 def read_tables(found: Path) -> tuple[str, Tables]:
-    """What `_each` wrote."""
+    """What `gpu_steps` wrote."""
     tables = json.loads(found.read_text())
     return ", ".join(f"{len(rows)} rows" for rows in tables.values()), tables
 
@@ -342,7 +276,7 @@ def read_loader(found: Path) -> tuple[str, Tables]:
 def verdicts(tables: Tables, gpu: bool) -> list[dict]:
     """Rows {claim, target, found, met}; met is yes, no, does not apply or not measured, without a GPU always that."""
     by = {name: {row.get("arm"): row for row in rows} for name, rows in tables.items()}
-    rows = [_tests(tables), *_kernels(tables.get("kernels", [])), *_steps(by)]
+    rows = [_tests(tables), *_decoders(tables), *_kernels(tables.get("kernels", [])), *_steps(by)]
     return rows if gpu else [row | {"met": _UNMEASURED} for row in rows]
 
 
@@ -366,14 +300,26 @@ def _tests(tables: Tables) -> dict:
     return _verdict("tests marked gpu that fail", counts["failed"] if known else None, "≤ 0")
 
 
+def _decoders(tables: Tables) -> Iterator[dict]:
+    found = {row["decoder"]: row for row in tables.get("decoders", [])}
+    rates = {row["arm"]: row["per second"] for row in tables.get("decoding", [])}
+    for name in ("gpu", "gpu-hw", "gpu-both"):
+        row = found.get(name, {})
+        yield _verdict(f"{name}: bytes unlike the CPU's pixel kernel", row.get("differing bytes"), "≤ 0")
+        harmed = row.get("one bad image") and int(row["one bad image"] != "skipped")
+        yield _verdict(f"{name}: a bad image harms others", harmed, "≤ 0")
+        if name != "gpu-both":
+            share = _ratio(rates.get(f"loader, {name}"), rates.get(f"DALI alone, {name}"))
+            yield _verdict(f"{name}: loader / DALI alone", share, "≥ 0.9")
+
+
 def _kernels(rows: list[dict]) -> Iterator[dict]:
     at = {(row.get("size"), row.get("arm")): row for row in rows}
     for size, of_floor in _FLOORS.items():
         for form, compiled in (("dense", "compile"), ("int8", "compile int8")):
             ours = at.get((size, f"ours {form}"), {})
-            if of_floor:
-                found = _ratio(ours.get("replayed cold µs"), ours.get("floor µs"))
-                yield _verdict(f"{size} {form} / floor, replayed cold", found, of_floor)
+            found = _ratio(ours.get("replayed cold µs"), ours.get("floor µs"))
+            yield _verdict(f"{size} {form} / floor, replayed cold", found, of_floor)
             yield _verdict(f"{size} {form}, peak memory / gradient", ours.get("peak / gradient"), "≤ 1.02")
             for other, target in ((compiled, "≥ 1.5"), *((("eager", "≥ 10"),) if form == "dense" else ())):
                 for how in ("called", "replayed"):
@@ -386,7 +332,7 @@ def _steps(by: dict[str, dict]) -> Iterator[dict]:
         yield _verdict(f"step, {arm} / ce", by.get("end-to-end", {}).get(arm, {}).get("× ce"), target)
     step, decoding = by.get("waiting", {}).get("loaded", {}), by.get("decoding", {})
     waited = _ratio(step.get("wait ms"), step.get("ms/step"))
-    loader = decoding.get("loader, gpu") or decoding.get("loader, cpu") or {}
+    loader = decoding.get("loader, gpu-hw") or decoding.get("loader, gpu") or decoding.get("loader, cpu") or {}
     student = None if waited is None or waited >= 1 else step["pairs/s"] / (1 - waited)
     faster = _ratio(loader.get("per second"), student)
     yield _verdict("pairs/s, loader / student", faster)

@@ -133,7 +133,9 @@ def epochs(
         for plane in cache.planes(store, views, mode=mode, folder=folder, progress=lambda *_: advance(1), share=share):
             waiting.close()
             encoded = torch.from_numpy(plane.encoded)
-            yield Labels(store, plane, device, encoded.to(device) if placement == "gpu" else encoded)
+            if placement != "mmap" and device.type == "cuda":
+                encoded = encoded.pin_memory()  # so that copies run beside the network
+            yield Labels(store, plane, device, encoded.to(device, non_blocking=True) if placement == "gpu" else encoded)
 
 
 def place(store: Store, device: torch.device, wanted: str, held: int = 1) -> str:

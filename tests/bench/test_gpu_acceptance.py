@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_acceptance
+from bench import gpu_acceptance, gpu_steps
 from bench.gpu_acceptance import Part, run_limited, run_parts, verdicts
 from bench.kernels import suite as kernels
+from cache import UserError
 from pipeline import cli
 from pipeline.config import Bench, Prepare
 
@@ -21,7 +23,7 @@ WRITE = "import json, pathlib, sys\npathlib.Path(sys.argv[1]).write_text(json.du
 def part(folder: Path, name: str, code: str, needs: tuple[str, ...] = (), limit_s: float = 600) -> Part:
     """A tiny process that is told where to write."""
     found = folder / f"{name}.json"
-    return Part(name, (sys.executable, "-c", code, str(found)), limit_s, found, gpu_acceptance.read_tables, needs)
+    return Part("A", name, (sys.executable, "-c", code, str(found)), limit_s, found, gpu_acceptance.read_tables, needs)
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_a_part_out_of_time_is_killed_with_its_children(tmp_path, monkeypatch, l
     script = "trap '' INT; exec 3>alive; sleep 60 & echo '{\"half\": []}' >tmp; mv tmp found; echo late; wait"
     found = tmp_path / "found"
     command = ("sh", "-c", f"cd {tmp_path}; {script}")
-    slow = Part("slow", command, limit(found), found, gpu_acceptance.read_tables)
+    slow = Part("A", "slow", command, limit(found), found, gpu_acceptance.read_tables)
     saved = []
     rows = run_parts([slow, part(tmp_path, "good", WRITE % "whole")], tmp_path, 10_000, saved.append)
     assert [row["ok"] for row in rows] == ["no", "yes"]
@@ -163,8 +165,16 @@ def test_the_json_is_there_after_each_part_and_a_failure_decides_the_exit_code(
 @pytest.mark.parametrize("given", [None, Path("/set")])
 def test_every_command_is_one_that_the_command_line_takes(tmp_path, gpu, given):
     parts = gpu_acceptance._parts(tmp_path, given, tmp_path / "new" / "data", gpu)
-    names = ["tests", "kernels", "data", "end-to-end", "waiting", "loader", "decoding"]
-    assert [part.name for part in parts] == [name for name in names if name != "data" or not given]
+    names = {
+        "A": ["once", "tests", "pixels", "losses"],
+        "B": ["data", "decoders", "rates", "whole", "end-to-end"],
+        "C": ["compiled", "data", "waiting"],
+    }
+    for call, expected in names.items():
+        mine = [part for part in parts if part.call == call]
+        assert [part.name for part in mine] == [name for name in expected if name != "data" or not given]
+        # What they may take together leaves time to write what was found.
+        assert sum(part.limit_s for part in mine) <= gpu_acceptance.CALLS[call] - gpu_acceptance._GRACE_S
     schemas = {"bench": Bench, "prepare": Prepare}
     for each in parts:
         if each.command[1:3] == ("-m", "pipeline"):
@@ -173,31 +183,65 @@ def test_every_command_is_one_that_the_command_line_takes(tmp_path, gpu, given):
             if command == "bench":
                 assert options.json == each.found and options.data == (given or tmp_path / "new" / "data")
         elif each.name != "tests":
-            compile(each.command[2], each.name, "exec")
-        assert ("sklearn" in each.needs) == (not given and each.name not in names[:2])
-    files = {Path(word).name for word in parts[0].command if word.endswith(".py")}
+            code = each.command[2]
+            compile(code, each.name, "exec")
+            assert callable(getattr(gpu_steps, re.search(r"gpu_steps[.](\w+)", code)[1])), code
+            assert ("TRITON_INTERPRET" in code) != gpu
+        assert each.call != "A" or not each.needs  # DALI is not there yet
+    (tests,) = (part for part in parts if part.name == "tests")
+    files = {Path(word).name for word in tests.command if word.endswith(".py")}
     assert {"test_ccd.py", "test_jda_gpu.py"} <= files and "test_index.py" not in files
 
 
+def test_calls_are_chosen_by_name():
+    assert gpu_acceptance._calls(None) == ["A", "B", "C"] and gpu_acceptance._calls("b,C") == ["B", "C"]
+    with pytest.raises(UserError, match="unknown call; found D, expected A, B, C"):
+        gpu_acceptance._calls("A,D")
+
+
 def test_kernels_are_measured_a_size_at_a_time(tmp_path, monkeypatch, capsys):
-    """What one size found is kept when another fails."""
-    before = kernels.SIZES
+    """What one size found is kept when another fails; call A has no arm that takes minutes to compile."""
+    before, asked = kernels.SIZES, []
 
     def times(rounds):
         (batch, classes), *others = kernels.SIZES
         assert not others
+        asked.append(sorted(kernels._arms(batch, classes)[0]))
         if classes == 21841:
             raise RuntimeError("out of memory")
         return [{"size": f"{batch}×{classes}", "rounds": rounds}]
 
     monkeypatch.setattr(kernels, "_times", times)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(kernels, "_arms", lambda *_: (dict.fromkeys(["ours dense", "eager", "compile"]), 1))
+    monkeypatch.setattr(gpu_steps, "GPU", True)
     with pytest.raises(SystemExit, match="failed: 4096×21841"):
-        gpu_acceptance.measure_kernels(str(tmp_path / "found.json"))
+        gpu_steps.losses(str(tmp_path / "found.json"))
     sizes = [row["size"] for row in json.loads((tmp_path / "found.json").read_text())["kernels"]]
-    assert sizes == ["4096×1000", "1024×1000", "1024×100"] and before == kernels.SIZES
+    assert sizes == ["4096×1000", "1024×1000"] and before == kernels.SIZES and asked == [["ours dense"]] * 3
     assert "out of memory" in capsys.readouterr().err
-    assert {f"{batch}×{classes}" for batch, classes in before} == gpu_acceptance._FLOORS.keys()
+    gpu_steps.compiled(str(tmp_path / "found.json"))
+    assert asked[3:] == [["compile", "eager", "ours dense"]] * 2
+    assert set(gpu_steps.SIZES) == gpu_acceptance._FLOORS.keys()
+
+
+def test_decoders_are_held_to_the_cpus_pixels_and_to_dali_alone():
+    rows = [
+        {"decoder": "gpu", "differing bytes": 0, "one bad image": "skipped"},
+        {"decoder": "gpu-hw", "differing bytes": 3, "one bad image": "harmed others"},
+    ]
+    rates = {"loader, gpu": 9.0, "DALI alone, gpu": 10.0, "loader, gpu-hw": 8.9, "DALI alone, gpu-hw": 10.0}
+    found = judged({"decoders": rows, "decoding": [{"arm": arm, "per second": rate} for arm, rate in rates.items()]})
+    met = {claim: verdict[2] for claim, verdict in found.items() if claim.startswith("gpu")}
+    assert met == {
+        "gpu: bytes unlike the CPU's pixel kernel": "yes",
+        "gpu: a bad image harms others": "yes",
+        "gpu: loader / DALI alone": "yes",
+        "gpu-hw: bytes unlike the CPU's pixel kernel": "no",
+        "gpu-hw: a bad image harms others": "no",
+        "gpu-hw: loader / DALI alone": "no",
+        "gpu-both: bytes unlike the CPU's pixel kernel": "not measured",
+        "gpu-both: a bad image harms others": "not measured",
+    }
 
 
 # --- what is read
@@ -277,7 +321,7 @@ def test_kernels_are_held_against_floor_compile_and_eager():
     assert found["eager / 4096×21841 dense, replayed"] == ("≥ 10", 10.0, "yes")
     assert found["4096×21841 dense, peak memory / gradient"] == ("≤ 1.02", 1.02, "yes")
     assert found["4096×21841 int8, peak memory / gradient"] == ("≤ 1.02", 1.03, "no")
-    assert not any(claim.startswith("1024×100 ") and "floor" in claim for claim in found)  # it is launch-bound
+    assert not any(claim.startswith("1024×100 ") for claim in found)  # its parts weigh as its gradient
 
 
 @pytest.mark.parametrize(("ratio", "met"), [(1.05, "yes"), (1.051, "no")])
@@ -346,10 +390,10 @@ def test_the_whole_runs_without_a_gpu(tmp_path):
     ended = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
     tables = json.loads((tmp_path / "found.json").read_text())["tables"]
-    assert len(tables["parts"]) == 7 and {row["ok"] for row in tables["parts"]} == {"yes"}
+    assert len(tables["parts"]) == 12 and {row["ok"] for row in tables["parts"]} == {"yes"}
     assert tables["tests"][0]["collected"] >= 94
+    assert {row["differing bytes"] for row in tables["decoders"]} == {0}
     assert [row["arm"] for row in tables["end-to-end"]] == ["ce", "stored", "live"]
     assert [row["arm"] for row in tables["decoding"]] == ["loader, cpu", "DALI alone, cpu"]
-    assert len(tables["loader"]) == 2 and all(row["pairs/s median"] > 0 for row in tables["loader"])
     found = {row["claim"]: row["found"] for row in tables["verdicts"]}
     assert found["step, stored / ce"] > 0 and found["waiting, % of a step"] >= 0
