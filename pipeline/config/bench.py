@@ -20,7 +20,7 @@ class Bench(Options):
         tyro.conf.Positional,
     ]
     """What to time. all: loader, store, kernels and end-to-end, with a page; plan: `pipeline plan` against runs;
-    gpu-acceptance: what a GPU machine has to show, in nine minutes; codec-transfer trains small students on each label
+    gpu-acceptance: what a GPU machine has to show, in three calls; codec-transfer trains small students on each label
     format, claims tries what the paper claims."""
     data: Path | None = None
     """Prepared data set; without it synthetic:512 (claims: the digits), prepared once and kept in WORK."""
