@@ -156,8 +156,8 @@ def long_loss(
     side = tl.arange(0, 16)
     edge = tl.where(side < 8, side - 8, side - 8 + (CLASSES - head) // 8 * 8)
     there = (edge >= -head) & (edge < tl.where(live, CLASSES - head, -head))
-    z_edge = logits(student + edge, there, there, valid is not None, COMPUTE)
-    t_edge = logits(teacher + edge, there, there, valid is not None, COMPUTE)
+    z_edge = logits(student + edge, there, there, valid is not None, False, COMPUTE)
+    t_edge = logits(teacher + edge, there, there, valid is not None, True, COMPUTE)
 
     scale = teacher_scale(header, at, view, live, unit, STRIDE_HEADER, COMPUTE)
     w = tl.full((), 1.0, COMPUTE) * same_weight
@@ -187,8 +187,8 @@ def long_loss(
         )
     for start in range(whole, inner, HALF):
         columns = start + half
-        z = logits(student + columns, columns < inner, columns < inner, False, COMPUTE)
-        t = logits(teacher + columns, columns < inner, columns < inner, False, COMPUTE)
+        z = logits(student + columns, columns < inner, columns < inner, False, False, COMPUTE)
+        t = logits(teacher + columns, columns < inner, columns < inner, False, True, COMPUTE)
         top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p = _first(
             z, t, c, c_t, top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p, POWER
         )
@@ -240,8 +240,8 @@ def long_loss(
         same = tl.maximum(same, _largest(sames))
     for start in range(whole, inner, HALF):
         columns = start + half
-        z = logits(student + columns, columns < inner, columns < inner, False, COMPUTE)
-        t = logits(teacher + columns, columns < inner, columns < inner, False, COMPUTE)
+        z = logits(student + columns, columns < inner, columns < inner, False, False, COMPUTE)
+        t = logits(teacher + columns, columns < inner, columns < inner, False, True, COMPUTE)
         kls, rests, flats, sames = _second(
             z, t, columns, columns < inner, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even, most_z, most_t,
             by_q, by_p, inverse_t, scale, apart, POWER, REPORT, HARD, SMOOTH, AGREE,

@@ -67,8 +67,8 @@ def row_loss(
     if valid is not None:  # other rows are not read
         live = tl.load(valid + row) != 0
         read_z, read_t = columns < tl.where(live, READ_STUDENT, 0), columns < tl.where(live, READ_TEACHER, 0)
-    z = logits(student + columns, read_z, inside, READ_STUDENT > CLASSES or valid is not None, COMPUTE)
-    t = logits(teacher + columns, read_t, inside, READ_TEACHER > CLASSES or valid is not None, COMPUTE)
+    z = logits(student + columns, read_z, inside, READ_STUDENT > CLASSES or valid is not None, False, COMPUTE)
+    t = logits(teacher + columns, read_t, inside, READ_TEACHER > CLASSES or valid is not None, True, COMPUTE)
     scale = teacher_scale(header, at, view, live, unit, STRIDE_HEADER, COMPUTE)
     w = tl.full((), 1.0, COMPUTE) * same_weight
     if COSINE:

@@ -23,9 +23,12 @@ LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 
 
 @triton.jit
-def logits(pointer, read, inside, PADDED: tl.constexpr, COMPUTE: tl.constexpr):
-    """Logits where `inside`, else what counts for nothing. `PADDED`: whether `read` may reach beyond `inside`."""
-    if PADDED or pointer.dtype.element_ty == tl.int8:
+def logits(pointer, read, inside, PADDED: tl.constexpr, TEACHER: tl.constexpr, COMPUTE: tl.constexpr):
+    """Logits where `inside`, else what counts for nothing. `PADDED`: whether `read` may reach beyond `inside`.
+
+    float16 has no finite number that small. A teacher's may be −inf, which the forms of KL know; a student's may not.
+    """
+    if PADDED or pointer.dtype.element_ty == tl.int8 or (pointer.dtype.element_ty == tl.float16 and not TEACHER):
         return tl.where(inside, tl.load(pointer, mask=read, other=0).to(COMPUTE), ABSENT)
     if pointer.dtype.element_ty == tl.float16:
         return tl.load(pointer, mask=read, other=float("-inf")).to(COMPUTE)
