@@ -97,7 +97,9 @@ def test_preparing_remote_tars_gives_the_index_of_the_local_ones(served, local, 
     assert made.shards == [f"{pattern.partition('/train')[0]}/train-{i}.tar" for i in range(2)]
     lines = [[{**line, "shard": Path(line["shard"]).name} for line in quarantine(d.path)] for d in (made, local)]
     assert lines[0] == lines[1] and len(lines[0]) == 4
-    assert sorted(path.name for path in made.path.iterdir()) == ["dataset.json", "index.npy", "quarantine.jsonl"]
+    assert sorted(path.name for path in made.path.iterdir()) == [
+        *("dataset.json", "index.npy", "ledger.json", "quarantine.jsonl")
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert bool(served.faults.made) == (rate > 0)
 
