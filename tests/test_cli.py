@@ -207,7 +207,7 @@ def test_damaged_samples_are_counted_and_the_rest_is_used(tmp_path, capsys):
     code, text, _ = command(capsys, "prepare", f"webdataset:{tmp_path}/*.tar", "--out", out, "--classes", 10)
     assert code == 0
     words = " ".join(text.replace("│", " ").split())
-    for cause in ("truncated: 1", "empty file: 1", "not a JPEG or PNG image: 1", "no label: 1", "tar ends early: 1"):
+    for cause in ("truncated: 1", "empty file: 1", "AVIF): 1", "no label: 1", "tar ends early: 1"):
         assert cause in words, words
     index = Index.open(out)
     bad = {index.key(row) for row in np.flatnonzero(index.records["status"])}
@@ -295,7 +295,7 @@ def test_a_store_with_missing_blocks(harmed, digits, tmp_path, capsys):
 
 @pytest.mark.parametrize("array", ["pairs", "weight", "digest"])
 def test_a_corrupt_chunk(array, harmed, digits, tmp_path, capsys):
-    (path,) = (harmed / array / "c" / "0" / "1").rglob("*0") if array != "weight" else [harmed / "weight/c/0/1"]
+    (path,) = (harmed / array / "c" / "0" / "1").rglob("*0") if array == "pairs" else [harmed / array / "c/0/1"]
     data = bytearray(path.read_bytes())
     data[7] ^= 1
     path.write_bytes(data)
@@ -325,8 +325,9 @@ def limited(limit: int, *arguments) -> subprocess.CompletedProcess:
 def test_a_full_disk_while_labels_are_written(digits, teacher, tmp_path, capsys):
     store = tmp_path / "s.zarr"
     run = limited(2000, *precompute(digits, teacher, store, "--codec", "fp16"))
-    assert run.returncode == 2 and "cannot write store" in run.stderr and "Traceback" not in run.stderr, run.stderr
-    assert run.stderr.strip().count("\n") == 0
+    said = run.stderr.splitlines()
+    assert run.returncode == 2 and "cannot write store" in said[-1] and said[-1].startswith("error: "), run.stderr
+    assert all(line.startswith("warning: teacher") for line in said[:-1]), run.stderr  # it is none
     if (store / "zarr.json").exists():
         assert len(cache.open(store).missing_blocks()) == 2 * 3
     assert command(capsys, *precompute(digits, teacher, store, "--codec", "fp16"))[0] == 0
@@ -335,8 +336,9 @@ def test_a_full_disk_while_labels_are_written(digits, teacher, tmp_path, capsys)
 
 def test_a_full_disk_while_a_checkpoint_is_written(digits, labels, tmp_path, capsys):
     run = limited(20000, *student(digits, labels, tmp_path / "r"))
-    assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr, run.stderr
-    assert run.stderr.strip().count("\n") == 0
+    said = run.stderr.splitlines()
+    assert run.returncode == 2 and said[-1].startswith("error: ") and "Traceback" not in run.stderr, run.stderr
+    assert all(line.startswith("train ") for line in said[:-1]), run.stderr  # how far it is, on a slow machine
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
     assert command(capsys, *student(digits, labels, tmp_path / "r", "--resume"))[0] == 0
 

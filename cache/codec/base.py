@@ -1,5 +1,7 @@
 """What every codec demands of logits and rows."""
 
+import math
+import mmap
 from typing import Protocol
 
 import numpy as np
@@ -48,3 +50,12 @@ def keys(stream: np.ndarray, rows: int) -> np.ndarray:
     if stream.dtype != np.uint64 or stream.shape != (rows,):
         raise ValueError(f"expected dither keys u64 ({rows},), got {stream.dtype} {stream.shape}")
     return np.ascontiguousarray(stream)
+
+
+def untouched(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros, u8, of pages that the system hands out as they are written: a count that lies costs no memory.
+
+    np.zeros gives no such pages where malloc keeps what was freed.
+    """
+    size = math.prod(shape)
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, size).reshape(shape)

@@ -22,7 +22,7 @@ from functools import cached_property
 import numpy as np
 
 from cache.codec import entropy
-from cache.codec.base import MAX_CLASSES, checked_rows, keys, require_encodable
+from cache.codec.base import MAX_CLASSES, checked_rows, keys, require_encodable, untouched
 from cache.errors import UserError
 
 MAX_DIMS = 4096
@@ -199,11 +199,11 @@ class Subspace:
             at += size
         if (len(data) - at) % 4:
             raise ValueError("packed rows cut short")
-        views = np.zeros((len(key), 2, self.segment), np.uint8)
+        views = untouched((len(key), 2, self.segment))
         words = np.frombuffer(data, "<u4", offset=at)
         if not entropy.decode(words, key, self.trellis, self.wide, *self._models, views):
             raise ValueError("packed rows that do not end where they should")
-        rows = np.zeros((count, self.row_bytes), np.uint8)
+        rows = untouched((count, self.row_bytes))
         rows[there] = self._rows(views, key)
         return rows
 
