@@ -105,7 +105,7 @@ class PillowPairs(Dataset):
         images = torch.empty((2, len(rows), POLICY.base.size, POLICY.base.size, 3), dtype=torch.uint8)
         pixels = images.numpy()
         for i, row in enumerate(rows):
-            pillow.pair(index.read(row), drawn[i], POLICY, pixels[:, i])
+            pillow.pair(index.read(row), drawn[i, 0], POLICY, pixels[:, i])
         return images, torch.from_numpy(index.records["label"][rows].astype(np.int64))
 
 

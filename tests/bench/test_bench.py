@@ -235,7 +235,7 @@ def small(tmp_path_factory) -> Path:
 def test_the_loader_benchmark_runs_every_arm(small, tmp_path, capsys):
     options = ["--rounds", 1, "--pairs", 16, "--batch-size", 8, "--threads", 2]
     code, out, err = command(capsys, "bench", "loader", "--data", small, *options, "--json", tmp_path / "found.json")
-    assert (code, err) == (0, "")
+    assert code == 0 and all(line.startswith("bench ") for line in err.splitlines()), err  # how far, on a slow machine
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found["arms"]) == list(arms.ARMS) and found["reference"] == "jda-distill"
     for name, arm in found["arms"].items():
