@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -68,20 +69,21 @@ def cases(classes: tuple[int, ...] = CLASSES) -> Iterator[Case]:
 
 
 def expected_bits(case: Case) -> dict[str, int]:
-    """The widest loads that the distance between rows and eight logits per thread allow, 128 bits at most.
+    """The widest loads that the places of rows and the logits of a lane allow, 128 bits at most.
 
-    Two passes start at multiples of eight logits, wherever a row does; a teacher that lies otherwise is read singly.
+    One code reads either view, so that both views' rows have to lie well; int8 rows have the augmented view's logits
+    right behind the original's. Two passes start at multiples of eight logits, wherever a row of another format does.
     """
     apart = -(-case.classes // 8) * 8 if case.padded else case.classes
-    block = max(1 << (case.classes - 1).bit_length(), 16)  # no more than a row in one load
+    lane = max((1 << (case.classes - 1).bit_length()) // 32, 1)  # logits of a lane, of the one warp of a short row
     found = {}
     for name, dtype in (("student_o", case.student), ("teacher_o", case.teacher)):
         size = _BYTES[dtype]
-        logits = 16 + 2 * case.classes if dtype == "int8" else apart
+        logits = math.gcd(16 + case.classes, 16 + 2 * case.classes) if dtype == "int8" else apart
         if case.classes > autograd.ROW and dtype != "int8":
             logits = apart = 8
         row = logits * size
-        found[name] = 8 * min(row & -row, (apart & -apart) * size, 8 * size, block * size, 16)
+        found[name] = 8 * min(row & -row, (apart & -apart) * size, 8 * size, lane * size, 16)
     return found
 
 
@@ -177,10 +179,20 @@ def compile_kernel(
 
 
 def _load_bits(ptx: str, argument: int) -> int:
-    """Widest global load, in bits, from what an argument points to: its address followed through the registers."""
-    addresses = set(re.findall(rf"ld\.param\.b64\s+(%\w+), \[\w+_param_{argument}\]", ptx))
-    sums = re.findall(r"^\s*(?:@!?%\w+\s+)?(?:add|mad|mov|selp)[.\w]*\s+(%rd\w+), (.+);", ptx, re.MULTILINE)
-    while more := {to for to, by in sums if to not in addresses and addresses & set(re.findall(r"%\w+", by))}:
-        addresses |= more
+    """Widest global load, in bits, from what an argument points to: its address followed through the registers.
+
+    Of two views' arguments one is chosen by its place among the parameters, before it is loaded.
+    """
+    sums = re.findall(r"^\s*(?:@!?%\w+\s+)?(?:add|mad|mov|selp|shl)[.\w]*\s+(%r\w+), (.+);", ptx, re.MULTILINE)
+
+    def reached(found: set[str]) -> set[str]:
+        while more := {to for to, by in sums if to not in found and found & set(re.findall(r"%\w+", by))}:
+            found = found | more
+        return found
+
+    places = reached(set(re.findall(rf"mov\.b\d+\s+(%\w+), \w+_param_{argument};", ptx)))
+    loaded = re.findall(r"ld\.param\.b64\s+(%\w+), \[(%?\w+)\]", ptx)
+    own = re.compile(rf"\w+_param_{argument}")
+    addresses = reached({to for to, place in loaded if place in places or own.fullmatch(place)})
     loads = re.findall(r"\bld\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)\s[^\[]*\[\s*(%\w+)", ptx)
     return max((int(count or 1) * int(bits) for count, bits, address in loads if address in addresses), default=0)
