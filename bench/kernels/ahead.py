@@ -83,7 +83,7 @@ def expected_bits(case: Case) -> dict[str, int]:
         if case.classes > autograd.ROW and dtype != "int8":
             logits = apart = 8
         row = logits * size
-        found[name] = 8 * min(row & -row, (apart & -apart) * size, 8 * size, lane * size, 16)
+        found[name] = 8 * min(row & -row, (apart & -apart) * size, lane * size, 16)
     return found
 
 
