@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow  # minutes, and not seen whole with these kernels yet
 
 CONTROL = "nothing is broken"
 SMALL = "test_every_size_meets_float64[{}-10]"
