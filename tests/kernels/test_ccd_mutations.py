@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow  # minutes, and not seen whole with these kernels yet
 
