@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import io
 import os
 import re
@@ -49,9 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parse(command, schema, rest)
         if (path := getattr(options, "json", None)) and not path.absolute().parent.is_dir():
             raise UserError(f"no folder for {path}", fix="create it")  # now, and not after an hour
-        if not importlib.util.find_spec(module):
-            raise UserError("benchmarks are not in the package", fix="run them in a checkout of the repository")
         importlib.import_module(module).run(options)
+    except ModuleNotFoundError as error:
+        if error.name != "bench":
+            raise
+        return _fail("benchmarks are not in the package; fix: run them in a checkout of the repository")
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader left, as `| head` does: nothing to say, and no flush at exit that fails

@@ -39,7 +39,6 @@ sys.exit(main())
 """
 
 
-@pytest.mark.xfail(reason="the child ends with a traceback under make test: to be mended")
 @pytest.mark.parametrize("how", ["tyro", "torch", "pipeline.networks.cifar", "turned", "swallowed", "kept"])
 def test_an_interrupt_ends_the_command_quietly(how):
     """While the command line loads, while a command does, and where it becomes another error or none."""
