@@ -204,6 +204,8 @@ def long_loss(
     all_h = tl.sum(sum_h * less_h, 0) + tl.sum(e_h, 0)
     all_q = tl.sum(sum_q * less_q, 0) + tl.sum(e_q, 0)
     all_p = tl.sum(sum_p * less_p, 0) + tl.sum(e_p, 0)
+    if valid is not None:  # the sums of a row that is not read are 0
+        all_h, all_q, all_p = tl.where(live, all_h, 1.0), tl.where(live, all_q, 1.0), tl.where(live, all_p, 1.0)
     by_all = 1.0 / (all_q * all_p * all_h)  # a division costs as much as ten products
     by_h, by_q, by_p = by_all * (all_q * all_p), by_all * all_h * all_p, by_all * all_h * all_q
 
