@@ -46,6 +46,7 @@ from bench import harness
 from cache import UserError
 from pipeline import cli
 from pipeline.config import Bench
+from pipeline.system import machine as machines
 from pipeline.system.terminal import console_out
 
 Tables = dict[str, list[dict]]
@@ -87,7 +88,7 @@ def run(config: Bench) -> dict:
     out = (config.out or harness.work(config.work) / "gpu-acceptance").absolute()
     out.mkdir(parents=True, exist_ok=True)
     given = Index.open(config.data, "train").path if config.data else None
-    machine = harness.machine() | {"nvidia_smi": _nvidia_smi()}
+    machine = machines.describe() | {"nvidia_smi": _nvidia_smi()}
     found: dict = {}
 
     def save(tables: Tables) -> None:

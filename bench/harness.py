@@ -6,10 +6,8 @@ process of its own, idle while others run, so that threads, CPU time and memory 
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -35,7 +33,6 @@ from pipeline.system.files import write_atomically
 from pipeline.system.terminal import console_out, progress
 
 ROUNDS = 7  # unless the user says otherwise
-_PACKAGES = re.compile(r"torch|torchvision|nvidia-dali-cuda\d+|numpy|numba|pillow|zarr|triton")
 _TICKS = os.sysconf("SC_CLK_TCK")
 T = TypeVar("T")
 
@@ -216,23 +213,6 @@ def summarise(slots: Mapping[str, list[Slot]], reference: str) -> dict[str, dict
     }
 
 
-def machine() -> dict:
-    """The machine and the versions that decide a figure; `load` is the load average before the benchmark began."""
-    model = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
-    versions = {"python": platform.python_version()}
-    versions |= {name: version for name, version in sorted(installed.items()) if _PACKAGES.fullmatch(name)}
-    return {
-        "cpu": model[1] if model else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
-        "kernel": platform.release(),
-        "load": os.getloadavg()[0],
-        "versions": versions,
-    }
-
-
 def commit() -> str | None:
     """The source's git commit, `-dirty` where files differ from it; None outside a repository."""
     return _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
@@ -258,7 +238,7 @@ def document(
     """One benchmark run as JSON-safe data.
 
     - `suite`, `date` (UTC, ISO 8601), `commit` (see `commit`), `command` (arguments), `options` (resolved);
-    - `machine`: see `machine`;
+    - `machine`: see `pipeline.system.machine.describe`;
     - `unit` of an item, `reference` arm;
     - `arms`: name -> `rate` (items/s), `ratio` (to the reference, same round), `cpu_ms` (per item), each as
       `{median, q1, q3, min, max}` over rounds; `peak_rss_bytes`, `own_bytes` (largest of the rounds); `slots`, one

@@ -56,6 +56,7 @@ from pipeline.labels import precompute
 from pipeline.networks import models
 from pipeline.networks.placed import placed
 from pipeline.system import device as devices
+from pipeline.system import machine as machines
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import progress
 from pipeline.training import evaluate, train_student
@@ -87,7 +88,7 @@ def run(config: Bench) -> dict:
     names = _names(config.arms)
     if config.seeds > _MOST_SEEDS:
         raise UserError("--seeds out of range", found=config.seeds, expected=f"1 to {_MOST_SEEDS}")
-    machine = harness.machine()
+    machine = machines.describe()
     bench = Workbench.open(config)
     chosen = studies(names, bench.policy.probability, both="@" not in bench.teacher)
     wanted = list(dict.fromkeys(setting for study in chosen.values() for setting in study.settings))

@@ -26,6 +26,7 @@ from cache import codec as codecs
 from kernels import EncodedPairs, ccd_loss, reference
 from pipeline.config import Bench
 from pipeline.labels.epochs import decoder_of
+from pipeline.system import machine as machines
 from pipeline.system.terminal import progress
 
 SIZES = ((1024, 100), (1024, 1000), (4096, 1000), (4096, 21841))
@@ -42,7 +43,7 @@ Step = Callable[[], Any]
 
 def run(config: Bench) -> dict:
     """Run the benchmark, print its tables and write `config.json`."""
-    machine = harness.machine()
+    machine = machines.describe()
     if torch.cuda.is_available():
         tables = {"time": _times(config.rounds or harness.ROUNDS)}
     else:

@@ -36,6 +36,7 @@ from cache import UserError, codec, philox
 from cache.codec.fidelity import divergence
 from cache.errors import did_you_mean
 from pipeline.config import Bench
+from pipeline.system import machine as machines
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import progress
 
@@ -115,7 +116,7 @@ def run(config: Bench) -> dict:
     for name, low in (("samples", BATCH), ("steps", 2)):
         if (value := getattr(options, name)) < low:
             raise UserError(f"--{name} out of range", found=value, expected=f"at least {low}")
-    machine = harness.machine()
+    machine = machines.describe()
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     problem = Problem.draw(options.samples, HELD_OUT)
     labels = {name: Labels(problem, ARMS[name]) for name in names}

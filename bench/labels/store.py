@@ -25,6 +25,7 @@ from pipeline.config import Bench
 from pipeline.data.index import Index
 from pipeline.networks import models
 from pipeline.networks.teacher import Teacher
+from pipeline.system import machine as machines
 from pipeline.views import plan
 from pipeline.views import policy as policies
 from pipeline.views.loader import Loader
@@ -43,7 +44,7 @@ _SEED = 0
 def run(config: Bench) -> dict:
     """Run the store benchmark, print its tables, write `config.json` and plots into `config.out`."""
     makes = _makes(config.arms)
-    machine = harness.machine()
+    machine = machines.describe()
     sources = (
         {path.stem: _read(path) for path in config.logits}
         if config.logits

@@ -23,6 +23,7 @@ from kernels.jda.ops import BOUNDS, Op
 from pipeline.config import Bench
 from pipeline.data import prepare
 from pipeline.data.index import Index
+from pipeline.system import machine as machines
 from pipeline.views import drawing
 
 OURS = "jda-distill"
@@ -41,7 +42,7 @@ def run(config: Bench) -> dict:
     # for: as many go by untimed. The workers then finish in step, so whole rounds of them are timed.
     rounds_of_workers = -(-config.pairs // (job.batch_size * job.threads))
     warm, timed = max(4, 2 * job.threads), rounds_of_workers * job.threads
-    machine = harness.machine()
+    machine = machines.describe()
     with ExitStack() as stack:
         hosts = {name: stack.enter_context(harness.host()) for name in names}
         for host in hosts.values():

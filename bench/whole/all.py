@@ -14,6 +14,7 @@ from bench.whole import page as all_page
 from cache import UserError
 from cache.errors import did_you_mean
 from pipeline.config import Bench
+from pipeline.system import machine as machines
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import console_out
 
@@ -34,7 +35,7 @@ def run(config: Bench) -> dict:
     out = config.out or _OUT
     out.mkdir(parents=True, exist_ok=True)
     path = config.json or out / "bench.json"
-    machine = harness.machine()
+    machine = machines.describe()
     found: dict[str, Any] = {}
     for name in names:
         rounds = config.rounds or SUITES[name]

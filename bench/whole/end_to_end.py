@@ -43,6 +43,7 @@ from pipeline.networks import models
 from pipeline.networks import teacher as answers
 from pipeline.networks.placed import placed
 from pipeline.system import device as devices
+from pipeline.system import machine as machines
 from pipeline.training import trainee as trainees
 from pipeline.training.meter import Clock
 from pipeline.training.objectives import CrossEntropy, Distillation, Objective
@@ -71,7 +72,7 @@ def run(config: Bench) -> dict:
     for name in names:
         if name not in ARMS:
             raise UserError(f"unknown arm {name}", expected=", ".join(ARMS), fix=did_you_mean(name, ARMS))
-    machine, device = harness.machine(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine, device = machines.describe(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = config.batch_size if device.type == "cuda" else min(config.batch_size, _ON_CPU)
     folder = harness.work(config.work)
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench import harness
 from cache import UserError
@@ -25,15 +24,13 @@ from pipeline.config import Bench, Plan, PrecomputeTeacher, TrainStudent
 from pipeline.data import prepare
 from pipeline.data.index import Index
 from pipeline.labels import precompute
-from pipeline.networks import models
-from pipeline.planning import plan
-from pipeline.planning.plan import Job
-from pipeline.planning.rates import Rates, Stages
+from pipeline.networks import models, weights
+from pipeline.planning.rates import Rates, measure
+from pipeline.system import machine as machines
 from pipeline.system.terminal import progress
 from pipeline.training import train_student
 
 SECONDS = 22.0  # of each run that is compared
-STAGE_SECONDS = 2.5
 GOAL = 0.15
 _STEPS = 5  # of a setting: rates three times, two runs
 
@@ -66,13 +63,13 @@ def run(config: Bench) -> dict:
     names = list(dict.fromkeys(config.arms.split(","))) if config.arms else list(SETTINGS)
     if unknown := set(names) - SETTINGS.keys():
         raise UserError(f"unknown arm {min(unknown)}", expected=" or ".join(SETTINGS))
-    machine, work = harness.machine(), harness.work(config.work)
+    machine, work = machines.describe(), harness.work(config.work)
     work.mkdir(parents=True, exist_ok=True)
     rows, measured = [], {}
     with progress("plan", _STEPS * len(names), "steps") as advance:
         for name in names:
             with tempfile.TemporaryDirectory(dir=work) as folder:
-                found, used = compare(SETTINGS[name], Path(folder), config.threads, SECONDS, STAGE_SECONDS, advance)
+                found, used = compare(SETTINGS[name], Path(folder), config.threads, SECONDS, advance)
             rows += [{"job": name} | each for each in found]
             measured[name] = [dataclasses.asdict(each) for each in used]
     worst = max(abs(each["off %"]) for each in rows)
@@ -92,68 +89,63 @@ def run(config: Bench) -> dict:
 
 
 def compare(
-    setting: Setting, folder: Path, threads: int, seconds: float, stage_seconds: float, advance=lambda *_: None
+    setting: Setting, folder: Path, threads: int, seconds: float, advance=lambda *_: None
 ) -> tuple[list[dict], list[Rates]]:
     """Rows of one setting, and the rates in the order in which they were measured.
 
     Runs are made long enough to take about `seconds`, going by the first rates.
     """
-    data, weights, aside = folder / "data", folder / "teacher.safetensors", folder / "rates"
-    aside.mkdir()
+    data, network = folder / "data", folder / "teacher.safetensors"
     prepare.build(setting.source, data)
     data = data / "val" if setting.source == "digits" else data
     index = Index.open(data)
-    models.save_weights(models.create(setting.teacher, index.classes, seed=0).module, weights)
-    teacher = f"{setting.teacher}@{weights}"
-    shape = {"teacher": teacher, "student": setting.student, "policy": setting.policy, "batch_size": setting.batch_size}
-    stages = Stages(Plan(**shape, views=1, epochs=1, data=data, threads=threads), index, aside)
+    weights.save(models.create(setting.teacher, index.classes, seed=0).module, network)
+    teacher = f"{setting.teacher}@{network}"
+    asked = Plan(
+        teacher=teacher,
+        student=setting.student,
+        policy=setting.policy,
+        batch_size=setting.batch_size,
+        views=1,
+        epochs=1,
+        data=data,
+        threads=threads,
+    )
     images = len(index.good)
 
     def rates() -> Rates:
-        found = stages.rates(stage_seconds)
+        found = measure(asked)
         advance(1, f"{setting.teacher}: rates")
         return found
 
-    stages.rates(stage_seconds / 10)  # compiles, fills caches
     first = rates()
-    views = _repeats(seconds, 3600 * (_pass(first, images, 2) - _pass(first, images, 1)))
+    views = _repeats(seconds, images * first.teach)
     pass_s = _teacher_pass(setting, teacher, data, folder / "labels.zarr", views, threads)
     advance(1, f"{setting.teacher}: teacher pass")
     second = rates()
-    epochs = _repeats(seconds, 3600 * _training(second, images, 1, setting.live))
+    epochs = _repeats(seconds, images * (second.live if setting.live else second.stored))
     train_s = _student(setting, teacher, data, folder, epochs, threads)
     advance(1, f"{setting.student}: training")
     third = rates()
-    early, late = mean(first, second), mean(second, third)
-    pass_h = _pass(early, images, views + 1) - _pass(early, images, 1)
-    train_h = _training(late, images, epochs, setting.live)
+    learn = [each.live if setting.live else each.stored for each in (second, third)]
     return [
-        _row("teacher pass", views * images, pass_s, 3600 * pass_h),
-        _row("live training" if setting.live else "training", epochs * images, train_s, 3600 * train_h),
+        _row("teacher pass", views * images, pass_s, (first.teach + second.teach) / 2),
+        _row("live training" if setting.live else "training", epochs * images, train_s, sum(learn) / 2),
     ], [first, second, third]
 
 
-def _row(what: str, pairs: int, measured: float, predicted: float) -> dict:
+def _row(what: str, pairs: int, measured: float, pair_s: float) -> dict:
     return {
         "run": what,
         "pairs": pairs,
         "measured s": measured,
-        "predicted s": predicted,
-        "off %": 100 * (predicted / measured - 1),
+        "predicted s": pairs * pair_s,
+        "off %": 100 * (pairs * pair_s / measured - 1),
     }
 
 
 def _repeats(seconds: float, each: float) -> int:
     return max(math.ceil(seconds / each), 1)
-
-
-def _pass(rates: Rates, images: int, views: int) -> float:
-    return plan.teacher_pass(rates, Job(images, views, 1), 1).hours
-
-
-def _training(rates: Rates, images: int, epochs: int, live: bool) -> float:
-    # The store has more views than one, so each epoch reads its labels.
-    return plan.training(rates, Job(images, 2, epochs), 1, live).hours
 
 
 def _teacher_pass(setting: Setting, teacher: str, data: Path, store: Path, views: int, threads: int) -> float:
@@ -197,15 +189,3 @@ def _student(setting: Setting, teacher: str, data: Path, folder: Path, epochs: i
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     ends = [line["seconds"] for line in lines if "step" not in line]
     return ends[-1] - ends[0]
-
-
-def mean(before: Rates, after: Rates) -> Rates:
-    """Of every cost; all else is that of `before`."""
-    return _middle(before, after)
-
-
-def _middle(a: Any, b: Any) -> Any:
-    if dataclasses.is_dataclass(a):
-        names = [field.name for field in dataclasses.fields(a)]
-        return type(a)(**{name: _middle(getattr(a, name), getattr(b, name)) for name in names})
-    return (a + b) / 2 if isinstance(a, float) else a

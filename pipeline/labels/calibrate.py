@@ -60,10 +60,15 @@ def calibrate(config: PrecomputeTeacher, index: Index, policy: Policy, teacher: 
     return Calibration(codec, fidelity, budget if fitted else None, temperature, rate, agrees)
 
 
+def pairs(samples: int) -> int:
+    """Pairs that are looked at, of a data set of so many samples."""
+    return min(samples, max(_LEAST, min(_MOST, samples // _SHARE)))
+
+
 def _look(config, index: Index, policy: Policy, teacher: Teacher) -> tuple[np.ndarray, np.ndarray, float]:
     """Logits f32 (n, 2, C) and rows i64 (n,) of random pairs, in random order, and pairs per second."""
     good = index.good
-    count = min(len(good), max(_LEAST, min(_MOST, len(good) // _SHARE)))
+    count = pairs(len(good))
     rng = np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(good, count, replace=False))
 

@@ -62,22 +62,24 @@ def precompute(
     _run(config, index, network)
 
 
-def run(config: PrecomputeTeacher) -> None:
-    """Create, complete or extend a store. Raises UserError for anything in it that contradicts the options."""
+def run(config: PrecomputeTeacher) -> dict:
+    """Create, complete or extend a store; {"pairs", "pairs_per_s"} of this process. Raises UserError for anything in it
+    that contradicts the options."""
     index = open_data(config, config.data, "train")
     network = models.trained(config.teacher, index.classes)
     index = matched(index, config, network.class_list or index.class_list, "--data", f"--teacher {config.teacher}")
-    _run(config, index, network)
+    return _run(config, index, network)
 
 
-def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> None:
+def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> dict:
     device = devices.pick(config)
     policy = policies.load(config.policy)
     precision = devices.arithmetic(config.precision, device)
     teacher = Teacher(network, policy, device, precision, config.compile)
     if config.dry_run:
-        _show_plan(config, index, calibrate(config, index, policy, teacher))
-        return
+        found = calibrate(config, index, policy, teacher)
+        _show_plan(config, index, found)
+        return {"pairs": 0, "pairs_per_s": found.pairs_per_second}
     if ranks.rank() == 0:
         _open_or_create(config, index, policy, teacher)
     ranks.after_first("store")
@@ -93,10 +95,11 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> No
         max_bad=config.max_bad,
     )
     started = time.perf_counter()
-    blocks, done, outside = _fill(config, loader, teacher, store, todo)
+    blocks, done, outside, rate = _fill(config, loader, teacher, store, todo)
+    result = {"pairs": done, "pairs_per_s": rate}
     found = [json.loads(text) for text in ranks.gather("filled", json.dumps([blocks, done, outside]))]
     if ranks.rank():
-        return
+        return result
     done, outside = sum(pairs for _, pairs, _ in found), [line for _, _, lines in found for line in lines]
     seconds = time.perf_counter() - started
     summary(
@@ -115,16 +118,18 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> No
             "skipped samples": len(loader.skipped.causes),
         },
     )
+    return result
 
 
 def _fill(
     config, loader: Loader, teacher: Teacher, store: Store, todo: list[tuple[list[int], int]]
-) -> tuple[int, int, list[str]]:
-    """Compute the missing blocks that fall to this process: their number, pairs, and those the code does not suit."""
+) -> tuple[int, int, list[str], float]:
+    """Compute the missing blocks that fall to this process: their number, pairs, those the code does not suit, and
+    pairs per second once the first batch was there."""
     index = loader.index
     sizes = [len(views) * len(good_rows(index, store, block)) for views, block in todo]
     under_way: deque[tuple[_Block, bool]] = deque()  # the block of each batch under way, and whether it is its last
-    blocks, done, outside = 0, 0, []
+    blocks, done, outside, first = 0, 0, [], None
     with progress("teacher", sum(sizes), "pairs", show=ranks.rank() == 0) as advance, _Later() as later:
 
         def parts() -> Iterator[plan.Part]:
@@ -149,8 +154,12 @@ def _fill(
                 later(block.finish, outside)
                 blocks += 1
             done += len(batch.rows)
+            first = first or (time.perf_counter(), done)
             advance(len(batch.rows))
-    return blocks, done, outside
+    steady = (
+        (done - first[1]) / (time.perf_counter() - first[0]) if first else 0.0
+    )  # the first batch pays for the start
+    return blocks, done, outside, steady
 
 
 def _together(missing: list[tuple[int, int]], most: int) -> list[tuple[list[int], int]]:

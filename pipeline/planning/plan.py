@@ -1,6 +1,7 @@
 """`pipeline plan`: what the teacher pass, students on its labels, and students beside a live teacher would cost.
 
-The formulae are those of docs/plan.md. Rates come from `pipeline.planning.rates`; everything here is arithmetic.
+`pipeline.planning.rates` runs a small job of each kind for real. Everything here is arithmetic on what a pair took in
+them. The formulae are those of docs/plan.md.
 """
 
 import dataclasses
@@ -12,17 +13,19 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+import cache
 from cache import UserError
-from pipeline.config import Plan, PrecomputeTeacher, TrainStudent
+from pipeline.config import Plan, PrecomputeTeacher
 from pipeline.data.index import open_data
-from pipeline.labels import calibrate, precompute
+from pipeline.labels import calibrate
 from pipeline.planning import rates
-from pipeline.planning.rates import Cost, Rates
+from pipeline.planning.rates import Rates
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import console_out, decimal, summary
 from pipeline.views import policy as policies
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
+STORAGE = "storage"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Spent:
     hours: float
     """Wall clock."""
     bottleneck: str
-    """loader (and what else needs the CPU), teacher, student, coding, labels (unpacking them) or storage."""
+    """What most of the time is waited for: loader, teacher, student or storage."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,8 @@ def run(config: Plan) -> None:
 
 def row(rates: Rates, job: Job, gpus: int) -> Row:
     """The three jobs on `gpus` GPUs."""
-    once, stored, live = (
-        teacher_pass(rates, job, gpus),
-        training(rates, job, gpus),
-        training(rates, job, gpus, live=True),
-    )
+    once, stored = teacher_pass(rates, job, gpus), training(rates, job, gpus)
+    live = training(rates, job, gpus, live=True)
     saved = live.hours - stored.hours
     return Row(
         gpus=gpus,
@@ -110,72 +110,36 @@ def row(rates: Rates, job: Job, gpus: int) -> Row:
 def teacher_pass(rates: Rates, job: Job, gpus: int) -> Spent:
     """Calibration by one process, then whole blocks shared out among all."""
     per_view = -(-job.images // PrecomputeTeacher.block_rows)
-    block = job.images / per_view  # rows
-    checked = min(precompute._CHECKED / block, 1.0)
-    beside = rates.digest + rates.code + checked * rates.check
-    seconds, bottleneck = _pace(rates, job, gpus, {"teacher": rates.teach}, beside=beside, coding=beside - rates.digest)
     turns = -(-job.views * per_view // gpus)
-
-    looked = min(job.images, max(calibrate._LEAST, min(calibrate._MOST, job.images // calibrate._SHARE)))
-    alone, _ = _pace(rates, job, 1, {"teacher": rates.teach})
-    return Spent((turns * gpus * block * seconds + looked * (alone + rates.fit)) / 3600, bottleneck)
+    pairs = gpus * turns * job.images / per_view  # with those that a process waits for in the last turn
+    return _spent(rates.teach, rates.image_bytes, pairs, job, gpus, alone=calibrate.pairs(job.images) * rates.teach)
 
 
 def training(rates: Rates, job: Job, gpus: int, live: bool = False) -> Spent:
-    """One student."""
+    """One student. Of stored labels a machine reads all of a view, in each process that stands for one."""
     if live:
-        seconds, bottleneck = _pace(rates, job, gpus, {"teacher": rates.teach, "student": rates.learn})
-    else:
-        # Pixels are checked in the loop: all of an epoch's first batch, then a share.
-        check = rates.digest * min(TrainStudent.check_share + gpus * rates.batch_size / job.images, 1.0)
-        learn = Cost(rates.learn.seconds + check / gpus, rates.learn.cpu_seconds + check / gpus)
-        seconds, bottleneck = _pace(rates, job, gpus, {"student": learn}, planes=_planes(job) / job.epochs)
-    return Spent(job.images * job.epochs * seconds / 3600, bottleneck)
+        return _spent(rates.live, rates.image_bytes, job.images * job.epochs, job, gpus, rates.live_wait, "teacher")
+    read = rates.image_bytes + gpus * _planes(job) / job.epochs * _stored(rates)
+    return _spent(rates.stored, read, job.images * job.epochs, job, gpus, rates.stored_wait, "student")
+
+
+def _spent(
+    seconds: float, read: float, pairs: float, job: Job, gpus: int, wait: float = 0.0, who: str = "teacher", alone=0.0
+) -> Spent:
+    """Of pairs that take one process so many seconds and storage so many bytes each; `alone`: seconds of one only."""
+    pace, reading = seconds / gpus, read / job.read_bytes_s
+    limit = STORAGE if reading > pace else "loader" if wait > 0.5 else who
+    return Spent((pairs * max(pace, reading) + alone) / 3600, limit)
 
 
 def _planes(job: Job) -> int:
-    """Times that a student's process reads a view of labels: one that follows itself is kept."""
+    """Times that a student reads a view of labels: one that follows itself is kept."""
     return job.epochs if job.views > 1 else 1
-
-
-def _pace(
-    rates: Rates,
-    job: Job,
-    gpus: int,
-    networks: dict[str, Cost],
-    *,
-    beside: float = 0.0,
-    coding: float = 0.0,
-    planes: float = 0.0,
-) -> tuple[float, str]:
-    """Seconds per pair of the whole job, and what it waits for.
-
-    `beside`: CPU seconds per pair beside loader and network; `coding`: those of them that are one thread's. `planes`:
-    views of labels that every process reads per epoch, all samples of each, whatever its share of the training.
-    """
-    load, network = rates.load, sum(cost.seconds for cost in networks.values())
-    slowest = max(networks, key=lambda name: networks[name].seconds)
-    labels = planes * rates.unpack / rates.cores
-    if rates.device == "cpu":  # one after another on the same cores
-        parts = {"loader": load.seconds / gpus + beside / rates.cores / gpus, slowest: network / gpus, "labels": labels}
-        limits = {max(parts, key=lambda name: parts[name]): sum(parts.values())}
-    else:
-        cpu = load.cpu_seconds + beside + sum(cost.cpu_seconds for cost in networks.values())
-        busy = cpu / rates.cores / gpus + labels
-        limits = {slowest: network / gpus}
-        if rates.decoder != "cpu":  # one after another on the same GPU
-            limits = {slowest if network > load.seconds else "loader": (load.seconds + network) / gpus}
-        at = "labels" if 2 * labels > busy else "loader"
-        limits[at] = max(limits.get(at, 0.0), load.seconds / gpus, busy)
-    limits["coding"] = coding / gpus
-    limits["storage"] = (rates.image_bytes + gpus * planes * _stored(rates)) / job.read_bytes_s
-    bottleneck = max(limits, key=lambda name: limits[name])
-    return limits[bottleneck], bottleneck
 
 
 def _stored(rates: Rates) -> float:
     """Bytes of a pair's labels on disk, with what lies beside them."""
-    return rates.label_bytes + precompute._BESIDE
+    return rates.label_bytes + cache.BESIDE_BYTES
 
 
 def sizes(rates: Rates, job: Job) -> dict[str, float]:
@@ -246,7 +210,7 @@ def _show(rates: Rates, job: Job, rows: list[Row]) -> None:
         table.add_row(str(each.gpus), *spent, _hours(each.stored_gpu_hours), _hours(each.live_gpu_hours), even)
     console_out.print(table)
     size = {name: decimal(value) for name, value in sizes(rates, job).items()}
-    alone = {"loader": rates.load, "teacher": rates.teach, "student": rates.learn}
+    alone = {"teacher pass": rates.teach, "student on stored labels": rates.stored, "with a live teacher": rates.live}
     storage = "without limit" if job.read_bytes_s == math.inf else f"at {job.read_bytes_s / 1e6:,.4g} MB/s for all"
     summary(
         "plan",
@@ -254,14 +218,15 @@ def _show(rates: Rates, job: Job, rows: list[Row]) -> None:
             "views": f"{job.views:,}",
             "students": f"{job.students:,} of {job.epochs:,} epochs",
             "break-even": _break_even(rows[0], job, unit),
-            "store": f"{size['store']} on disk; a view's labels take {size['plane']} of memory per {unit}",
+            "store": f"{size['store']} on disk; a view's labels take {size['plane']} of memory per machine",
             "images read": f"teacher pass {size['teacher_pass_images']}, a student {size['student_images']}",
             "labels read": f"{size['student_labels_per_gpu']} by each {unit} of a student on stored labels",
-            "pairs/s alone": ", ".join(f"{name} {1 / cost.seconds:,.4g}" for name, cost in alone.items()),
+            "pairs/s": ", ".join(f"{name} {1 / seconds:,.4g}" for name, seconds in alone.items()),
+            "steps wait for images": f"{rates.stored_wait:.0%} of the time, with a live teacher {rates.live_wait:.0%}",
             "measured with": f"{rates.data}, {decimal(rates.image_bytes)} each; {rates.precision}, "
-            f"{rates.measured_batch:,} pairs per step; labels of a simulated teacher",
-            "assumed": f"{unit}s like this one ({rates.hardware}), each with {_cores(rates)}; {_together(rates)}; "
-            f"{rates.batch_size:,} pairs per step and {unit}; storage reads {storage}",
+            f"{rates.measured_batch:,} pairs per step; {rates.labels}",
+            "assumed": f"{unit}s like this one ({rates.hardware}), each with {rates.cores:,} "
+            f"core{'s' * (rates.cores > 1)}; {rates.batch_size:,} pairs per step and {unit}; storage reads {storage}",
             "left out": f"gradients between {unit}s, evaluation, starting, checkpoints",
         },
     )
@@ -269,23 +234,13 @@ def _show(rates: Rates, job: Job, rows: list[Row]) -> None:
 
 def _break_even(first: Row, job: Job, unit: str) -> str:
     if first.break_even_epochs is None:
-        return f"never: on 1 {unit} both ways wait for the {first.live.bottleneck}, and a live teacher costs nothing"
+        return f"never: on 1 {unit} a live teacher costs nothing; both ways wait for the {first.stored.bottleneck}"
     part = (first.live_gpu_hours - first.stored_gpu_hours) / first.live_gpu_hours
     return (
         f"on 1 {unit} stored labels cost fewer {unit}-hours from epoch {first.break_even_epochs:,} on, that is with "
         f"student {first.break_even_students:,} of {job.epochs:,} epochs; as planned "
         f"{abs(part):.0%} {'fewer' if part > 0 else 'more'}"
     )
-
-
-def _cores(rates: Rates) -> str:
-    return f"{rates.cores:,} core{'s' * (rates.cores > 1)}"
-
-
-def _together(rates: Rates) -> str:
-    if rates.device == "cpu":
-        return "loader and networks take turns on them"
-    return "loader and networks work " + ("side by side" if rates.decoder == "cpu" else "in turns on the GPU")
 
 
 def _hours(hours: float) -> str:

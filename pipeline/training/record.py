@@ -1,10 +1,8 @@
 """What a run tells others while it goes on: `run.json`, TensorBoard, Weights & Biases, and a page at the end."""
 
 import importlib
-import importlib.metadata
 import json
 import math
-import platform
 import sys
 import time
 import zlib
@@ -17,29 +15,25 @@ import torch
 from cache import UserError
 from pipeline.config import Training
 from pipeline.networks.placed import Placed
-from pipeline.system import ranks
+from pipeline.system import machine, ranks
 from pipeline.system.files import write_atomically
 from pipeline.training import page
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # by the option that asks for it
 _PAGE_S = 120  # between pages; one takes seconds to draw
-_VERSIONS = ("torch", "triton", "numpy", "timm", "zarr", "pillow")
 
 
 def describe(network: Placed, about: dict) -> dict:
     """Facts of a run, JSON-safe: command, versions, machine, network."""
-    device, module = network.device, network.network.module
-    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
-    dali = [name for name in installed if name.startswith("nvidia-dali-cuda")]
+    found = machine.describe()
     return {
         "command": ["pipeline", *sys.argv[1:]],
-        "versions": {"python": platform.python_version()}
-        | {name: installed[name] for name in (*_VERSIONS, *dali) if name in installed},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": found.pop("versions"),
+        "device": machine.hardware(network.device) if network.device.type == "cuda" else "cpu",
+        "machine": f"{found['cpu']}, {torch.get_num_threads()} threads",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "world": ranks.world(),
-        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "parameters": sum(parameter.numel() for parameter in network.network.module.parameters()),
         "mean": network.mean,
         "std": network.std,
         **about,

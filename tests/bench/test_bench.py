@@ -26,6 +26,7 @@ from cache import UserError
 from kernels.jda.ops import Op
 from pipeline.data import prepare
 from pipeline.data.index import Index
+from pipeline.system import machine as machines
 
 
 class Clock:
@@ -100,7 +101,7 @@ def test_a_document_is_json_and_names_machine_versions_and_commit(tmp_path, caps
     clock = Clock()
     found = harness.document(
         "loader",
-        machine=harness.machine(),
+        machine=machines.describe(),
         options={"data": tmp_path, "rounds": 1},
         unit="pairs",
         reference="a",

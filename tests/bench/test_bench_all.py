@@ -18,6 +18,7 @@ from bench.whole import all as all_suites
 from bench.whole import end_to_end
 from bench.whole import page as all_page
 from pipeline.config import Bench
+from pipeline.system import machine as machines
 from pipeline.training.losses import loss
 
 
@@ -98,7 +99,7 @@ def test_arms_and_sizes_that_are_none(capsys):
 
 def _document(name: str, arms: dict, tables: dict) -> dict:
     return harness.document(
-        name, machine=harness.machine(), options={}, unit="pairs", reference="jda-distill", arms=arms, tables=tables
+        name, machine=machines.describe(), options={}, unit="pairs", reference="jda-distill", arms=arms, tables=tables
     )
 
 
