@@ -1,16 +1,35 @@
 """The one error type for users; it lives in the lowest layer so that every layer can raise it."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_MOST = {"what": 400, "found": 240, "expected": 240, "fix": 700}
+"""Characters of each part: names and values from a file may be of any length."""
 
 
 class UserError(ValueError):
-    """A wrong input, shown as one line: ``what; found X, expected Y; fix: Z``. The command line exits with 2."""
+    """A wrong input, shown as one line: ``what; found X, expected Y; fix: Z``. The command line exits with 2.
+
+    Whatever a part holds, it is printable, on one line and short.
+    """
 
     def __init__(self, what: str, *, found: object = None, expected: object = None, fix: str | None = None):
-        facts = [f"{name} {value}" for name, value in (("found", found), ("expected", expected)) if value is not None]
-        parts = [what, ", ".join(facts), f"fix: {fix}" if fix else ""]
+        facts = [
+            f"{name} {_short(name, value)}"
+            for name, value in (("found", found), ("expected", expected))
+            if value is not None
+        ]
+        parts = [_short("what", what), ", ".join(facts), f"fix: {_short('fix', fix)}" if fix else ""]
         super().__init__("; ".join(part for part in parts if part))
+
+
+def _short(part: str, value: object) -> str:
+    """The text without line breaks and control characters, and without its middle if it is long."""
+    text, most = re.sub(r"\s+", " ", str(value)), _MOST[part]
+    if len(text) > most:
+        text = f"{text[: most * 2 // 3]} … {text[-most // 4 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

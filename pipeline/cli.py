@@ -52,22 +52,23 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name != "bench":
             raise
-        return _fail("benchmarks are not in the package; fix: run them in a checkout of the repository")
+        return _fail(UserError("benchmarks are not in the package", fix="run them in a checkout of the repository"))
     except UserError as error:
-        return _fail(str(error))
+        return _fail(error)
     except BrokenPipeError:  # the reader left, as `| head` does: nothing to say, and no flush at exit that fails
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         # Permissions, a full disk, a path that is a folder: the system's own words, and which file.
-        return _fail(f"{error.strerror or error}; found {error.filename or 'no file name'}; fix: check path and space")
+        what, where = error.strerror or str(error), error.filename or "no file name"
+        return _fail(UserError(what, found=where, fix="check path and space"))
     except KeyboardInterrupt:
         return interrupt.CODE
     return 0
 
 
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
     return 2
 
 

@@ -378,7 +378,7 @@ def _read_array(files: Files, name: str, array: layout.Array) -> np.ndarray:
 
 def _origin_of(manifest: Manifest) -> int:
     fields = {**manifest.identity(), "codec": manifest.header()}
-    made_of = {name: value for name, value in fields.items() if name not in GROWING}
+    made_of = {name: value for name, value in fields.items() if name not in GROWING and value is not None}
     return google_crc32c.value(json.dumps(made_of, sort_keys=True).encode())
 
 

@@ -21,16 +21,18 @@ _MAX_MAPPING = 1 << 20  # characters of JSON; a codec may have far more, and bou
 _MAX_CLASS_LIST = 64 << 20
 _SHOWN = 80
 _MAX_CHUNK_BYTES = 1 << 31
+_MAX_SIDE = 1 << 16
 _MAX_BLOCKS = 1 << 22  # each is a handful of files
 
 _WHOLE = {  # field -> smallest and largest value
     "samples": (1, 1 << 40),
     "classes": (1, codecs.MAX_CLASSES),
     "views": (1, 1 << 16),
-    "size": (1, 1 << 16),
+    "size": (1, _MAX_SIDE),
     "block_rows": (1, 1 << 20),
 }
 _TEXTS = ("dataset", "teacher", "teacher_weights")
+_OPTIONAL = {"class_list", "teacher_size"}
 _MAPPINGS = ("policy", "base", "decoder", "codec", "versions", "fidelity")
 
 _ELSEWHERE = "or run precompute-teacher into another store"
@@ -40,6 +42,7 @@ _FIXES = {  # the fields that are compared; `versions` and `fidelity` are for in
     "classes": f"point --data at the data set the store was made for, {_ELSEWHERE}",
     "teacher": f"name the teacher that made the store, {_ELSEWHERE}",
     "teacher_weights": f"give the weights that made the store, {_ELSEWHERE}",
+    "teacher_size": f"give the store's --teacher-size, {_ELSEWHERE}",
     "mean": f"take the teacher and the policy that made the store, {_ELSEWHERE}",
     "std": f"take the teacher and the policy that made the store, {_ELSEWHERE}",
     "policy": f"take the policy that made the store, {_ELSEWHERE}",
@@ -78,7 +81,7 @@ class Manifest:
     views: int
     """V."""
     size: int
-    """Side of the teacher's input in pixels."""
+    """Side of the views in pixels."""
     decoder: dict
     """Who decoded the images, and how."""
     codec: dict
@@ -91,6 +94,8 @@ class Manifest:
     """What the codec was measured to lose; informative, never compared."""
     class_list: dict | None = None
     """Names of the classes and what numbered them, as who made the store keeps them; old stores have none."""
+    teacher_size: int | None = None
+    """Side in pixels that the teacher saw each view resized to; None: as it is."""
     format: int = FORMAT
 
     @property
@@ -134,8 +139,9 @@ class Manifest:
         attributes["codec"] = self.header()
         # Readers that keep numbers as doubles would round a seed.
         attributes |= {"mean": list(self.mean), "std": list(self.std), "seed": str(self.seed)}
-        if self.class_list is None:
-            del attributes["class_list"]
+        for name in _OPTIONAL:
+            if attributes[name] is None:
+                del attributes[name]
         return {**attributes, "crc32": _crc(attributes)}
 
     @classmethod
@@ -196,11 +202,11 @@ def difference(path: str, found: object, expected: object) -> tuple[str, object,
 
 def _check_fields(attributes: dict, where: str) -> None:
     names = {field.name for field in dataclasses.fields(Manifest)} | {"crc32"}
-    if attributes.keys() | {"class_list"} != names:
+    if attributes.keys() | _OPTIONAL != names:
         unknown = shown(sorted(map(str, attributes.keys() - names)))
         raise UserError(
             f"{where}: fields",
-            found=f"unknown {unknown}, missing {sorted(names - attributes.keys() - {'class_list'})}",
+            found=f"unknown {unknown}, missing {sorted(names - attributes.keys() - _OPTIONAL)}",
             expected="exactly those of its format",
             fix="make the store again with precompute-teacher",
         )
@@ -208,6 +214,9 @@ def _check_fields(attributes: dict, where: str) -> None:
         value = attributes[name]
         if type(value) is not int or not low <= value <= high:
             raise _wrong(where, name, value, f"a whole number in [{low}, {high}]")
+    size = attributes.get("teacher_size", 1)
+    if type(size) is not int or not 1 <= size <= _MAX_SIDE:
+        raise _wrong(where, "teacher_size", size, f"a whole number in [1, {_MAX_SIDE}]")
     for name in _TEXTS:
         value = attributes[name]
         if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT:
@@ -256,6 +265,7 @@ def _wrong(where: str, name: str, found: object, expected: object) -> UserError:
 
 def shown(value: object) -> str:
     """A value of any origin on one line, of which a codec's basis would be millions of characters."""
+    value = "none" if value is None else value
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 20]}… ({len(text)} characters)"
 

@@ -23,6 +23,9 @@ class PrecomputeTeacher(Machine):
     """Store to create, to complete, or to extend to more views or shards: a folder or an s3:// URL."""
     views: Count
     """Augmented views per sample; epoch e of a student uses view e mod VIEWS."""
+    teacher_size: Annotated[int | None, Range(1, 4096)] = None
+    """Side in pixels that the teacher sees each view resized to, for networks that take one size only; the student's
+    views stay as they are. Part of the store's identity."""
     policy: str = "imagenet"
     """imagenet, cifar10, cifar100 or a YAML file."""
     codec: Literal["auto", "subspace", "int8", "fp16"] = "auto"

@@ -16,6 +16,8 @@ class Plan(Machine):
     """Network NAME or NAME@WEIGHTS; weights do not matter to the time."""
     student: str
     """Network NAME."""
+    teacher_size: Annotated[int | None, Range(1, 4096)] = None
+    """Side in pixels that the teacher sees each view resized to."""
     views: Count
     """Augmented views per sample that the teacher is to look at."""
     epochs: Count

@@ -98,6 +98,9 @@ class TrainStudent(Training):
     live_teacher: str | None = None
     """Teacher NAME@WEIGHTS that answers in the loop instead of the stored labels, on the store's views; the paper's
     online way."""
+    teacher_size: Annotated[int | None, Range(1, 4096)] = None
+    """Side in pixels that a live teacher sees each view resized to; without a live teacher, refuse the store unless its
+    teacher saw views of this size."""
     check_teacher: str | None = None
     """Teacher NAME@WEIGHTS to compare the stored labels with, every so often."""
     check_steps: Count = 1000

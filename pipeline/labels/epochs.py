@@ -59,7 +59,8 @@ def labels_of(store: Store | None) -> dict[str, Any]:
         return {}
     fields = store.manifest.identity()
     codec = hashlib.sha256(json.dumps(fields["codec"], sort_keys=True).encode()).hexdigest()
-    return {name: fields[name] for name in ("teacher", "teacher_weights", "seed", "decoder")} | {"codec": codec}
+    names = ("teacher", "teacher_weights", "teacher_size", "seed", "decoder")
+    return {name: fields[name] for name in names if fields[name] is not None} | {"codec": codec}
 
 
 def numbered_alike(index: Index, machine: Machine, manifest: Manifest) -> Index:

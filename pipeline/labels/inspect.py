@@ -38,7 +38,7 @@ def run(config: Inspect) -> None:
     if config.teacher is not None:
         precision = manifest.versions.get("precision", "fp32")
         network = models.trained(config.teacher, index.class_list)
-        teacher = Teacher(network, policy, devices.pick(config), precision)
+        teacher = Teacher(network, policy, devices.pick(config), precision, size=manifest.teacher_size)
         cache.check(manifest, teacher=teacher.name, teacher_weights=teacher.fingerprint)
     missing = set(store.missing_blocks())
     there = [(v, b) for v in range(manifest.views) for b in range(manifest.blocks) if (v, b) not in missing]

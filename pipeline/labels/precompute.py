@@ -75,7 +75,7 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> di
     device = devices.pick(config)
     policy = policies.load(config.policy)
     precision = devices.arithmetic(config.precision, device)
-    teacher = Teacher(network, policy, device, precision, config.compile)
+    teacher = Teacher(network, policy, device, precision, config.compile, config.teacher_size)
     if config.dry_run:
         found = calibrate(config, index, policy, teacher)
         _show_plan(config, index, found)

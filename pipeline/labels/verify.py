@@ -181,7 +181,7 @@ def _judge(config: Verify, policy: Policy, report: Report) -> Judge | None:
         fix = f"give --precision {precision}"
         raise UserError("the teacher pass had another precision", found=config.precision, expected=precision, fix=fix)
     network = models.trained(config.teacher, manifest.classes)
-    teacher = Teacher(network, policy, devices.pick(config), precision)
+    teacher = Teacher(network, policy, devices.pick(config), precision, size=manifest.teacher_size)
     made_by = {"teacher": teacher.name, "teacher_weights": teacher.fingerprint}
     try:
         cache.check(manifest, **made_by, mean=teacher.mean, std=teacher.std)

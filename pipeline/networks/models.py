@@ -109,10 +109,11 @@ def of_callable(function: Callable[[Tensor], Any], classes: int | Classes, *, na
     return Network(module, name, wanted.count, mean, std, identity, wanted)
 
 
-def probe(network: Network, size: int) -> None:
+def probe(network: Network, size: int, option: str = "") -> None:
     """Raise UserError unless the network takes images of `size` × `size` pixels and answers with its classes.
 
-    Weights, running statistics and mode stay as they are.
+    `option` is the command's that shows it images of another size, if there is one. Weights, running statistics and
+    mode stay as they are.
     """
     module, training = network.module, network.module.training
     images = torch.zeros(1, 3, size, size, device=next(module.parameters()).device)
@@ -122,11 +123,12 @@ def probe(network: Network, size: int) -> None:
             shape = tuple(logits.shape)
     except (RuntimeError, AssertionError, ValueError) as error:
         _, height, width = getattr(module, "pretrained_cfg", {}).get("input_size", (3, size, size))
+        which = height if height != size else "it is made for"
         raise UserError(
             f"network {network.name} does not take images of {size} x {size} pixels",
             found=_first_line(error),
             expected=f"{height} x {width}" if height != size else None,
-            fix=f"choose another network, or a policy of base size {height if height != size else 'it is made for'}",
+            fix=f"give {f'{option} {which}, or ' if option else ''}a policy of base size {which}, or another network",
         ) from None
     finally:
         module.train(training)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from pipeline.networks import weights
 from pipeline.networks.models import Network, probe
@@ -40,11 +41,16 @@ class Placed:
     device: torch.device
     precision: str
     """fp32, bf16 or fp16."""
+    size: int | None = None
+    """Side in pixels that normalised images are resized to, bilinear and antialiased; None: they stay as they are."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """u8 (B, S, S, 3) on any device -> logits (B, C) on this one, in the precision's type."""
         with torch.autocast(self.device.type, dtype=_DTYPES.get(self.precision), enabled=self.precision in _DTYPES):
-            return self.module(self.normalise(images))
+            seen = self.normalise(images)
+            if self.size not in (None, seen.shape[-1]):
+                seen = interpolate(seen, (self.size, self.size), mode="bilinear", antialias=True)
+            return self.module(seen)
 
     def save(self, path: Path) -> None:
         """Write the module's weights with what they need to be used rightly: classes, mean and std."""
@@ -54,13 +60,15 @@ class Placed:
         weights.save(self.module, path, about)
 
 
-def placed(network: Network, device: torch.device, precision: str, policy: Policy) -> Placed:
+def placed(
+    network: Network, device: torch.device, precision: str, policy: Policy, size: int | None = None, option: str = ""
+) -> Placed:
     """The network on the device, ready for the policy's images; its mode is the caller's business.
 
     Channels last, as images arrive that way and convolutions are faster. Raises UserError if the network does not take
-    images of the policy's size.
+    images of `size`, which is the policy's unless given; `option` is the command's that gives it.
     """
     module = network.module.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    probe(network, policy.base.size)
+    probe(network, size or policy.base.size, option)
     mean, std = tuple(network.mean or policy.mean), tuple(network.std or policy.std)
-    return Placed(network, module, Normalise(mean, std, device), mean, std, device, precision)
+    return Placed(network, module, Normalise(mean, std, device), mean, std, device, precision, size)

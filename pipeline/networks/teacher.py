@@ -17,15 +17,22 @@ class Teacher:
     """A network in its place, in evaluation mode."""
 
     def __init__(
-        self, network: Network, policy: Policy, device: torch.device, precision: str, compile: bool = False
+        self,
+        network: Network,
+        policy: Policy,
+        device: torch.device,
+        precision: str,
+        compile: bool = False,
+        size: int | None = None,
     ) -> None:
-        """`compile` hands the network to torch.compile.
+        """`compile` hands the network to torch.compile. It sees each view resized to `size` pixels, if that is given.
 
-        Raises UserError if the network cannot take images of the policy's size.
+        Raises UserError if the network cannot take images of that size, or else of the policy's.
         """
         self.name, self.fingerprint = network.name, network.fingerprint
         self.device, self.precision = device, precision
-        self._answer = placed(network, device, precision, policy)
+        self.size = None if size == policy.base.size else size
+        self._answer = placed(network, device, precision, policy, size, "--teacher-size")
         self._answer.module.eval()
         if compile:
             self._answer = dataclasses.replace(self._answer, module=torch.compile(self._answer.module))
@@ -44,6 +51,7 @@ class Teacher:
             "base": described.pop("base"),
             "policy": described,
             "size": policy.base.size,
+            "teacher_size": self.size,
         }
 
     @torch.inference_mode()

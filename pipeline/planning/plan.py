@@ -171,7 +171,7 @@ def _read(config: Plan) -> Rates:
     found = rates.read(config.rates)
     policy = policies.load(config.policy)
     wanted = {
-        "teacher": config.teacher.partition("@")[0],
+        "teacher": rates.teacher_of(config),
         "student": config.student.partition("@")[0],
         "classes": config.classes or found.classes,
         "policy": policy.name,

@@ -96,6 +96,12 @@ def measure(config: Plan) -> Rates:
             ) from None
 
 
+def teacher_of(config: Plan) -> str:
+    """The teacher as rates name it."""
+    name = config.teacher.partition("@")[0]
+    return f"{name} at {config.teacher_size} pixels" if config.teacher_size else name
+
+
 def _measure(config: Plan, index: Index, policy: Policy, device: torch.device, batch: int, folder: Path) -> Rates:
     threads, store = _threads(config, device), folder / "labels.zarr"
     shared = {"data": index.path, "batch_size": batch, "device": config.device, "threads": threads}
@@ -108,6 +114,7 @@ def _measure(config: Plan, index: Index, policy: Policy, device: torch.device, b
     looks = PrecomputeTeacher(
         **shared,
         teacher=teacher,
+        teacher_size=config.teacher_size,
         store=str(store),
         views=_VIEWS,
         policy=config.policy,
@@ -123,12 +130,13 @@ def _measure(config: Plan, index: Index, policy: Policy, device: torch.device, b
         precision=config.precision,
         dry_run=True,
     )
+    alive = dataclasses.replace(learns, live_teacher=teacher, teacher_size=config.teacher_size)
     with progress("measuring", 3, "jobs") as advance:
         taught = _quietly(lambda: precompute.run(looks))
         advance(1, "teacher pass")
         stored = _quietly(lambda: train_student.run(learns))
         advance(1, "student on stored labels")
-        live = _quietly(lambda: train_student.run(dataclasses.replace(learns, live_teacher=teacher)))
+        live = _quietly(lambda: train_student.run(alive))
         advance(1, "student beside a live teacher")
     known = cache.open(str(store)) if "@" in config.teacher else None
     pairs = _VIEWS * len(index)
@@ -136,7 +144,7 @@ def _measure(config: Plan, index: Index, policy: Policy, device: torch.device, b
     if known:
         label_bytes, row_bytes = known.label_bytes() / pairs, known.codec.row_bytes
     return Rates(
-        teacher=config.teacher.partition("@")[0],
+        teacher=teacher_of(config),
         student=config.student.partition("@")[0],
         classes=index.classes,
         policy=policy.name,

@@ -51,7 +51,9 @@ def run(config: TrainStudent) -> dict:
     )
     student = models.create(config.student, index.class_list, seed=config.seed)
     spec = None if config.loss == "ce" else config.live_teacher or config.check_teacher
-    teacher = _teacher(config, spec, index, replay.policy) if spec else None
+    # A live teacher's views are of any size; those that answered for the store were of one.
+    size = store.manifest.teacher_size if store and not config.live_teacher else config.teacher_size
+    teacher = _teacher(config, spec, index, replay.policy, size) if spec else None
 
     def objective(epoch: int, stored: Labels | None) -> Objective:
         if config.loss == "ce":
@@ -68,10 +70,10 @@ def run(config: TrainStudent) -> dict:
     return fit(Job(config, replay, student, objective, about))
 
 
-def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy) -> Teacher:
+def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy, size: int | None) -> Teacher:
     device = devices.pick(config)
     network = models.trained(spec, index.class_list)
-    teacher = Teacher(network, policy, device, devices.arithmetic(config.precision, device))
+    teacher = Teacher(network, policy, device, devices.arithmetic(config.precision, device), size=size)
     if config.live_teacher and ranks.rank() == 0 and (found := look(teacher, index, policy, config, config.batch_size)):
         print(f"teacher: agrees with the labels of {found}", flush=True)
         found.warn(f"teacher {spec}")
@@ -100,8 +102,13 @@ def _check(config: TrainStudent, index: Index, store: Store | None) -> None:
         if config.loss != "ce" and not config.live_teacher:
             what = f"--loss {config.loss} needs soft labels"
             raise UserError(what, found="neither", expected="--store or --live-teacher")
+        if config.teacher_size and not config.live_teacher:
+            raise UserError("--teacher-size needs a teacher", found="none", fix="give --live-teacher, or leave it out")
     else:
         expected: dict = {"dataset": index.fingerprint, "samples": len(index), "classes": index.classes}
+        if config.teacher_size and not config.live_teacher:
+            own = config.teacher_size == store.manifest.size
+            expected["teacher_size"] = None if own else config.teacher_size
         if config.policy:
             wanted = policies.load(config.policy).to_config()
             expected |= {"base": wanted.pop("base"), "policy": wanted}
