@@ -62,6 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
         # Permissions, a full disk, a path that is a folder: the system's own words, and which file.
         what, where = error.strerror or str(error), error.filename or "no file name"
         return _fail(UserError(what, found=where, fix="check path and space"))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # PyTorch's
+            raise
+        found = str(error).partition("\n")[0] or None
+        fix = "take a smaller --batch-size, --accumulate, or --precision bf16"
+        return _fail(UserError("memory does not hold a step", found=found, fix=fix))
     except KeyboardInterrupt:
         return interrupt.CODE
     return 0

@@ -97,7 +97,7 @@ def from_config(config: object, where: str = "policy") -> Policy:
         try:
             compile_table(table)
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{where}: {error}", fix="correct ops") from None
     mean, std = (
         _numbers(config.get(key, list(default)), f"{where}: {key}", 3, 0.0, 1.0)
         for key, default in zip(("mean", "std"), IMAGENET_STATS, strict=True)
