@@ -39,7 +39,7 @@ from pipeline.networks import weights
 from pipeline.views import policy
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 20))
-LONGEST = 1600  # characters of an error's line
+LONGEST = 2400  # characters of an error's line
 pytestmark = pytest.mark.slow
 
 NUMBERS = [

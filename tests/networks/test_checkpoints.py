@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
 
 from pipeline.networks import models
 from pipeline.networks.placed import placed
@@ -76,11 +77,11 @@ def by_lightning(module, optimizer, average, folder):
             return [stepped], [torch.optim.lr_scheduler.StepLR(stepped, 1)]
 
     generator = torch.Generator().manual_seed(1)
-    batches = [(torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 3) for _ in range(2)]
+    images = TensorDataset(torch.randn(16, 3, 32, 32, generator=generator), torch.arange(16) % 3)
     keeper = ModelCheckpoint(str(folder), monitor="loss", save_last=True)
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
     trainer = Trainer(max_epochs=1, callbacks=[keeper], default_root_dir=str(folder), **quiet)
-    trainer.fit(trained := Module(lr=1e-4), batches)
+    trainer.fit(trained := Module(lr=1e-4), DataLoader(images, 8))
     return Path(keeper.best_model_path), trained.model.eval()
 
 
