@@ -285,7 +285,13 @@ def test_the_commands_of_the_readme(job):
         assert (job / name).exists(), name
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name != "README.md"])
+SLOW = ("docs/first-run.md",)  # the commands of README.md and demo once more, at full size: two minutes
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PAGES if name != "README.md"],
+)
 def test_the_page_runs(name, job, world, tmp_path):
     with contextlib.ExitStack() as stack:
         if re.search(r"s3://bucket|https://host", PAGES[name].read_text()):

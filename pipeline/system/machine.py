@@ -1,5 +1,6 @@
 """On which machine and with which versions something was made."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -10,15 +11,17 @@ import torch
 
 from pipeline.system import cores
 
-_PACKAGES = re.compile(r"torch|torchvision|nvidia-dali-cuda\d+|numpy|numba|pillow|timm|triton|zarr")
+_PACKAGES = ("torch", "torchvision", "triton", "numpy", "numba", "pillow", "timm", "zarr")
+_DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
 def versions() -> dict[str, str]:
     """Of Python and of the installed packages that decide a figure."""
-    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
-    return {"python": platform.python_version()} | {
-        name: version for name, version in sorted(installed.items()) if _PACKAGES.fullmatch(name)
-    }
+    found = {"python": platform.python_version()}
+    for name in (*_PACKAGES, *_DALI):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def processor() -> str:

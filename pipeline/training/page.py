@@ -221,7 +221,7 @@ def _stack(epochs: list[dict]) -> Callable[[Any], None] | None:
 def _legend(axes: Any, handles: dict[str, Any]) -> None:
     """Above the axes, where it hides nothing; none for a single line, which the axis names."""
     if len(handles) > 1:
-        options: Any = {"loc": "outside upper center", "ncols": 3, "frameon": False, "fontsize": "small"}
+        options: Any = {"loc": "upper center", "ncols": 3, "frameon": False, "fontsize": "small"}
         axes.figure.legend(handles.values(), handles.keys(), **options)
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import sys
 import time
 import zlib
@@ -46,7 +45,7 @@ class Writers:
     def __init__(self, config: Training, first: bool, facts: dict):
         """Raises UserError if what was asked for is not installed."""
         self._out, self._first, self._tensorboard, self._wandb = config.out, first, None, None
-        self._shown = -math.inf
+        self._shown = time.monotonic()
         if not first:
             return
         write_atomically(config.out / "run.json", json.dumps(facts, indent=1, default=str).encode())

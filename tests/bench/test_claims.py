@@ -113,6 +113,7 @@ def test_a_student_under_two_names_is_one(digits, labels, tmp_path):
     assert found[0]["loss"] == found[1]["loss"] and found[0]["val"] == found[1]["val"]
 
 
+@pytest.mark.slow  # teaches 24 students; what else it looks at has tests with made-up ones
 def test_processes_teach_students_and_the_document_says_how_they_did(options, tmp_path, capsys):
     chosen = dataclasses.replace(options, json=tmp_path / "found.json", out=tmp_path / "plots")
     found = claims.run(chosen)

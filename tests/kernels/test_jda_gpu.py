@@ -69,7 +69,7 @@ def interpreter():
 @pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def machine(request) -> Machine:
     if request.param == "interpreter":
-        return Machine(request.getfixturevalue("interpreter"), 8, 30, (67, 61))
+        return Machine(request.getfixturevalue("interpreter"), 4, 20, (41, 37))
     return Machine(partial(pairs, "cuda"), 64, 700, (2999, 4001))
 
 
@@ -187,7 +187,7 @@ def test_chains_give_the_bytes_of_the_cpu_and_of_pillow(machine, policy):
     assert_same_bytes(machine, images, table, views, -1, machine.side // 3)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.lists(st.sampled_from(list(CODES)), min_size=1, max_size=6), st.integers(0, 2**32 - 1))
 @example(["equalize", "contrast", "equalize", "contrast", "autocontrast", "color", "contrast", "equalize"], 1)
 @example(["brightness", "contrast", "contrast", "solarize", "equalize", "posterize", "equalize"], 2)
@@ -206,7 +206,7 @@ def test_any_table_gives_the_bytes_of_the_cpu_and_of_pillow(machine, names, seed
     assert_same_bytes(machine, images, table, views, 2, 16)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.sampled_from([5, 8, 16]), st.integers(0, 2**32 - 1))
 def test_resize_gives_the_bytes_of_the_cpu_and_of_pillow(machine, size, seed):
     """Up- and downscaling, words and bytes as the source, through a table and not, in both orders of the passes."""
@@ -220,7 +220,7 @@ def test_resize_gives_the_bytes_of_the_cpu_and_of_pillow(machine, size, seed):
 def test_resize_passes_vertically_first_where_pillow_does(machine):
     """Around the condition h > S and h − S > 2 (w − S), w ≠ S; and at scales of far more than a tile."""
     size = 8
-    sides = [(h, w) for w in (5, 8, 9, 12) for h in (8, 9, 10, 16, 17)] + [(2, 99), (99, 2)]
+    sides = [(h, w) for w in (8, 9) for h in (9, 10, 16, 17)] + [(8, 12), (2, 99), (99, 2)]
     images = [picture(np.random.default_rng(h), h, w) for h, w in sides]
     views = views_of(0, 0, [[(0, 0, h, w)] * 2 for h, w in sides])
     assert_same_bytes(machine, images, [Op("invert")], views, -1, size)
@@ -323,7 +323,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_compiles_without_a_gpu_to_registers_and_no_contraction(
     name, arch, tmp_path, monkeypatch, capfd, record_property

@@ -11,7 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from cache.store.objects import Files
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["pipeline.labels.precompute", "pipeline.training.train_student"])  # children start at once
+# Children start at once. An optimizer imports torch._dynamo, which takes as long as torch itself.
+FORK.set_forkserver_preload(["pipeline.labels.precompute", "pipeline.training.train_student", "torch._dynamo"])
 
 
 def finished(target, config) -> None:
