@@ -101,6 +101,7 @@ class Replay:
         few_shot: float = 1.0,
         shuffle_window: int = 0,
         repeat: int = 1,
+        views: int | None = None,
         least: int = 1,
         policy: str | Policy | None = None,
         pairs: bool = True,
@@ -117,8 +118,9 @@ class Replay:
 
         `batch_size` pairs a step over all processes; rank and world are torchrun's unless given. `start`: (epoch,
         step). With `repeat` a sample is decoded once for as many views, which follow each other step by step: so many
-        epochs share an order, and hold their labels at once. A last step of fewer than `least` samples joins the one
-        before it, as BatchNorm may need two. Without a store views are drawn from `seed` under `policy`. `pairs=False`
+        epochs share an order, and hold their labels at once. `views`: how many of the store's first ones are taken, by
+        default all; only they have to be there. A last step of fewer than `least` samples joins the one before it, as
+        BatchNorm may need two. Without a store views are drawn from `seed` under `policy`. `pairs=False`
         leaves the augmented views out, `labels=False` the stored labels. `mean` and `std` are the policy's unless
         given. `folder` takes what --plane mmap writes. Of each epoch's first batch and of a random `check_share` of its
         samples, pixels are compared with the digests of the teacher pass. Raises UserError for whatever does not fit.
@@ -137,9 +139,10 @@ class Replay:
         else:
             self.policy = policy if isinstance(policy, Policy) else policies.load(policy or "imagenet")
             decoder = devices.decoder("auto", self.device)
+        self._views = self._first_views(views)
         self._labelled = labels and self.store is not None
-        if self._labelled:
-            planes.require_whole(self.store)  # pyright: ignore[reportArgumentType]
+        if self._labelled and self.store:
+            planes.require_whole(self.store, self._views or 0)
         self._few_shot, self._window = few_shot, shuffle_window
         self._plane, self._folder, self._share = plane, folder, check_share
         self.rows = order.few_shot(self.index.good, self.index.records["label"][self.index.good], few_shot)
@@ -150,6 +153,18 @@ class Replay:
             self.index, self.policy, threads=devices.threads(machine), decoder=decoder, max_bad=max_bad
         )
         self._running: Generator[ReplayBatch, None, None] | None = None
+
+    def _first_views(self, views: int | None) -> int | None:
+        """Views that epochs take in turn; None: each epoch draws its own."""
+        if not self.store:
+            if views is not None:
+                raise UserError("views of a store", found="no store", fix="give a store, or leave the number out")
+            return None
+        have = self.store.manifest.views
+        if views is not None and not 1 <= views <= have:
+            fix = "run precompute-teacher with more --views, or ask for fewer"
+            raise UserError("views out of range", found=views, expected=f"1 to {have}, as the store has", fix=fix)
+        return views or have
 
     def _check(self, policy: str | Policy | None) -> None:
         for name, value, low in (
@@ -266,7 +281,7 @@ class Replay:
                 turn = 0
 
     def _view(self, epoch: int) -> int:
-        return epoch % self.store.manifest.views if self.store else epoch
+        return epoch % self._views if self._views else epoch
 
     def _stored(self, groups: list[tuple[int, int, int]]) -> Generator[Labels | None, None, None]:
         numbers = [epoch for first, count, _ in groups for epoch in range(first, first + count)]
@@ -296,6 +311,8 @@ class Replay:
     def _identity(self) -> dict[str, Any]:
         options = {"batch_size": self.batch_size, "seed": self.seed, "few_shot": self._few_shot, "window": self._window}
         options["repeat"] = self.repeat
+        if self.store and self._views != self.store.manifest.views:
+            options["views"] = self._views
         policy = hashlib.sha256(json.dumps(self.policy.to_config(), sort_keys=True).encode()).hexdigest()
         return options | {"dataset": self.index.fingerprint, "policy": policy, "labels": labels_of(self.store)}
 

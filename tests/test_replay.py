@@ -1,6 +1,7 @@
 """The door for other people's loops: what a batch holds, where a run goes on, and what is refused."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +126,27 @@ def test_a_sample_that_the_teacher_skipped_has_no_loss(digits, labels, monkeypat
     assert (gradient.abs().sum(1) == 0).nonzero().flatten().tolist() == [3, 8, 19, 24]
 
 
+def test_a_student_may_take_the_first_views_alone_and_needs_no_others(digits, labels, tmp_path):
+    store = cache.open(shutil.copytree(labels, tmp_path / "labels.zarr"))
+    shutil.rmtree(Path(store.path) / "commit" / "c" / "1")
+    assert {view for view, _ in cache.open(store.path).missing_blocks()} == {1}
+    with pytest.raises(UserError, match="missing blocks"):
+        Replay(digits / "train", store.path, **OPTIONS)
+    index, plane = Index.open(digits / "train"), store.load_plane(0)
+    with Replay(digits / "train", store.path, views=1, **OPTIONS) as replay:
+        state, batches = replay.state_dict(), list(replay)
+    assert [batch.epoch for batch in batches] == sorted(batch.epoch for batch in batches)
+    first = {}
+    for batch in batches:
+        expected = plane.gather(batch.made.rows)[0]
+        np.testing.assert_array_equal(batch.teacher.gathered().numpy(), expected)
+        for row, image in zip(batch.made.rows, batch.made.images.numpy().swapaxes(0, 1), strict=True):
+            np.testing.assert_array_equal(image, first.setdefault(row, image))  # the same view in every epoch
+    assert sorted(first) == index.good.tolist()
+    with pytest.raises(UserError, match="cannot resume: another views"):
+        Replay(digits / "train", labels, **OPTIONS).load_state_dict(state)
+
+
 def test_without_a_store_views_come_from_the_seed(digits):
     with Replay(digits / "train", policy="cifar10", seed=3, **OPTIONS) as replay:
         first, second = (list(replay.epoch()) for _ in range(2))
@@ -158,6 +180,7 @@ def test_other_pixels_than_the_teachers_end_the_run(digits, labels):
         ({"start": (0, -1)}, "no such place in the run"),
         ({"policy": "cifar10"}, "policy and store; found both, expected one"),
         ({"device": "tpu"}, "unknown device; found tpu"),
+        ({"views": 3}, "views out of range; found 3, expected 1 to 2, as the store has"),
         ({"few_shot": 0.0}, "--few-shot out of range"),
         ({"threads": -1}, "--threads out of range"),
     ],

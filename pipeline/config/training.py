@@ -115,6 +115,8 @@ class TrainStudent(Training):
     kd_warmup_epochs: Natural = 0
     """Epochs over which the teacher's term fades in: epoch n, from 1, has n / this of it. DKD's authors take 20 on
     CIFAR, 1 on ImageNet."""
+    student_views: Count | None = None
+    """Take only the first so many of the store's views, by default all: epoch e takes view e mod this."""
     repeat: Annotated[int, Range(1, 64)] = 1
     """Views taken of a sample while it is decoded, in as many steps in a row, each with its own labels: loading is that
     much cheaper, and so many epochs share an order and hold their labels at once."""

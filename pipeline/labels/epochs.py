@@ -42,9 +42,9 @@ def replayed(manifest: Manifest) -> tuple[Policy, str]:
     return policies.from_config({**manifest.policy, "base": manifest.base}, "the store's policy"), decoder
 
 
-def require_whole(store: Store) -> None:
-    """Raise UserError unless every block of the store is there."""
-    if missing := store.missing_blocks():
+def require_whole(store: Store, views: int) -> None:
+    """Raise UserError unless every block of the store's first `views` is there."""
+    if missing := [view for view, _ in store.missing_blocks() if view < views]:
         raise UserError(
             f"store {store.path} has missing blocks",
             found=f"{len(missing)} missing",

@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -36,6 +35,8 @@ def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
     On CPUs plain `BatchNorm2d` only: other kinds keep the statistics of their own process there.
     """
     if device.type == "cuda":
+        from timm.layers.norm_act import convert_sync_batchnorm  # a second, and torchvision with it
+
         return convert_sync_batchnorm(module)
     for part in module.modules():
         if type(part) is nn.BatchNorm2d:

@@ -41,6 +41,7 @@ def run(config: TrainStudent) -> dict:
         few_shot=config.few_shot,
         shuffle_window=config.shuffle_window,
         repeat=config.repeat,
+        views=config.student_views,
         policy=None if store else config.policy,
         labels=from_store,
         threads=config.threads,
