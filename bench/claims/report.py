@@ -25,6 +25,7 @@ def show(found: dict) -> None:
                 {
                     "comparison": row["comparison"],
                     "points": f"{row['mean']:+.2f}{_spread(row['se'])}",
+                    "95 %": "" if row["interval"] is None else "{:+.2f} … {:+.2f}".format(*row["interval"]),
                     "p": f"{row['p']:.3f}",
                     "n": len(row["seeds"]),
                 }
@@ -76,6 +77,13 @@ def plot(found: dict, out: Path) -> None:
             for curve in dict.fromkeys(row["curve"] for row in rows):
                 _curve(axes, [row for row in rows if row["curve"] == curve], "share", curve)
             axes.set_xlabel("training samples used, %")
+        elif name in ("views", "temperature"):
+            for row in rows:
+                row["views"] = row["views"] or found["options"]["epochs"]
+            for loss in dict.fromkeys(row["loss"] for row in rows):
+                _curve(axes, [row for row in rows if row["loss"] == loss], name, loss, 1)
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("views of each sample" if name == "views" else "temperature")
         else:
             labels = [row["name"] for row in rows]
             values, sd = ([row["top1"][key] or 0 for row in rows] for key in ("mean", "sd"))
@@ -95,8 +103,8 @@ def plot(found: dict, out: Path) -> None:
             figure.savefig(out / f"{name}.{kind}", dpi=150)
 
 
-def _curve(axes, rows: list[dict], along: str, label: str) -> None:
-    x = [100 * row[along] for row in rows]
+def _curve(axes, rows: list[dict], along: str, label: str, unit: float = 100) -> None:
+    x = [unit * row[along] for row in rows]
     axes.errorbar(
         x,
         [row["top1"]["mean"] for row in rows],

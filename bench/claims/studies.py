@@ -4,10 +4,18 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from pipeline.views import policy as policies
+from pipeline.views.policy import Policy
+
 PLAIN, JDA = "without JDA", "with JDA"
 """What a teacher was trained on."""
-FULL, ROTATE = "full", "rotate 30°"
-"""Policies: as given; one operation that always fires, as some of a full policy's nearly always do."""
+FULL, ROTATE, NEAR, ONLY = "full", "rotate 30°", "near", "only "
+"""Policies: as given; one operation that always fires, as some of a full policy's nearly always do; without the
+operations of `FAR`; `ONLY` and the name of one operation, which fires half the time."""
+FAR = ("invert", "solarize", "posterize")
+"""Operations that make an image no camera would take; with them go rotations beyond 15°."""
+TEMPERATURES = (1.0, 2.0, 4.0)
+TIMES = (1, 3, 10)
 PROBABILITIES = (0.0, 0.1, 0.3, 0.6)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -24,6 +32,11 @@ class Setting:
     """Of the training samples."""
     fraction: float = 0.5
     """Of augmented views."""
+    views: int | None = None
+    """Of its store, that the student takes in turn; None: one per epoch."""
+    temperature: float = 4.0
+    time: int = 1
+    """Epochs, in those of the others."""
 
     def __str__(self) -> str:
         parts = [self.loss]
@@ -35,6 +48,12 @@ class Setting:
             parts.append(f"{self.share:.0%} of the data")
         if self.fraction != 0.5:
             parts.append(f"{self.fraction:.0%} augmented" if self.fraction else "originals alone")
+        if self.views:
+            parts.append(f"{self.views} view{'s' * (self.views > 1)}")
+        if self.temperature != 4:
+            parts.append(f"T = {self.temperature:g}")
+        if self.time != 1:
+            parts.append(f"{self.time} × the epochs")
         return ", ".join(parts)
 
 
@@ -45,7 +64,7 @@ def setting(loss: str, **changes) -> Setting:
         made = dataclasses.replace(made, policy=FULL)
         if loss in ("ccd", "ccd-mean"):  # w weighs augmented views alone
             made = dataclasses.replace(made, loss="kd")
-    return dataclasses.replace(made, teacher=PLAIN) if loss == "ce" else made
+    return dataclasses.replace(made, teacher=PLAIN, temperature=4.0) if loss == "ce" else made
 
 
 Contrast = tuple[tuple[Setting, int], ...]
@@ -152,16 +171,89 @@ def others() -> Study:
     return Study(tuple(settings), contrasts)
 
 
-STUDIES: tuple[str, ...] = ("losses", "fraction", "few-shot", "policy", "others")
+def views(epochs: int) -> Study:
+    """Few views that come again and again, against one per epoch, at equal steps."""
+    settings, contrasts = [], {}
+    counts = [2**k for k in range(epochs.bit_length()) if 2**k < epochs]
+    for name in ("kd", "ccd"):
+        whole = setting(name)
+        for count in counts:
+            settings.append(few := setting(name, views=count))
+            contrasts[f"{name}, {count} − {epochs} views"] = less(few, whole)
+        settings.append(whole)
+    return Study(tuple(settings), contrasts)
 
 
-def studies(names: Iterable[str], probability: float, both: bool) -> dict[str, Study]:
-    """By name; `both`: whether there is a teacher trained with JDA."""
+def operations(names: Iterable[str]) -> Study:
+    """Which operations of the policy help: without those that leave the domain, and each by itself."""
+    full, crops = setting("ccd"), setting("ccd", policy="p = 0")
+    near = setting("ccd", policy=NEAR)
+    contrasts = {"near − full": less(near, full), "near − two crops (p = 0)": less(near, crops)}
+    alone = [setting("ccd", policy=ONLY + name) for name in dict.fromkeys(names)]
+    contrasts |= {f"{which.policy} − two crops (p = 0)": less(which, crops) for which in alone}
+    return Study((full, crops, near, *alone), contrasts)
+
+
+def temperature() -> Study:
+    settings, contrasts = [], {}
+    for name in ("kd", "ccd"):
+        made = {t: setting(name, temperature=t) for t in TEMPERATURES}
+        settings += made.values()
+        contrasts |= {f"{name}, T = {t:g} − {4:g}": less(made[t], made[4.0]) for t in TEMPERATURES if t != 4}
+    return Study(tuple(settings), contrasts)
+
+
+def time() -> Study:
+    """Few samples, trained for longer: does what JDA gains there grow with time?"""
+    settings, contrasts, gains = [], {}, {}
+    for factor in TIMES:
+        plain, kd, ccd = (
+            setting(loss, share=SHARES[0], time=factor, fraction=part)
+            for loss, part in (("kd", 0.0), ("kd", 0.5), ("ccd", 0.5))
+        )
+        settings += [plain, kd, ccd]
+        gains[factor] = less(kd, plain)
+        contrasts[f"kd with JDA − originals alone, {factor} ×"] = gains[factor]
+        contrasts[f"ccd − kd, {factor} ×"] = less(ccd, kd)
+    contrasts[f"kd with JDA − originals alone, {TIMES[-1]} × − 1 ×"] = more(gains[TIMES[-1]], gains[1])
+    return Study(tuple(settings), contrasts)
+
+
+STUDIES: tuple[str, ...] = (
+    "losses", "fraction", "few-shot", "policy", "others", "views", "operations", "temperature", "time"
+)  # fmt: skip
+
+
+def studies(names: Iterable[str], policy_: Policy, epochs: int, both: bool) -> dict[str, Study]:
+    """By name; `epochs` of a student, `both`: whether there is a teacher trained with JDA."""
     makes: dict[str, Callable[[], Study]] = {
         "losses": lambda: losses(both),
         "fraction": fraction,
         "few-shot": few_shot,
-        "policy": lambda: policy(probability),
+        "policy": lambda: policy(policy_.probability),
         "others": others,
+        "views": lambda: views(epochs),
+        "operations": lambda: operations(op.name for op in policy_.table),
+        "temperature": temperature,
+        "time": time,
     }
     return {name: makes[name]() for name in names}
+
+
+def policy_of(chosen: str, full: Policy) -> Policy:
+    """The policy that a setting names."""
+    if chosen == FULL:
+        return full
+    config = full.to_config()
+    ops = config["ops"]
+    if chosen == ROTATE:
+        changes = {"name": "rotate", "probability": 1.0, "ops": [["rotate", 30.0]]}
+    elif chosen == NEAR:
+        kept = [op for op in ops if op[0] not in FAR and not (op[0] == "rotate" and op[1] > 15)]
+        changes = {"name": "near", "ops": kept}
+    elif chosen.startswith(ONLY):
+        name = chosen.removeprefix(ONLY)
+        changes = {"name": name, "probability": 0.5, "ops": [op for op in ops if op[0] == name]}
+    else:
+        changes = {"probability": float(chosen.removeprefix("p = "))}
+    return policies.from_config(config | changes)

@@ -5,6 +5,9 @@
     few-shot   the share of the training samples (d)
     policy     originals alone, two crops without an operation, a rotation, JDA of several probabilities (a)
     others     dkd, dist and standardised, with JDA pairs and on originals alone (e)
+    views      1, 2, 4 … views that come again, against one per epoch
+    operations the policy without operations that leave the domain, and each operation by itself
+    temperature, time   T of 1, 2 and 4; 1, 3 and 10 times the epochs on a quarter of the samples
 
 Letters are those of the paper's claims. A setting that does not say otherwise has the teacher without JDA, the whole
 policy, all samples and as many augmented views as original ones. All students of a seed share initial weights; those
@@ -18,21 +21,19 @@ A difference of two teachers is therefore one of these two. Teachers have seen a
 few-shot students take fewer steps. Where half the views are augmented the network sees two per sample and step, at
 other shares fewer, and one at 0 % and 100 %; "two crops" tells what that alone does.
 
-Finished students are kept in WORK/claims/students.json under a hash of all that they depend on; an interrupted one
-resumes. Students run side by side in processes with one thread of torch each, whatever the machine.
+Finished students are kept in WORK/claims/students.json under a hash of all they depend on; an interrupted one resumes.
+Students run side by side in processes with one thread of torch each, whatever the machine.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
-import statistics
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -44,8 +45,9 @@ import torch
 
 import cache
 from bench import harness
+from bench.claims.differences import arm, compared
 from bench.claims.report import plot, show
-from bench.claims.studies import FULL, JDA, PLAIN, ROTATE, STUDIES, Contrast, Setting, studies
+from bench.claims.studies import FULL, JDA, PLAIN, STUDIES, Setting, policy_of, studies
 from cache import UserError
 from cache.errors import did_you_mean
 from pipeline import demo
@@ -70,16 +72,6 @@ _MOST_SEEDS = 20  # the test looks at every choice of signs
 _RECIPE = {"lr": 0.1, "schedule": "cosine", "warmup_epochs": 1, "eval_epochs": 0}
 
 
-def sign_flip_p(differences: Iterable[float]) -> float:
-    """Two-sided p of the exact sign-flip test of mean 0: Fisher's randomisation test for pairs."""
-    values = np.asarray(list(differences), np.float64)
-    sums = np.zeros(1)
-    for value in values:
-        sums = np.concatenate([sums + value, sums - value])
-    # Sums that differ by rounding alone are one.
-    return float(np.mean(np.abs(sums) >= abs(values.sum()) - 1e-9 * np.abs(values).sum()))
-
-
 # --- running it
 
 
@@ -90,11 +82,11 @@ def run(config: Bench) -> dict:
         raise UserError("--seeds out of range", found=config.seeds, expected=f"1 to {_MOST_SEEDS}")
     machine = machines.describe()
     bench = Workbench.open(config)
-    chosen = studies(names, bench.policy.probability, both="@" not in bench.teacher)
+    chosen = studies(names, bench.policy, config.epochs, both="@" not in bench.teacher)
     wanted = list(dict.fromkeys(setting for study in chosen.values() for setting in study.settings))
     with _pool() as pool:
         results, teachers = bench.train(pool, wanted)
-    arms = {str(which): dataclasses.asdict(which) | _arm(results[which]) for which in wanted}
+    arms = {str(which): dataclasses.asdict(which) | arm(results[which]) for which in wanted}
     tables: dict[str, list[dict]] = {"teachers": teachers}
     for name, study in chosen.items():
         tables[name] = [{"setting": str(which)} | arms[str(which)]["top1"] for which in study.settings]
@@ -116,32 +108,6 @@ def run(config: Bench) -> dict:
     if config.json:
         harness.write(config.json, found)
     return found
-
-
-def compared(contrast: Contrast, results: Mapping[Setting, list[dict]]) -> dict:
-    """Mean, standard error and p of a contrast of top-1 in points, over seeds."""
-    seeds = [
-        sum(sign * top1 for sign, top1 in zip((s for _, s in contrast), each, strict=True))
-        for each in zip(*(_top1(results[which]) for which, _ in contrast), strict=True)
-    ]
-    sd = _deviation(seeds)
-    se = None if sd is None else sd / math.sqrt(len(seeds))
-    return {"mean": statistics.mean(seeds), "se": se, "p": sign_flip_p(seeds), "seeds": seeds}
-
-
-def _arm(results: list[dict]) -> dict:
-    found = {}
-    for name, values in (("top1", _top1(results)), ("cross_entropy", [result["loss"] for result in results])):
-        found[name] = {"mean": statistics.mean(values), "sd": _deviation(values), "seeds": values}
-    return found
-
-
-def _top1(results: list[dict]) -> list[float]:
-    return [100 * result["top1"] for result in results]
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -204,9 +170,11 @@ class Workbench:
             networks = {name: models.create(spec, self.data.classes).fingerprint for name, spec in specs.items()}
             places, passes = {}, {}
             for name, chosen in stores:
-                key = self._key(networks[name], self._policy(chosen).to_config(), self.config.epochs)
+                lowest = min((which.temperature for which in wanted if which.policy == chosen), default=4.0)
+                about = policy_of(chosen, self.policy).to_config(), self.config.epochs, lowest
+                key = self._key(networks[name], *about)
                 places[name, chosen] = key, str(self.work / f"labels-{key}.zarr")
-                passes[name, chosen] = self._pass(specs[name], chosen, places[name, chosen][1])
+                passes[name, chosen] = self._pass(specs[name], chosen, places[name, chosen][1], lowest)
             for which, _ in _each(pool, passes):
                 advance(1, f"labels of {which[1]}, teacher {which[0]}")
             todo, keys = {}, {}
@@ -246,12 +214,13 @@ class Workbench:
         )
         return _trained, config, dataclasses.replace(asked, model=f"{self.teacher}@{out / 'model.safetensors'}")
 
-    def _pass(self, spec: str, chosen: str, store: str) -> tuple[Callable, PrecomputeTeacher]:
+    def _pass(self, spec: str, chosen: str, store: str, temperature: float) -> tuple[Callable, PrecomputeTeacher]:
         return _labelled, PrecomputeTeacher(
             **self.machine,
             data=self.data.path,
             teacher=spec,
             store=store,
+            temperature=temperature,
             views=self.config.epochs,
             policy=self._policy_file(chosen),
             block_rows=512,
@@ -274,10 +243,12 @@ class Workbench:
             "student": self.student,
             "loss": which.loss,
             "few_shot": which.share,
+            "temperature": which.temperature,
             "augmented_fraction": which.fraction,
             "seed": seed,
-            "epochs": self.config.epochs,
+            "epochs": which.time * self.config.epochs,
             "batch_size": self.config.batch_size,
+            **({"student_views": which.views} if which.views else {}),
         }
 
     def _student_key(self, which: Setting, seed: int, store: str) -> str:
@@ -287,16 +258,8 @@ class Workbench:
     def _folder(self, key: str) -> Path:
         return self.work / f"student-{key}"
 
-    def _policy(self, chosen: str) -> Policy:
-        if chosen == FULL:
-            return self.policy
-        if chosen == ROTATE:
-            ops = [["rotate", 30.0]]
-            return policies.from_config(self.policy.to_config() | {"name": "rotate", "probability": 1.0, "ops": ops})
-        return dataclasses.replace(self.policy, probability=float(chosen.removeprefix("p = ")))
-
     def _policy_file(self, chosen: str) -> str:
-        text = json.dumps(self._policy(chosen).to_config(), indent=1)
+        text = json.dumps(policy_of(chosen, self.policy).to_config(), indent=1)
         path = self.work / f"policy-{self._key(text)}.yaml"
         self.work.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())

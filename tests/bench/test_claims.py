@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from bench.claims import suite as claims
-from bench.claims.studies import FULL, JDA, PLAIN, STUDIES, less, more, policy, setting, studies
-from bench.claims.suite import sign_flip_p
+from bench.claims.differences import sign_flip_p
+from bench.claims.studies import FULL, JDA, NEAR, PLAIN, STUDIES, less, more, policy, policy_of, setting, studies
 from cache import UserError
 from pipeline.config import Bench, TrainStudent
 from pipeline.demo import POLICY
 from pipeline.training import train_student
+from pipeline.views.policy import POLICIES
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_differences_are_taken_within_a_seed():
 
 def test_a_study_compares_what_it_trains():
     for both in (True, False):
-        for name, study in studies(STUDIES, 0.3, both).items():
+        for name, study in studies(STUDIES, POLICIES["cifar100"], 8, both).items():
             compared = {which for contrast in study.contrasts.values() for which, _ in contrast}
             assert compared == set(study.settings), name
             assert all(sum(sign for _, sign in contrast) == 0 for contrast in study.contrasts.values())
@@ -88,6 +89,37 @@ def test_a_study_compares_what_it_trains():
             assert both or all(which.teacher == PLAIN for which in study.settings)
     # At its own probability the policy is the full one; another is a policy of its own.
     assert len(policy(0.3).settings) + 1 == len(policy(0.5).settings)
+
+
+def test_a_student_takes_the_views_temperature_and_time_of_its_setting(options, taught):
+    found = claims.run(dataclasses.replace(options, arms="views,temperature,time", epochs=4, seeds=1))
+    runs = {
+        (config.loss, config.student_views, config.temperature, config.epochs, config.few_shot) for config in taught
+    }
+    for loss in ("kd", "ccd"):
+        assert {(loss, count, 4.0, 4, 1.0) for count in (None, 1, 2)} <= runs
+        assert {(loss, None, t, 4, 1.0) for t in (1.0, 2.0, 4.0)} <= runs
+        assert {(loss, None, 4.0, epochs, 0.25) for epochs in (4, 12, 40)} <= runs
+    assert {config.store for config in taught} == {taught[0].store}  # whatever its views, one store
+    assert cache_of(taught[0].store).temperature == 1.0
+    names = [row["comparison"] for row in found["tables"]["views: differences"]]
+    assert names == ["kd, 1 − 4 views", "kd, 2 − 4 views", "ccd, 1 − 4 views", "ccd, 2 − 4 views"]
+
+
+def test_a_near_policy_keeps_what_a_camera_could_see():
+    names = [op.name for op in policy_of(NEAR, POLICIES["cifar10"]).table]
+    assert names == [op.name for op in POLICIES["cifar10"].table if op.name not in ("invert", "solarize", "posterize")]
+    alone = policy_of("only rotate", POLICIES["cifar10"])
+    assert ({op.name for op in alone.table}, alone.probability) == ({"rotate"}, 0.5)
+    assert policy_of(FULL, POLICIES["cifar10"]) is POLICIES["cifar10"]
+
+
+def test_the_interval_is_students(tmp_path):
+    """Of 1, 2, 3: mean 2, deviation 1, and t of two degrees of freedom 4.303."""
+    one, other = setting("kd"), setting("ccd")
+    results = {one: [{"top1": v / 100} for v in (1, 2, 3)], other: [{"top1": 0.0}] * 3}
+    low, high = claims.compared(less(one, other), results)["interval"]
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), rel=1e-4)
 
 
 def test_a_student_under_two_names_is_one(digits, labels, tmp_path):
