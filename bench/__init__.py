@@ -9,6 +9,7 @@ MODULES = {
     "claims": "bench.claims.suite",
     "codec-transfer": "bench.labels.codec_transfer",
     "end-to-end": "bench.whole.end_to_end",
+    "gpu-acceptance": "bench.gpu_acceptance",
     "kernels": "bench.kernels.suite",
     "loader": "bench.loader.suite",
     "plan": "bench.whole.plan",

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 from bench import harness
+from pipeline.views import drawing
+from pipeline.views.policy import POLICIES
 
 GPU = torch.cuda.is_available()
 SIZES = "4096×1000", "4096×21841", "1024×1000"
@@ -103,26 +105,47 @@ def _name(kernel: Any) -> str:
 
 
 def _pixels(count: int, side: int, size: int) -> dict:
-    """Views of random images by the GPU's kernels: ms, and bytes that differ from the CPU's."""
+    """Views of random images by the GPU's kernels: ms, and bytes of the first 16 that differ from the CPU's.
+
+    The CPU's are known by their CRC-32. Its kernels, which numba compiles for half a minute, run only if it differs.
+    """
     from kernels import jda
     from kernels.jda.gpu import pairs as jda_gpu
-    from pipeline.views import drawing
-    from pipeline.views.policy import POLICIES
 
     if not GPU:
         _large_tiles()
-    policy, rng, device = POLICIES["imagenet"], np.random.default_rng(0), "cuda" if GPU else "cpu"
-    images = [torch.from_numpy(rng.integers(0, 256, (side * 3 // 4, side, 3), dtype=np.uint8)) for _ in range(count)]
-    placed = [image.to(device) for image in images]
+    images, views, device = *_images(count, side, size), "cuda" if GPU else "cpu"
+    placed = [torch.from_numpy(image).to(device) for image in images]
     sizes = np.array([image.shape[:2] for image in images])
-    views = drawing.draw(0, np.arange(count, dtype=np.uint64), 0, sizes[:, 0], sizes[:, 1], policy, size)
-    program, addresses = jda.program_of(policy.table), np.array([image.data_ptr() for image in placed])
+    program, addresses = jda.program_of(POLICIES["imagenet"].table), np.array([image.data_ptr() for image in placed])
     kept: list[torch.Tensor] = []
     ms = _ms(lambda: kept.append(jda_gpu.pairs(addresses, sizes, program, views, -1, size, True, device)))
-    out = np.empty(kept[0].shape, np.uint8)
+    made = kept[0][:, :16].cpu().numpy()
+    known = zlib.crc32(made) == _PIXELS.get((count, side, size))
+    return {"differing bytes": 0 if known else int((on_cpu(count, side, size) != made).sum()), "ms": ms}
+
+
+# Images, their longer side and that of the views -> CRC-32 of `on_cpu`.
+_PIXELS = {(1, 24, 12): 0x6E445909, (1, 40, 12): 0x59C540C4, (4, 40, 12): 0xF2EDDD20, (256, 500, 224): 0x7BD55DB6}
+
+
+def on_cpu(count: int, side: int, size: int) -> np.ndarray:
+    """The views of the first 16 images by the CPU's kernels: u8 (2, ≤ 16, S, S, 3)."""
+    from kernels import jda
+
+    (images, views), program = _images(count, side, size), jda.program_of(POLICIES["imagenet"].table)
+    out = np.empty((2, min(count, 16), size, size, 3), np.uint8)
     for i, image in enumerate(images[:16]):
-        jda.pair(image.numpy(), program, views[i], -1, out, i)
-    return {"differing bytes": int((out[:, :16] != kept[0][:, :16].cpu().numpy()).sum()), "ms": ms}
+        jda.pair(image, program, views[i], -1, out, i)
+    return out
+
+
+def _images(count: int, side: int, size: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Images u8 (3/4 side, side, 3), and their views."""
+    rng, height = np.random.default_rng(0), side * 3 // 4
+    images = [rng.integers(0, 256, (height, side, 3), dtype=np.uint8) for _ in range(count)]
+    sides = np.full(count, height), np.full(count, side)
+    return images, drawing.draw(0, np.arange(count, dtype=np.uint64), 0, *sides, POLICIES["imagenet"], size)
 
 
 def _ms(call: Callable[[], object]) -> float:
@@ -186,7 +209,6 @@ def _decoder(decoder: str, data: str) -> list[dict]:
     from pipeline.data.index import Index
     from pipeline.views import plan
     from pipeline.views.loader import Loader
-    from pipeline.views.policy import POLICIES
 
     if not GPU:
         _large_tiles()

@@ -64,7 +64,7 @@ class ReplayBatch:
     @cached_property
     def target(self) -> torch.Tensor:
         """Class labels i64 (B,)."""
-        return self.made.labels.to(self.normalise.scale.device, non_blocking=True)
+        return devices.put(self.made.labels, self.normalise.scale.device)
 
     @cached_property
     def teacher(self) -> EncodedPairs:
@@ -76,7 +76,7 @@ class ReplayBatch:
     def valid(self) -> torch.Tensor:
         """Bool (B,): False where the teacher pass skipped the sample, so that no label says anything."""
         known = self.stored.known(self.made.rows) if self.stored else np.ones(len(self), bool)
-        return torch.from_numpy(known).to(self.normalise.scale.device, non_blocking=True)
+        return devices.put(known, self.normalise.scale.device)
 
 
 class Replay:

@@ -21,6 +21,7 @@ from pipeline.config import Machine
 from pipeline.data import probes
 from pipeline.data.classes import Classes
 from pipeline.data.index import Index, matched
+from pipeline.system import device as devices
 from pipeline.system import ranks
 from pipeline.system.terminal import decimal, progress
 from pipeline.views import policy as policies
@@ -101,18 +102,15 @@ class Labels:
 
     def pairs(self, rows: np.ndarray) -> EncodedPairs:
         """The encoded labels of index rows i64 (B,) with their w f32 (B,), NaN where there is none, on the device."""
-        keys = torch.from_numpy(self.store.stream(self.plane.view, rows).view(np.int64))
-        weight, at = torch.from_numpy(self.plane.weight[rows]), torch.from_numpy(rows)
+        keys = devices.put(self.store.stream(self.plane.view, rows).view(np.int64), self.device)
+        weight = devices.put(self.plane.weight[rows], self.device)
         if self.encoded.is_cuda:
-            return EncodedPairs(self.encoded, self._put(keys), self.decoder, self._put(weight), self._put(at))
+            return EncodedPairs(self.encoded, keys, self.decoder, weight, devices.put(rows, self.device))
         # Page-locked, so that the copy runs beside the network.
         pinned = self.device.type == "cuda"
         staged = torch.empty((len(rows), self.encoded.shape[1]), dtype=torch.uint8, pin_memory=pinned)
-        torch.index_select(self.encoded, 0, at, out=staged)
-        return EncodedPairs(self._put(staged), self._put(keys), self.decoder, self._put(weight))
-
-    def _put(self, values: torch.Tensor) -> torch.Tensor:
-        return (values.pin_memory() if self.device.type == "cuda" else values).to(self.device, non_blocking=True)
+        torch.index_select(self.encoded, 0, torch.from_numpy(rows), out=staged)
+        return EncodedPairs(devices.put(staged, self.device), keys, self.decoder, weight)
 
 
 def epochs(

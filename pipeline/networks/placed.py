@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate
 
 from pipeline.networks import weights
 from pipeline.networks.models import Network, probe
+from pipeline.system import device as devices
 from pipeline.views.policy import Policy
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,7 +25,7 @@ class Normalise(nn.Module):
         self.shift = torch.tensor(mean, device=device) / torch.tensor(std, device=device)
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images.to(self.scale.device, non_blocking=True) * self.scale - self.shift).permute(0, 3, 1, 2)
+        return (devices.put(images, self.scale.device) * self.scale - self.shift).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The machine a run finds itself on."""
 
+import numpy as np
 import torch
 
 from cache import UserError
@@ -22,6 +23,18 @@ def pick(machine: Machine) -> torch.device:
     device = torch.device("cuda", ranks.local_rank() % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def put(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`values` of the host on the device, for whatever its current stream does next.
+
+    On a GPU by way of page-locked memory: from any other the copy would wait for all that the stream was given before,
+    a step's whole forward pass, and the host with it.
+    """
+    values = torch.as_tensor(values)
+    if device.type == "cuda" and not values.is_cuda:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def decoder(choice: str, device: torch.device) -> str:

@@ -66,7 +66,7 @@ def evaluate(network: Placed, index: Index, policy: Policy, batch_size: int, mac
         for batch in batches:
             if not len(batch.rows):
                 continue
-            labels = batch.labels.to(device)
+            labels = devices.put(batch.labels, device)
             logits = network(batch.original).float()
             hits = logits.topk(min(5, index.classes), dim=1).indices == labels[:, None]
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -13,6 +13,7 @@ from kernels import ccd_loss, reference
 from pipeline.config import TrainStudent
 from pipeline.labels.epochs import Labels
 from pipeline.networks.teacher import Teacher
+from pipeline.system import device as devices
 from pipeline.training import losses
 from pipeline.views.batch import Batch
 
@@ -53,7 +54,7 @@ class CrossEntropy:
         return self._choose(batch) if self._choose else np.ones((len(batch.images), len(batch.rows)), bool)
 
     def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
-        target = seen.batch.labels[torch.from_numpy(np.nonzero(seen.chosen)[1])].to(logits.device)
+        target = devices.put(seen.batch.labels[torch.from_numpy(np.nonzero(seen.chosen)[1])], logits.device)
         each = torch.nn.functional.cross_entropy(
             logits.float(), target, reduction="none", label_smoothing=self._label_smoothing
         )
@@ -114,13 +115,13 @@ class Distillation:
         some = chosen[0] | chosen[1]
         teacher, weight = self._answers(seen.batch, some, logits.device)
         student = logits.new_zeros((2, int(some.sum()), logits.shape[1]), dtype=torch.float32)
-        valid = torch.from_numpy(chosen[:, some]).to(logits.device)
+        valid = devices.put(chosen[:, some], logits.device)
         student = student.masked_scatter(valid[..., None], logits.float())
         loss = losses.loss(
             {"ccd": "kd", "ccd-mean": "kd"}.get(config.loss, config.loss),
             student,
             teacher,
-            seen.batch.labels[torch.from_numpy(np.flatnonzero(some))].to(logits.device),
+            devices.put(seen.batch.labels[torch.from_numpy(np.flatnonzero(some))], logits.device),
             weight,
             temperature=config.temperature,
             label_smoothing=config.label_smoothing,
@@ -135,7 +136,7 @@ class Distillation:
         student_o, student_a = students.unbind(0)
         device = students.device
         target = seen.batch.labels
-        target = (target if some.all() else target[torch.from_numpy(np.flatnonzero(some))]).to(device)
+        target = devices.put(target if some.all() else target[torch.from_numpy(np.flatnonzero(some))], device)
         options = {
             "temperature": config.temperature,
             "label_smoothing": config.label_smoothing,
@@ -162,13 +163,14 @@ class Distillation:
     def _answers(self, batch: Batch, some: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor | float]:
         """Teacher logits f32 (B', 2, C) of some of the batch's pairs, and w."""
         if self._teacher:
-            logits = self._teacher(batch)[torch.from_numpy(some).to(device)]
+            logits = self._teacher(batch)
+            logits = logits if some.all() else logits[devices.put(np.flatnonzero(some), device)]
             w = reference.cosine_weight(logits[:, 0].double(), logits[:, 1].double()).float()
             return logits, w if self._config.loss == "ccd" else 1.0
         assert self._labels
         rows = batch.rows[some]
-        w = torch.from_numpy(self._labels.plane.weight[rows])
-        weight = w.to(device, non_blocking=True) if self._config.loss == "ccd" else self._same_weight
+        ours = self._config.loss == "ccd"
+        weight = devices.put(self._labels.plane.weight[rows], device) if ours else self._same_weight
         return self._labels.logits(rows), weight
 
 

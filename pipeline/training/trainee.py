@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import Training
 from pipeline.networks.placed import Placed
+from pipeline.system import device as devices
 from pipeline.system import ranks
 from pipeline.training import batch_norm
 from pipeline.training.meter import Clock
@@ -104,7 +105,7 @@ def take_step(
     views_here = int(chosen.sum())
     count: Tensor | float = float(views_here)
     if ranks.world() > 1:
-        count = ranks.total(torch.tensor(float(views_here), device=device)) / ranks.world()
+        count = ranks.total(torch.full((), float(views_here), device=device)) / ranks.world()
     trainee.optimizer.zero_grad()
     loss_sum: Tensor | float = 0.0
     found: list[tuple[float, dict[str, Any]]] = []
@@ -117,7 +118,7 @@ def take_step(
         mine = chosen[:, part]
         images = piece.images.flatten(0, 1)
         if not mine.all():
-            images = images[torch.from_numpy(mine.reshape(-1)).to(images.device)]
+            images = images[devices.put(np.flatnonzero(mine), images.device)]
         module, last = forward.module, number + 1 == len(parts)
         with nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync():
             logits = forward(images)

@@ -11,6 +11,7 @@ import torch
 from pipeline.data.decode import as_rgb
 from pipeline.data.index import BadSample, Index
 from pipeline.data.skipped import Skipped
+from pipeline.system import device as devices
 from pipeline.views.plan import Request
 from pipeline.views.policy import Policy
 
@@ -45,9 +46,9 @@ class Batch:
 
     def part(self, at: np.ndarray) -> "Batch":
         """The samples at some places."""
-        places = torch.from_numpy(at)
         digests = None if self.digests is None else self.digests[at]
-        return Batch(self.rows[at], self.labels[places], self.images[:, places.to(self.images.device)], digests)
+        images = self.images[:, devices.put(at, self.images.device)]
+        return Batch(self.rows[at], self.labels[torch.from_numpy(at)], images, digests)
 
     @property
     def original(self) -> torch.Tensor:
