@@ -9,11 +9,13 @@ MODULES = {
     "claims": "bench.claims.suite",
     "codec-transfer": "bench.labels.codec_transfer",
     "end-to-end": "bench.whole.end_to_end",
+    "engine": "bench.loader.engine",
     "gpu-acceptance": "bench.gpu_acceptance",
     "kernels": "bench.kernels.suite",
     "loader": "bench.loader.suite",
     "plan": "bench.whole.plan",
     "store": "bench.labels.store",
+    "views": "bench.loader.views",
 }
 
 

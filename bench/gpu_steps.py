@@ -4,15 +4,18 @@ Without a GPU the kernels are interpreted (TRITON_INTERPRET=1) and everything is
 """
 
 import dataclasses
+import io
 import itertools
 import json
 import os
 import statistics
+import tarfile
 import tempfile
 import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image
 
 from bench import harness
 from pipeline.views import drawing
@@ -72,7 +76,8 @@ def once(found: str) -> None:
         (ours, slope), (theirs, steepness) = values["triton"], values["torch"]
         return [{"kernel": "loss", "relative error": abs(ours / theirs - 1), "of gradient": abs(slope / steepness - 1)}]
 
-    _each(found, "once", {"loss": loss, "pairs": lambda: [{"kernel": "pairs", **_pixels(4 if GPU else 1, 40, 12)}]})
+    sizes = (4, 40, 12) if GPU else (1, 24, 12)
+    _each(found, "once", {"loss": loss, "pairs": lambda: [{"kernel": "pairs", **_pixels(*sizes)}]})
 
 
 def pixels(found: str) -> None:
@@ -126,7 +131,7 @@ def _pixels(count: int, side: int, size: int) -> dict:
 
 
 # Images, their longer side and that of the views -> CRC-32 of `on_cpu`.
-_PIXELS = {(1, 24, 12): 0x6E445909, (1, 40, 12): 0x59C540C4, (4, 40, 12): 0xF2EDDD20, (256, 500, 224): 0x7BD55DB6}
+_PIXELS = {(1, 24, 12): 0x6E445909, (4, 40, 12): 0xF2EDDD20, (256, 500, 224): 0x7BD55DB6}
 
 
 def on_cpu(count: int, side: int, size: int) -> np.ndarray:
@@ -195,6 +200,40 @@ def _losses(found: str, wanted: Callable[[str], bool], sizes: tuple[str, ...]) -
 # --- call B: decoders
 
 
+def data(folder: str) -> None:
+    """A prepared set of JPEGs of ImageNet's usual size and weight, 500 × 375 and 104 KB, beside its shard FOLDER.tar.
+
+    They are noise with a photograph's spectrum: `prepare synthetic` wants scikit-learn's photographs.
+    """
+    from pipeline.data import prepare
+
+    count, width = (1024, 500) if GPU else (32, 32)
+    rng, height = np.random.default_rng(0), width * 3 // 4
+    patterns = [_pattern(rng, height, width) for _ in range(16)]
+
+    def encoded(number: int) -> bytes:
+        file = io.BytesIO()
+        pixels = np.roll(patterns[number % 16], (7 * number, 13 * number), (0, 1))
+        Image.fromarray(pixels).save(file, "JPEG", quality=87)
+        return file.getvalue()
+
+    shard = Path(folder).with_suffix(".tar")
+    with ThreadPoolExecutor() as workers, tarfile.open(shard, "w") as tar:
+        for number, jpeg in enumerate(workers.map(encoded, range(count))):
+            for name, content in ((f"{number:05d}.jpg", jpeg), (f"{number:05d}.cls", b"%d" % (number % 1000))):
+                about = tarfile.TarInfo(name)
+                about.size = len(content)
+                tar.addfile(about, io.BytesIO(content))
+    prepare.build(f"webdataset:{shard}", Path(folder), classes=1000)
+
+
+def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """u8 (H, W, 3) whose amplitudes fall with the frequency, as a photograph's do."""
+    fall = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width).clip(1)
+    waves = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(3, height, width))) / fall, (height, width))
+    return (127 + 48 * waves / waves.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
+
+
 def decoders(found: str, data: str) -> None:
     """The loader by each decoder: its bytes against the CPU's pixel kernel on what DALI decoded, and a bad image."""
     from pipeline.data import dali
@@ -235,12 +274,14 @@ def _decoder(decoder: str, data: str) -> list[dict]:
             for i, image in zip(at.tolist(), images.as_cpu() if GPU else images, strict=True):
                 jda.pair(np.ascontiguousarray(image), jda.program_of(policy.table), views[i, 0], -1, expected, i)
     crcs = [[zlib.crc32(made[view, i]) for view in range(2)] for i in range(count)]
-    here, on_cpu = probes.pixels(decoder), probes.pixels("cpu")
+    here, host = probes.pixels(decoder), probes.pixels("cpu")
+    if len(dali.ENGINES[decoder]) > 1:  # its digests are of both engines' pixels
+        here = {}
     row = {
         "decoder": decoder,
         "differing bytes": int((made != expected).sum()),
         "wrong digests": int((np.array(crcs) != batch.digests).sum()),
-        "probes unlike the CPU's": ", ".join(name for name in here if here[name] != on_cpu[name]),
+        "probes unlike the CPU's": ", ".join(name for name in here if here[name] != host[name]),
     }
     batches = 50 if GPU else 2
     for digests in (False, True):

@@ -15,11 +15,22 @@ class Bench(Options):
 
     suite: Annotated[
         Literal[
-            "all", "loader", "kernels", "store", "end-to-end", "plan", "gpu-acceptance", "codec-transfer", "claims"
+            "all",
+            "loader",
+            "views",
+            "engine",
+            "kernels",
+            "store",
+            "end-to-end",
+            "plan",
+            "gpu-acceptance",
+            "codec-transfer",
+            "claims",
         ],
         tyro.conf.Positional,
     ]
-    """What to time. all: loader, store, kernels and end-to-end, with a page; plan: `pipeline plan` against runs;
+    """What to time. all: loader, store, kernels and end-to-end, with a page; views: several of one decode; engine: what
+    the GPU loader's threads cost the host; plan: `pipeline plan` against runs;
     gpu-acceptance: what a GPU machine has to show, in three calls; codec-transfer trains small students on each label
     format, claims tries what the paper claims."""
     data: Path | None = None

@@ -51,8 +51,8 @@ class PrecomputeTeacher(Machine):
     """Compile the teacher with torch.compile."""
     decoder: Literal["auto", "cpu", "gpu", "gpu-hw", "gpu-both"] = "auto"
     """Who decodes JPEG; part of the store's identity, because decoders differ in bytes. gpu takes nvJPEG's kernels,
-    gpu-hw its hardware engine, gpu-both each for a part of the samples. auto: gpu-hw on a GPU that has the engine, gpu
-    on others, cpu without a GPU."""
+    whose host threads read the Huffman codes of images below a megapixel, gpu-hw its hardware engine, gpu-both each for
+    a part of the samples. auto: gpu-hw on a GPU that has the engine, gpu on others, cpu without a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

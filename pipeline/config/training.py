@@ -118,8 +118,8 @@ class TrainStudent(Training):
     student_views: Count | None = None
     """Take only the first so many of the store's views, by default all: epoch e takes view e mod this."""
     repeat: Annotated[int, Range(1, 64)] = 1
-    """Views taken of a sample while it is decoded, in as many steps in a row, each with its own labels: loading is that
-    much cheaper, and so many epochs share an order and hold their labels at once."""
+    """Steps in a row that a batch of samples is read and decoded for, each with other views and their labels; so many
+    epochs share an order and hold their labels at once."""
     plane: Literal["auto", "gpu", "pinned", "mmap"] = "auto"
     """Where an epoch's labels lie: GPU memory, page-locked memory, or a file in OUT that the system pages; auto takes
     the first that they fit."""

@@ -1,8 +1,8 @@
 """DALI pipelines that decode: one image at a time in the calling thread, or batches in the background.
 
     decoder    who decodes on a GPU
-    gpu        nvJPEG's kernels alone
-    gpu-hw     the hardware engine, for all that it can take
+    gpu        nvJPEG's kernels; the Huffman codes of an image below a megapixel are read by the host's threads
+    gpu-hw     the hardware engine, for all that it can take; the rest as with gpu
     gpu-both   both at once: a sample's key hash says which of them decodes it, in every view, epoch and batch
 
 DALI's own default would split each batch between the two by position, which no other batch could replay.

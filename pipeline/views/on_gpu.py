@@ -3,7 +3,7 @@
     request k+2    its bytes are being read
     request k+1    fed to DALI, which decodes it in the background
     request k      decoded; its kernels are planned and launched on the loader's stream
-    request k-1    finished: its event has passed, its digests are computed, it is handed out
+    request k-1    its views are made and copied, other threads digest them; then it is handed out
 
 The same code runs over DALI's CPU decoder and Triton's interpreter (TRITON_INTERPRET=1), which is how it is tested
 where there is no GPU. What differs is in `Cuda` and `Host`: where memory lies, and in what order work is done.
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,8 +130,8 @@ class _Scheduled:
 
 class _Launched(NamedTuple):
     batch: Batch
-    on_host: Tensor | None
-    """The pixels, for the digests."""
+    checks: list[Future]
+    """Digests, each future's of some samples in a row."""
     event: Any
     held: list
     """What the kernels read, or DALI for them."""
@@ -229,7 +229,11 @@ class _Engine:
                 )
                 on_host = self.here.copied(images) if self.job.digests else None
                 event = self.here.mark()
-            self.launched.append(_Launched(Batch(rows, labels, images, None), on_host, event, [held, work.encoded]))
+            checks = []
+            if on_host is not None:
+                parts = np.array_split(np.arange(len(rows)), self.job.threads)
+                checks = [self.workers.submit(_digests, on_host, event, part) for part in parts]
+            self.launched.append(_Launched(Batch(rows, labels, images, None), checks, event, [held, work.encoded]))
 
     def _mend(self, work: _Scheduled, said: str) -> None:
         """Find the images of a batch that cannot be decoded, skip them, and start the others again.
@@ -261,13 +265,12 @@ class _Engine:
 
     def finished(self) -> Batch:
         """The oldest batch, once its views are made."""
-        batch, on_host, event, _ = self.launched.popleft()  # DALI's memory goes with it, so not before the event
+        batch, checks, event, _ = self.launched.popleft()  # DALI's memory goes with it, so not before the event
         event.synchronize()
-        if on_host is None:
+        if not self.job.digests:
             return batch
-        pixels = on_host.numpy()
-        checks = list(self.workers.map(lambda i: [zlib.crc32(view) for view in pixels[:, i]], range(len(batch.rows))))
-        return Batch(batch.rows, batch.labels, batch.images, np.array(checks, np.uint32).reshape(-1, len(pixels)))
+        digests = np.array([digest for check in checks for digest in check.result()], np.uint32)
+        return replace(batch, digests=digests.reshape(-1, len(batch.images)))
 
     def close(self) -> None:
         """Wait until nothing reads or writes the memory that goes now."""
@@ -277,6 +280,12 @@ class _Engine:
             launched.event.synchronize()
         self.launched.clear()
         self.scheduled.clear()
+
+
+def _digests(pixels: Tensor, event: Any, at: np.ndarray) -> list[list[int]]:
+    """CRC-32s of the views of some samples, pixels u8 (2, B, S, S, 3), once the event has passed."""
+    event.synchronize()
+    return [[zlib.crc32(view) for view in pixels[:, i].numpy()] for i in at.tolist()]
 
 
 def _refused(decoder: str, work: _Scheduled, here: Cuda | Host) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""A GPU of PyTorch's that is not there: tensors on it have shapes and no values, and what makes the host wait is noted."""
+"""A GPU that is not there: tensors on it have shapes and no values, and what makes the host wait for it is noted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

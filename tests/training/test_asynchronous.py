@@ -63,7 +63,9 @@ def network() -> Placed:
     with torch.device(CUDA):
         module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, CLASSES))
         normalise = Normalise(POLICY.mean, POLICY.std, CUDA)
-    return Placed(Network(module, "tiny", CLASSES, None, None, ""), module, normalise, POLICY.mean, POLICY.std, CUDA, "fp32")
+    return Placed(
+        Network(module, "tiny", CLASSES, None, None, ""), module, normalise, POLICY.mean, POLICY.std, CUDA, "fp32"
+    )
 
 
 def loss_of(student_o, student_a, *teacher, **_):
@@ -149,9 +151,7 @@ def test_what_would_wait_is_noted():
 def test_a_lap_waits_for_the_stream_in_use_alone(monkeypatch):
     """The loader's and DALI's go on; a step that is not timed waits for none."""
     waited = []
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda of: SimpleNamespace(synchronize=lambda: waited.append(of))
-    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda of: SimpleNamespace(synchronize=lambda: waited.append(of)))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("the whole device was waited for"))
     clock = Clock(CUDA, True)
     clock.lap("forward")

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import pillow
 from support.images import jpeg, png
@@ -43,17 +44,17 @@ def index(tmp_path_factory) -> Index:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_whole_pairs_equal_pillow(index, name, monkeypatch):
-    """Resumed in the middle of the plan, too: the second half alone gives the same."""
+    """And again from the middle of the plan on, without digests, with an image that cannot be decoded."""
     for constants in (jda_gpu.PIXELS, jda_gpu.VIEW):
         monkeypatch.setitem(constants, "ROWS", 32)
     monkeypatch.setitem(jda_gpu.COEFFICIENTS, "BLOCK", 16)
     base = POLICIES[name].base
     base = dataclasses.replace(base.resized(SIZE), **({"pad": SIZE} if base.pad >= 0 else {}))
     policy = dataclasses.replace(POLICIES[name], base=base)
-    parts = list(plan.cut(VIEW, index.good, 7))
+    parts = list(plan.cut(VIEW, index.good, max(COUNT // 5, 1)))
     loader = Loader(index, policy, threads=2, decoder="gpu")
     drawn = drawing.of(index.records, SEED, VIEW, policy)
-    seen = 0
+    whole = {}
     for batch in loader.batches(plan.requests(index, policy, SEED, parts), digests=True):
         for i, row in enumerate(batch.rows):
             image = Image.open(io.BytesIO(index.read(row))).convert("RGB")
@@ -62,5 +63,16 @@ def test_whole_pairs_equal_pillow(index, name, monkeypatch):
                 expected = pillow.base(source, drawn["box"][row, s], bool(drawn["flip"][row, s]), SIZE, base.pad)
                 np.testing.assert_array_equal(batch.images[s, i].numpy(), np.asarray(expected), f"row {row}, view {s}")
                 assert batch.digests[i, s] == zlib.crc32(np.asarray(expected).tobytes())
-            seen += 1
-    assert seen == len(index) == COUNT
+            whole[int(row)] = batch.images[:, i]
+    assert list(whole) == list(range(COUNT)) == index.good.tolist()
+
+    bad, read = COUNT - 1, Index.read
+    monkeypatch.setattr(Index, "read", lambda self, row: b"\xff\xd8\xff\xdb\0\x43" if row == bad else read(self, row))
+    resumed = Loader(index, policy, threads=2, decoder="gpu", max_bad=1.0)
+    batches = list(resumed.batches(plan.requests(index, policy, SEED, parts[-2:])))
+    assert [batch.rows.tolist() for batch in batches] == [parts[-2][1].tolist(), parts[-1][1][:-1].tolist()]
+    for batch in batches:
+        assert batch.digests is None
+        for i, row in enumerate(batch.rows.tolist()):
+            assert torch.equal(batch.images[:, i], whole[row])
+    assert list(resumed.skipped.causes) == [bad]

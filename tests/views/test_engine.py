@@ -7,6 +7,9 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
+import weakref
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,15 +65,34 @@ def expected(small) -> dict[int, tuple]:
 
 
 def test_a_batch_is_decoded_while_the_one_before_it_is_planned(small, expected, monkeypatch):
+    """Batch k + 1 is fed and scheduled before batch k is waited for and planned, and then batch k - 1 is waited for."""
     engine.on_the_host(monkeypatch)
-    calls = []
-    for name in ("schedule", "take"):
-        inner = getattr(dali.Batches, name)
-        monkeypatch.setattr(dali.Batches, name, lambda *a, name=name, inner=inner: [calls.append(name), inner(*a)][1])
-    monkeypatch.setattr(on_gpu.jda_gpu, "pairs", lambda *a: [calls.append("pairs"), engine.pairs(*a)][1])
+    calls: list[str] = []
+
+    def traced(where, name: str, what: str, inner=None):
+        inner, number = inner or getattr(where, name), count()
+
+        def call(*arguments):
+            calls.append(f"{what} {next(number)}")
+            return inner(*arguments)
+
+        monkeypatch.setattr(where, name, call)
+
+    traced(on_gpu._Decoders, "schedule", "feed and schedule")
+    traced(on_gpu._Decoders, "take", "take")
+    traced(on_gpu.jda_gpu, "pairs", "plan and launch", engine.pairs)
+    traced(on_gpu._Engine, "finished", "hand out")
     found, _ = batches(small, "gpu")
     assert by_row(found) == expected
-    assert calls == ["schedule", *["schedule", "take", "pairs"] * 4, "take", "pairs"]
+    assert calls == [
+        *["feed and schedule 0"],
+        *["feed and schedule 1", "take 0", "plan and launch 0"],
+        *["feed and schedule 2", "take 1", "plan and launch 1", "hand out 0"],
+        *["feed and schedule 3", "take 2", "plan and launch 2", "hand out 1"],
+        *["feed and schedule 4", "take 3", "plan and launch 3", "hand out 2"],
+        *["take 4", "plan and launch 4", "hand out 3"],
+        *["hand out 4"],
+    ]
 
 
 @pytest.mark.parametrize("decoder", ["gpu", "gpu-both"])
@@ -196,15 +218,21 @@ class Memory:
         return len(self.arrays)
 
 
+class Bytes(bytearray):
+    """An encoded image that a weak reference can point to."""
+
+
 class Pipeline:
     """What DALI 2.4's does with the arguments that the loader gives it, read in its source."""
 
     made: list = []  # noqa: RUF012
+    taken: list = []  # noqa: RUF012
 
     def __init__(self, batch_size, num_threads, device_id, *, exec_dynamic, prefetch_queue_depth, set_affinity):
         self.settings = dict(device_id=device_id, depth=prefetch_queue_depth, affinity=set_affinity)
-        self.dynamic, self.depth, self.fed, self.first = exec_dynamic, prefetch_queue_depth, [], True
-        self.running: list[list[np.ndarray]] = []
+        self.dynamic, self.depth, self.first = exec_dynamic, prefetch_queue_depth, True
+        self.fed: list[list[tuple]] = []
+        self.running: list[list[tuple]] = []
         self.streams: list = []
         self.reused: list[np.ndarray] = []
         self.made.append(self)
@@ -223,7 +251,10 @@ class Pipeline:
 
     def feed_input(self, name, data) -> None:
         assert name == "encoded"
-        self.fed.append(data)
+        # With no_copy it reads them as late as when their batch is taken: it holds none.
+        owners = [getattr(array.base, "obj", None) for array in data]
+        held = [weakref.ref(owner) if isinstance(owner, Bytes) else bytes for owner in owners]
+        self.fed.append([(bytes(array), alive) for array, alive in zip(data, held, strict=True)])
 
     def schedule_run(self) -> None:
         for _ in range(self.depth if self.first else 1):
@@ -237,14 +268,17 @@ class Pipeline:
             raise RuntimeError("Asynchronous outputs require `exec_dynamic`")
         assert cuda_stream is None or isinstance(cuda_stream, int)
         self.streams.append(cuda_stream)
-        # With no_copy it reads the bytes only now.
-        arrays = [decode(bytes(data)).copy() for data in self.running.pop(0)]
+        work = self.running.pop(0)
+        assert all(alive() is not None for _, alive in work), "the bytes of a batch were given up before it was taken"
+        arrays = [decode(data).copy() for data, _ in work]
         if not self.dynamic:
             self.reused[:] = self.reused or [np.zeros(1 << 16, np.uint8) for _ in range(99)]
             for to, array in zip(self.reused, arrays, strict=False):
                 to[: array.size] = array.ravel()
             arrays = [to[: a.size].reshape(a.shape) for to, a in zip(self.reused, arrays, strict=False)]
-        return (Memory(arrays),)
+        memory = Memory(arrays)
+        self.taken.append(weakref.ref(memory))
+        return (memory,)
 
     def run(self, cuda_stream=None, /, **inputs):
         for name, data in inputs.items():
@@ -285,13 +319,23 @@ class Torch:
 
     def _event(self):
         self.calls.append("event")
-        return SimpleNamespace(synchronize=lambda: self.calls.append("waited"))
+        read = [reference for reference in Pipeline.taken if reference()]  # since the last event
+        Pipeline.taken.clear()
+
+        def waited() -> None:
+            if not threading.current_thread().name.startswith("work"):  # these digest
+                self.calls.append("waited")
+            assert all(reference() for reference in read), "kernels may still read what was given up"
+
+        return SimpleNamespace(synchronize=waited)
 
 
 @pytest.fixture
 def gpu(monkeypatch) -> Torch:
-    fake, options = Torch(), []
+    fake, options, read = Torch(), [], Index.read
     monkeypatch.setattr(Pipeline, "made", [])
+    monkeypatch.setattr(Pipeline, "taken", [])
+    monkeypatch.setattr(Index, "read", lambda self, row: Bytes(read(self, row)))
     module = SimpleNamespace(
         fn=SimpleNamespace(
             external_source=lambda **how: options.append(how),
