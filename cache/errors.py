@@ -24,9 +24,15 @@ class UserError(ValueError):
         super().__init__("; ".join(part for part in parts if part))
 
 
+def redacted(text: str) -> str:
+    """A text without what URLs in it keep secret: the query, which may be a signature, and the user."""
+    text = re.sub(r"(https?://[^\s?'\"<>]+)\?\S*[^\s;,.:)\]'\"]", r"\1?…", text)
+    return re.sub(r"(\w+://)[^\s/?#@]+@", r"\1…@", text)
+
+
 def _short(part: str, value: object) -> str:
-    """The text without line breaks and control characters, and without its middle if it is long."""
-    text, most = re.sub(r"\s+", " ", str(value)), _MOST[part]
+    """The text without secrets, line breaks and control characters, and without its middle if it is long."""
+    text, most = redacted(re.sub(r"\s+", " ", str(value))), _MOST[part]
     if len(text) > most:
         text = f"{text[: most * 2 // 3]} … {text[-most // 4 :]}"
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -30,7 +30,9 @@ from support.tars import tar_of
 from torch.distributed.run import get_args_parser
 
 from pipeline import cli
+from pipeline.data.hub import __doc__ as hub_doc
 from pipeline.data.remote import __doc__ as remote_doc
+from pipeline.data.tokens import __doc__ as tokens_doc
 from pipeline.networks import models
 from pipeline.training import losses
 
@@ -174,7 +176,8 @@ class Page:
         elif program == "torchrun":
             self.torchrun(self, arguments)
         elif program == "export":
-            assert {word.split("=")[0] for word in arguments} <= set(re.findall(r"AWS_\w+", remote_doc or ""))
+            said = f"{remote_doc} {hub_doc} {tokens_doc}"
+            assert {word.split("=")[0] for word in arguments} <= set(re.findall(r"[A-Z]+_[A-Z_]+", said))
         elif program in SHELL:
             subprocess.run(step.line, shell=True, check=True)
         elif program == "make":

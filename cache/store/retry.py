@@ -38,13 +38,19 @@ _jitter = random.Random()  # the shared generator is the training's
 _T = TypeVar("_T")
 
 
-def client(url: str) -> "ObjectStore":
+def client(url: str, headers: dict[str, str] | None = None) -> "ObjectStore":
     """The client of what lies below a URL, of shards and of stores alike: s3://, gs://, az:// or http(s)://.
+
+    An http(s) URL may have a query, which goes with every request, and so do `headers`; neither follows a redirect to
+    another host.
 
     Raises what obstore does for a URL, or credentials, that it cannot use.
     """
     # from_url would take https://….amazonaws.com for S3 and then want credentials.
-    return HTTPStore(url, **CLIENT) if url.startswith(("http://", "https://")) else from_url(url, **CLIENT)
+    if not url.startswith(("http://", "https://")):
+        return from_url(url, **CLIENT)
+    options = CLIENT["client_options"] | ({"default_headers": headers} if headers else {})
+    return HTTPStore(url, client_options=options, retry_config=CLIENT["retry_config"])
 
 
 class GaveUp(Exception):
@@ -103,6 +109,8 @@ def cause(error: Exception) -> str:
         return found[1].strip()
     if _no_credentials(error):
         return "no AWS credentials"
+    if found := re.search(r"InvalidCertificate\(\s*(\w+)", text):
+        return f"a certificate that is not trusted ({found[1]})"
     if found := re.search(r"<Code>(\w+)</Code>", text):
         return found[1]
     if found := re.search(r"status code: ([0-9]{3}[A-Za-z \-]*)", text):

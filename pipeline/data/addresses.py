@@ -36,6 +36,6 @@ def _unknown(address: str) -> UserError:
     return UserError(
         "an unknown kind of address",
         found=address,
-        expected="a path, file:/path, s3://, gs:// or az://bucket/key, or http(s)://host/path",
+        expected="a path, file:/path, s3://, gs:// or az://bucket/key, hf://datasets/…, or http(s)://host/path",
         fix="fetch the files, or serve them by one of these",
     )

@@ -24,9 +24,10 @@ from google_crc32c import value as crc32c
 from cache.errors import UserError
 from pipeline.config import Machine
 from pipeline.data import classes as class_lists
+from pipeline.data import tokens
 from pipeline.data.classes import Classes
 from pipeline.data.remote import Unreadable, is_remote
-from pipeline.data.shards import CACHE_BYTES, Reader
+from pipeline.data.shards import CACHE_BYTES, Reader, stem
 
 RECORD = np.dtype(
     [
@@ -123,6 +124,8 @@ def write(
     }
     np.save(folder / "index.npy", records.astype(RECORD, copy=False), allow_pickle=False)
     (folder / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in quarantine))
+    if any(map(tokens.signed, shards)):
+        (folder / "dataset.json").touch(mode=0o600)  # a signature is for its owner
     (folder / "dataset.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
@@ -132,9 +135,8 @@ def key_at(reader: Reader, shard: str, offset: int, expected_hash: int) -> str:
     before = reader.read(shard, start, offset - start)
     # The last block cuts a name over 100 characters, which is whole only if read from an earlier block on.
     for back in range(_BLOCK, len(before) + 1, _BLOCK):
-        name = split_name(_member_name(before[-back:]) or "")
-        if name and key_hash(name[0]) == expected_hash:
-            return name[0]
+        if found := _key_of(_member_name(before[-back:]) or "", shard, expected_hash):
+            return found
     if (linked := _linked_key(shard, expected_hash)) is not None:
         return linked
     raise UserError(
@@ -144,14 +146,21 @@ def key_at(reader: Reader, shard: str, offset: int, expected_hash: int) -> str:
     )
 
 
+def _key_of(member: str, shard: str, expected_hash: int) -> str | None:
+    """The key with this hash that a member's name is, by itself or below its shard's; None if it is neither."""
+    name = split_name(member)
+    keys = (name[0], f"{stem(shard)}/{name[0]}") if name else ()
+    return next((key for key in keys if key_hash(key) == expected_hash), None)
+
+
 def _linked_key(shard: str, expected_hash: int) -> str | None:
     """The key with this hash among the links of a local tar, which lie elsewhere than what they lead to."""
     if is_remote(shard):
         return None
     try:
         with tarfile.open(shard, "r:", ignore_zeros=True, encoding="utf-8", errors="surrogateescape") as tar:
-            names = (split_name(member.name) for member in tar if member.issym() or member.islnk())
-            return next((name[0] for name in names if name and key_hash(name[0]) == expected_hash), None)
+            links = (member.name for member in tar if member.issym() or member.islnk())
+            return next(filter(None, (_key_of(name, shard, expected_hash) for name in links)), None)
     except (tarfile.TarError, OSError, ValueError, OverflowError):
         return None
 

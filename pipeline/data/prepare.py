@@ -18,19 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from google_crc32c import value as crc32c
 
-from cache.errors import UserError
+from cache.errors import UserError, redacted
 from pipeline.config import Prepare
 from pipeline.data import classes as class_lists
-from pipeline.data import index
+from pipeline.data import index, tokens
 from pipeline.data.addresses import local
 from pipeline.data.classes import Classes
 from pipeline.data.examine import Item, examine, header
 from pipeline.data.ledger import Flaw, Ledger
 from pipeline.data.remote import is_remote
 from pipeline.data.shards import Reader
-from pipeline.data.sources import ARGUMENTS, SOURCES, USAGE, tars
+from pipeline.data.sources import ANYWHERE, ARGUMENTS, SOURCES, USAGE, info, rules, tars
 from pipeline.data.sources.base import Options, Source
-from pipeline.data.sources.tars import Numbers, Scan, duplicate_key, scan
+from pipeline.data.sources.info import Info
+from pipeline.data.sources.rules import Rules
+from pipeline.data.sources.tars import Scan, duplicate_key, scan
 from pipeline.system.cores import share
 from pipeline.system.terminal import decimal, progress, summary
 
@@ -49,6 +51,9 @@ def run(config: Prepare) -> None:
         class_order=config.class_order,
         class_map=config.class_map,
         max_pixels_per_byte=config.max_pixels_per_byte,
+        key=config.key,
+        label_key=config.label_key,
+        labels=config.labels,
     )
     counts = {name: f"{facts[name]:,}" for name in ("classes", "samples", "good", "quarantined", "shards")}
     for name in ("causes", "splits"):
@@ -70,16 +75,19 @@ def build(
     class_order: str = "lexical",
     class_map: Path | None = None,
     max_pixels_per_byte: float = 1000,
+    key: str = "name",
+    label_key: str | None = None,
+    labels: Path | None = None,
 ) -> dict[str, Any]:
     """Build the data set folder `out` from `source` (see `sources.USAGE`); `shard_size` in samples.
 
-    A GLOB of tars is a path or a URL (s3://bucket/key, http(s)://host/path) with {braces}, and wildcards but for
-    HTTP. Remote tars stay where they are.
+    A PATTERN of tars or Parquet files is a path or a URL (s3://bucket/key, hf://datasets/OWNER/NAME/PATH,
+    http(s)://host/path) with {braces}, and wildcards but for HTTP. Remote tars stay where they are.
 
     digits, cifar and idx become `out/train` and `out/val`, all others one data set in `out`. Everything is
     built in a sibling folder that takes the name `out` at the end, so `out` is whole or not there.
     `classes` is for webdataset (else the highest label + 1) and synthetic (else 1000). `class_order` and `class_map`
-    are those of `pipeline.data.classes`.
+    are those of `pipeline.data.classes`; the last three are those of `sources.base.Options`.
 
     Returns a summary: out, classes, samples, good, quarantined, causes {cause: count}, shards, image_bytes,
     splits {name: good samples} (empty for a single data set), seconds, files (the record of a `Ledger`), warned {what
@@ -98,7 +106,7 @@ def build(
     if classes is not None and not 1 <= classes < 2**31:
         raise UserError("--classes out of range", found=classes, expected="at least 1", fix="correct --classes")
     names = class_lists.read_map(class_map) if class_map else None
-    options = Options(seed, threads, classes, class_order, names)
+    options = Options(seed, threads, classes, class_order, names, key, label_key, labels)
     ledger = Ledger()
     partial_out = out.with_name(f".{out.name}.partial")
     try:
@@ -145,6 +153,7 @@ class _Part(NamedTuple):
     warned: Counter[str]
     shards: int
     image_bytes: int
+    notes: list[str]
 
 
 def _notes(parts: dict[str, _Part], ledger: Ledger, warned: Counter[str]) -> list[str]:
@@ -156,7 +165,8 @@ def _notes(parts: dict[str, _Part], ledger: Ledger, warned: Counter[str]) -> lis
     notes += [f"read with a decoder's warning: {count:,}: {text} (see warned.jsonl)" for text, count in warned.items()]
     for name, part in parts.items():
         where = f" in {name}" if name else ""
-        notes += [f"note{where}: {remark}" for remark in class_lists.remarks(part.classes, part.labels)]
+        remarks = (*class_lists.remarks(part.classes, part.labels), *part.notes)
+        notes += [f"note{where}: {remark}" for remark in remarks]
     return notes
 
 
@@ -165,21 +175,24 @@ def _build(
 ) -> dict[str, _Part]:
     """Write shards where the source has none, then the index of each split ("" where there is only one)."""
     kind, _, argument = source.partition(":")
+    if kind in ("webdataset", *SOURCES):
+        rules.unused(kind, options)
     if kind == "webdataset" and argument:
         reader = Reader()
         shards = tars.only_tars(reader, argument, reader.expand(argument), ledger)
-        listed = _listed(options)
-        checks = _Checks(source, listed, tars.numbering(listed, options.names), pixels_per_byte, options.threads)
+        said = info.beside(reader, shards)
+        listed = rules.listed(options) or said.classes
+        checks = _Checks(source, listed, rules.of(options, listed), pixels_per_byte, options.threads, said)
         parts = {"": _index(folder, shards, checks, ledger)}
     elif kind in SOURCES and re.fullmatch(ARGUMENTS.get(kind, ".+"), argument, re.DOTALL):
-        address = argument if kind in ARGUMENTS else local(argument)
+        address = argument if kind in (*ARGUMENTS, *ANYWHERE) else local(argument)
         parts = {}
         for name, split in SOURCES[kind](address, options, ledger).items():
-            _has_its_own_classes(source, split.classes, options)
+            rules.own_classes(source, split.classes, options)
             part = folder / name
             part.mkdir(exist_ok=True)
             shards = _write_shards(split, part, shard_size)
-            checks = _Checks(source, split.classes, None, pixels_per_byte, options.threads)
+            checks = _Checks(source, split.classes, Rules(), pixels_per_byte, options.threads)
             parts[name] = _index(part, shards, checks, ledger, split.files)
             if parts[name].samples != split.count:
                 raise UserError(
@@ -191,28 +204,6 @@ def _build(
         raise UserError("unknown source", found=source, expected=USAGE, fix="correct SOURCE")
     (folder / "ledger.json").write_text(json.dumps(ledger.to_json(), indent=1) + "\n")
     return parts
-
-
-def _listed(options: Options) -> Classes | None:
-    """The classes of tars, where the user names or counts them."""
-    if options.order == "natural":
-        fix = "give a file that names them, or drop --class-order"
-        raise UserError("the classes of tars are numbered already", found="--class-order natural", fix=fix)
-    listed = None if options.order == "lexical" else class_lists.read_list(options.order)
-    if listed and options.classes not in (None, listed.count):
-        raise UserError("--classes and --class-order disagree", found=options.classes, expected=listed.count)
-    return listed or (Classes(options.classes) if options.classes else None)
-
-
-def _has_its_own_classes(source: str, classes: Classes, options: Options) -> None:
-    """Raise UserError for options that ask for others."""
-    if options.classes not in (None, classes.count):
-        found, expected, flag = f"--classes {options.classes}", classes.count, "--classes"
-    elif classes.rule in (None, "source") and options.order != "lexical":
-        found, expected, flag = f"--class-order {options.order}", "its own", "--class-order"
-    else:
-        return
-    raise UserError(f"{source} has classes of its own", found=found, expected=expected, fix=f"drop {flag}")
 
 
 def _write_shards(source: Source, folder: Path, shard_size: int) -> list[str]:
@@ -230,8 +221,8 @@ def _write_shards(source: Source, folder: Path, shard_size: int) -> list[str]:
         post=lambda name: names.append(os.path.basename(name)),
     ) as writer:
         for sample in _track(source.samples, source.count, "writing shards", "images"):
-            label = str(sample.label).encode()
-            writer.write({"__key__": sample.key, sample.extension: sample.image, "cls": label})
+            label = {} if sample.label is None else {"cls": str(sample.label).encode()}
+            writer.write({"__key__": sample.key, sample.extension: sample.image, **label})
     return names
 
 
@@ -241,10 +232,10 @@ class _Checks(NamedTuple):
     source: str
     classes: Classes | None
     """None: as many as the labels say."""
-    numbers: Numbers | None
-    """Of class names in labels; None where there are none."""
+    rules: Rules
     pixels_per_byte: float
     threads: int
+    said: Info = Info()
 
 
 def _index(folder: Path, shards: list[str], checks: _Checks, ledger: Ledger, files: int | None = None) -> _Part:
@@ -268,14 +259,15 @@ def _index(folder: Path, shards: list[str], checks: _Checks, ledger: Ledger, fil
         records[name][bad] = 0
 
     quarantine = [
-        {"key": None, "shard": shard, "offset": found.end, "cause": found.cut}
+        {"key": None, "shard": redacted(shard), "offset": found.end, "cause": found.cut}
         for shard, found in zip(shards, scans, strict=True)
         if found.cut
     ]
     first = {line["cause"]: f"{line['cause']}, {line['shard']}" for line in reversed(quarantine)}
     members = [number for found in scans for number in found.files]
     for row, flaw in sorted(flaws.items()):
-        line = {"key": keys[row], "shard": shards[records["shard"][row]], "offset": int(records["offset"][row])}
+        shard, offset = redacted(shards[records["shard"][row]]), int(records["offset"][row])
+        line = {"key": keys[row], "shard": shard, "offset": offset}
         quarantine.append(line | {"cause": flaw.cause} | ({"found": flaw.found} if flaw.found else {}))
         first.setdefault(flaw.cause, f"{flaw}, key {keys[row]!r}")
         ledger.quarantine(flaw.cause, members[row] if files is None else files)
@@ -294,13 +286,16 @@ def _index(folder: Path, shards: list[str], checks: _Checks, ledger: Ledger, fil
             expected="at least half of them good",
             fix=tars.fix(worst),
         )
-    index.write(folder, records, shards, quarantine, source=checks.source, classes=classes)
+    index.write(folder, records, shards, quarantine, source=redacted(checks.source), classes=classes)
     if warned:
         (folder / "warned.jsonl").write_text("".join(json.dumps(line) + "\n" for line in warned))
     labels = records["label"][records["status"] == 0]
     remarks = Counter(line["warning"] for line in warned)
     size = int(records["size"].sum(dtype=np.int64))
-    return _Part(classes, labels, len(records), good, counts, first, remarks, len(shards), size)
+    notes = checks.said.remarks(shards, [len(found.records) for found in scans])
+    if any(map(tokens.signed, shards)):
+        notes.append("dataset.json keeps signed URLs, which open the shards until they expire; only you may read it")
+    return _Part(classes, labels, len(records), good, counts, first, remarks, len(shards), size, notes)
 
 
 def _check_keys(scans: list[Scan], holders: dict[int, int]) -> None:
@@ -348,7 +343,7 @@ def _batches(
     for name in _track(shards, len(shards), "checking shards", "shards"):
         shard = name if is_remote(name) else str(folder / name)
         with reader.open(shard, folder) as file:
-            found = scan(file, shard, ledger, checks.numbers)
+            found = scan(file, redacted(shard), ledger, checks.rules)
             scans.append(found)
             _check_keys(scans, holders)
             if not checks.classes:

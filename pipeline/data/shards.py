@@ -1,6 +1,6 @@
 """Where shards lie: byte ranges of local files and, with a local cache, of remote ones; patterns that name shards.
 
-A shard is named by a path or by a URL, that of an object in a bucket or http(s)://host/path (see
+A shard is named by a path or by a URL, that of an object in a bucket, of a file on the Hub, or http(s)://host/path (see
 `pipeline.data.remote`).
 """
 
@@ -19,11 +19,13 @@ from functools import lru_cache
 from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote
 
 from braceexpand import braceexpand
 from google_crc32c import value as crc32c
 
 from cache.errors import UserError
+from pipeline.data import hub, tokens
 from pipeline.data.addresses import resolved
 from pipeline.data.remote import BUCKETS, Remote, Unreadable, is_remote, split
 
@@ -67,7 +69,8 @@ class Reader:
                 raise Unreadable(shard, offset, error.strerror or str(error), "restore the shard") from None
         if self._cache is None or crc is None:
             return self._remote.read(shard, offset, size)
-        name = hashlib.blake2b(f"{shard}\n{offset} {size} {crc}".encode(errors="surrogateescape"), digest_size=20)
+        lasting = shard.partition("?")[0] if tokens.signed(shard) else shard  # without a signature, which changes
+        name = hashlib.blake2b(f"{lasting}\n{offset} {size} {crc}".encode(errors="surrogateescape"), digest_size=20)
         data = self._cache.get(name.hexdigest())
         if data is None or crc32c(data) != crc:
             data = self._remote.read(shard, offset, size)
@@ -129,13 +132,15 @@ class Reader:
                     pass
             yield file
 
-    def expand(self, pattern: str) -> list[str]:
+    def expand(self, pattern: str, suffix: str = ".tar") -> list[str]:
         """The shards that a pattern names, sorted, paths absolute.
 
         A pattern is a path, file: or a URL, with {braces} and, but for HTTP, wildcards; a file of just that name goes
-        before either. A folder means its *.tar. UserError for a pattern, or one of its brace alternatives, that names
-        none, and for another kind of address.
+        before either. A folder means its files of the `suffix`, and @FILE the patterns in a file, one a line. UserError
+        for a pattern, or one of its brace alternatives, that names none, and for another kind of address.
         """
+        if pattern.startswith("@") and not os.path.lexists(pattern):
+            return sorted({shard for line in _lines(pattern[1:]) for shard in self.expand(line, suffix)})
         pattern = resolved(pattern)
         shards: set[str] = set()
         try:
@@ -143,27 +148,29 @@ class Reader:
         except ValueError:  # unbalanced: then they are part of a name
             alternatives = [pattern]
         for name in alternatives:
-            found = self._list(name)
+            found = self._list(name, suffix)
             if not found:
                 raise UserError(f"no shard matches {name}", fix="check the pattern, and quote it for the shell")
             shards.update(found)
         return sorted(shards)
 
-    def _list(self, pattern: str) -> list[str]:
+    def _list(self, pattern: str, suffix: str) -> list[str]:
         if not is_remote(pattern):
             if os.path.isdir(pattern):
-                found = glob(os.path.join(escape(pattern), "*.tar"))
+                found = glob(os.path.join(escape(pattern), f"*{suffix}"))
                 if not found:
-                    expected = "*.tar in it"
+                    expected = f"*{suffix} in it"
                     raise UserError(f"no shard in the folder {pattern}", expected=expected, fix="give FOLDER/PATTERN")
             else:
                 found = [pattern] if os.path.lexists(pattern) else glob(os.path.expanduser(pattern), recursive=True)
             return [os.path.abspath(name) for name in found]
-        if pattern.startswith(BUCKETS):
-            pattern += "*.tar" if pattern.endswith("/") else ""
+        if pattern.startswith((*BUCKETS, hub.SCHEME)):
+            if pattern.startswith(hub.SCHEME) and not hub.split(pattern)[1]:
+                pattern = pattern.rstrip("/") + "/"
+            pattern += f"*{suffix}" if pattern.endswith("/") else ""
             if has_magic(pattern):
                 return self._remote.match(pattern)
-        elif "*" in pattern:
+        elif "*" in pattern.partition("?")[0]:
             raise UserError(
                 "wildcards need a server that lists", found=pattern, fix="use braces, as in train-{000..009}.tar"
             )
@@ -171,11 +178,30 @@ class Reader:
         return [pattern]
 
 
+def _lines(path: str) -> list[str]:
+    """The lines of a list of shards but empty ones."""
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            found = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the list {path}", found=error, fix="give @FILE with a shard a line") from None
+    if not any(found):
+        raise UserError(f"the list {path} is empty", expected="a shard a line", fix="correct it")
+    return [line for line in found if line]
+
+
 def _blame_machine(error: OSError) -> None:
     """Raise UserError if the machine, and not the file, is what is wrong."""
     if error.errno in _LIMITS:
         fix = f"raise {_LIMITS[error.errno]}, or run fewer processes"
         raise UserError("a limit of this machine, no damage", found=error.strerror, fix=fix) from None
+
+
+def stem(shard: str) -> str:
+    """The name of a shard: without folder, extension and, of a URL, query."""
+    if is_remote(shard):
+        shard = unquote(shard.partition("?")[0]) if shard.startswith("http") else shard
+    return os.path.basename(shard).partition(".")[0]
 
 
 class RangeCache:

@@ -72,7 +72,7 @@ ADDRESSES = {
     "file://{}/tars/a.tar": (GOOD, "12 found = 12 used"),
     "pipe:cat {}/tars/a.tar": (REFUSED, "an unknown kind of address"),
     "{}/tars/a.tar::{}/tars/b.tar": (REFUSED, "an unknown kind of address"),
-    "hf://{}": (REFUSED, "an unknown kind of address"),
+    "hf://{}": (REFUSED, "expected hf://datasets/OWNER/NAME/FILES"),
 }
 
 

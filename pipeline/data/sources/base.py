@@ -2,9 +2,11 @@
 
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
@@ -23,7 +25,8 @@ class Sample(NamedTuple):
     extension: str
     """One of EXTENSIONS."""
     image: bytes
-    label: int
+    label: int | None
+    """None where there is none, which the sample is then quarantined for."""
 
 
 class Source(NamedTuple):
@@ -46,6 +49,26 @@ class Options:
     """What numbers class names: see `pipeline.data.classes.numbered`."""
     names: dict[str, str] | None = None
     """Map of class names, as `pipeline.data.classes.read_map` gives it."""
+    key: str = "name"
+    """What a sample's key is: name, shard/name or shard/row."""
+    label_key: str | None = None
+    """Where a JSON, or which column, has the label."""
+    labels: Path | None = None
+    """List of the labels of a folder without class folders."""
+
+
+def key_of(name: str) -> str:
+    """A file's name as a key: dots, percent signs and line breaks are percent-escaped, for WebDataset cuts at them."""
+    return name.replace("%", "%25").replace(".", "%2E").replace("\n", "%0A")
+
+
+def whole(value: object) -> int | None:
+    """The whole number of under ten digits that a value or its text is (3, 3.0, "+3"); None for any other."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,9}([.]0*)?", value.strip(), re.ASCII):
+        return int(value.strip().partition(".")[0])
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31 and value == int(value):
+        return int(value)
+    return None
 
 
 def read(path: str) -> bytes:

@@ -12,7 +12,8 @@ import numpy as np
 from cache.errors import UserError
 from pipeline.data.classes import nfc, numbered
 from pipeline.data.ledger import Ledger, kind_of
-from pipeline.data.sources.base import EXTENSIONS, Options, Sample, Source, read
+from pipeline.data.sources import flat
+from pipeline.data.sources.base import EXTENSIONS, Options, Sample, Source, key_of, read
 
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
 _RESOURCE_FORKS = "__MACOSX"  # what macOS packs beside the files, under their names
@@ -28,11 +29,14 @@ def folder(path: str, options: Options, ledger: Ledger) -> dict[str, Source]:
 
     UserError for an unreadable folder, one without images, and the parent of train/ and val/.
     """
+    if options.labels:
+        return flat.flat(path, options.labels, options, ledger)
     try:
         names, files = _sorted_out(path, ledger)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}", found=error.strerror, fix="give a folder of folders") from None
     if not files:
+        flat.refuse(path, ledger)
         there = ", ".join(f"{count:,} {reason}" for reason, count in ledger.left_out.most_common())
         raise UserError(
             f"no images in {path}",
@@ -67,7 +71,7 @@ def _samples(root: str, files: list[_File], labels: list[int], seed: int) -> Ite
     for i in np.random.default_rng(seed).permutation(len(files)):
         path = files[i].path
         stem, extension = os.path.splitext(path)
-        name = os.path.basename(stem if stems[stem] == 1 else path).replace("%", "%25").replace(".", "%2E")
+        name = key_of(os.path.basename(stem if stems[stem] == 1 else path))
         key = os.path.join(os.path.relpath(os.path.dirname(path), root), name)
         # A line break would hide the member from WebDataset's rule for keys.
         yield Sample(key.replace("\n", "%0A"), extension[1:].lower(), read(path), labels[i])

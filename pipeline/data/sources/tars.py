@@ -1,28 +1,24 @@
 """Tars of samples as WebDataset has them: members that share a key, among them an image and a label."""
 
-import json
 import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from cache.errors import UserError
+from cache.errors import UserError, redacted
 from pipeline.data import index
-from pipeline.data.classes import Classes, nfc
 from pipeline.data.ledger import Flaw, Ledger
 from pipeline.data.shards import Reader
 from pipeline.data.sources.base import EXTENSIONS
+from pipeline.data.sources.rules import MAX_LABEL_BYTES, Rules, short
 
-_LABELS = ("cls", "json")
 _MAX_IMAGE_BYTES = 1 << 30
-_MAX_LABEL_BYTES = 1 << 20
 _BLOCK, _CHUNK = 512, 1 << 20
 _MAX_LINKS = 40  # one behind the other, as Linux allows
-_SHOWN = 40
 
 _MAGIC = 257, b"ustar"
 
@@ -55,10 +51,6 @@ class _Member(NamedTuple):
     regular: bool = True
 
 
-Numbers = Callable[[str], int | None]
-"""Class name -> its number."""
-
-
 def only_tars(reader: Reader, pattern: str, shards: list[str], ledger: Ledger) -> list[str]:
     """The shards that a pattern named on purpose, and of those that its wildcards met the tars alone."""
     kept = []
@@ -69,28 +61,14 @@ def only_tars(reader: Reader, pattern: str, shards: list[str], ledger: Ledger) -
             kept.append(shard)
         else:
             ledger.meet()
-            ledger.leave(shard, "not a tar")
+            ledger.leave(redacted(shard), "not a tar")
     if not kept:
         kinds = "; ".join(ledger.lines())
         raise UserError(f"no tar matches {pattern}", found=kinds, expected="uncompressed tars", fix="check the pattern")
     return kept
 
 
-def numbering(listed: Classes | None, names: dict[str, str] | None) -> Numbers | None:
-    """Class name in a label -> number, by the user's map of names and list of classes; None if there is neither."""
-    places = {nfc(name): number for number, name in enumerate((listed and listed.names) or ())}
-    if not places and not names:
-        return None
-
-    def number(name: str) -> int | None:
-        mapped = (names or {}).get(nfc(name), name)
-        found = places.get(nfc(mapped))
-        return whole(mapped) if found is None else found
-
-    return number
-
-
-def scan(file: BinaryIO, shard: str, ledger: Ledger, numbers: Numbers | None = None) -> Scan:
+def scan(file: BinaryIO, shard: str, ledger: Ledger, rules: Rules | None = None) -> Scan:
     """Samples of a tar: members that share a key, wherever they stand; rows in order of appearance.
 
     Tars that were joined are read one after the other, and links to members of the same tar lead to them. A tar is
@@ -99,6 +77,7 @@ def scan(file: BinaryIO, shard: str, ledger: Ledger, numbers: Numbers | None = N
 
     UserError, with the name `shard`, for an unreadable file and for a key that has two members of one extension.
     """
+    rules = rules or Rules()
     samples: dict[str, _Sample] = {}  # by key without ./
     last = ""
     try:
@@ -110,7 +89,7 @@ def scan(file: BinaryIO, shard: str, ledger: Ledger, numbers: Numbers | None = N
                 continue
             key, extension = index.split_name(member.name) or ("", "")
             last = plain(key)
-            sample = samples.setdefault(last, _Sample(key))
+            sample = samples.setdefault(last, _Sample(rules.keyed(key, shard)))
             if extension in sample.members:
                 raise duplicate_key(key, shard, shard)
             sample.members[extension] = member
@@ -120,14 +99,14 @@ def scan(file: BinaryIO, shard: str, ledger: Ledger, numbers: Numbers | None = N
             ledger.leave(f"byte {tar.end} of {shard}", "bytes behind the end of a tar", kind=f"of {tar.behind:,} bytes")
         if tar.cut:
             lost = 1
-            if last in samples and not samples[last].whole:
+            if last in samples and not samples[last].whole(rules):
                 lost += len(samples.pop(last).members)
             ledger.meet()
             ledger.use(lost)
             ledger.quarantine(tar.cut, lost)
         rows, flaws, files = [], [], []
         for sample in samples.values():
-            offset, size, label, flaw = _row(file.fileno(), sample.members, numbers)
+            offset, size, label, flaw = _row(file.fileno(), sample, rules)
             rows.append((0, offset, size, 0, 0, label, index.key_hash(sample.key), 0, 0, 0))
             flaws.append(flaw)
             files.append(_account(sample, ledger))
@@ -148,18 +127,15 @@ class _Sample:
     def __init__(self, key: str):
         self.key = key
         self.members: dict[str, _Member] = {}  # by extension
+        self.label: str | None = None
+        """The extension of the member that has it."""
 
     @property
     def image(self) -> str | None:
         return next((extension for extension in EXTENSIONS if extension in self.members), None)
 
-    @property
-    def label(self) -> str | None:
-        return next((extension for extension in _LABELS if extension in self.members), None)
-
-    @property
-    def whole(self) -> bool:
-        return bool(self.image and self.label)
+    def whole(self, rules: Rules) -> bool:
+        return bool(self.image) and any(extension in self.members for extension in rules.labels)
 
 
 class _Tar:
@@ -263,7 +239,7 @@ def _inside(name: str) -> str:
 
 def _account(sample: _Sample, ledger: Ledger) -> int:
     """Tell the ledger of a sample's members; how many of them are the sample's files."""
-    used = [sample.image, sample.label] if sample.whole else list(sample.members)
+    used = [sample.image, sample.label] if sample.image and sample.label else list(sample.members)
     for extension, member in sample.members.items():
         if extension not in used:
             ledger.leave(member.name, "beside an image and its label", kind=extension)
@@ -271,66 +247,40 @@ def _account(sample: _Sample, ledger: Ledger) -> int:
     return len(used)
 
 
-def _row(descriptor: int, sample: dict[str, _Member], numbers: Numbers | None) -> tuple[int, int, int, Flaw | None]:
+def _row(descriptor: int, sample: _Sample, rules: Rules) -> tuple[int, int, int, Flaw | None]:
     """Offset, size, label, and why it cannot be used; the first member's offset if none is an image."""
-    found = f"members {', '.join(sample)}"
-    image = next((sample[extension] for extension in EXTENSIONS if extension in sample), None)
-    if image is None:
-        dotted = [extension for extension in sample if extension.rpartition(".")[2] in EXTENSIONS]
-        flaw = Flaw("no image", _short(found))
+    members = sample.members
+    found = f"members {', '.join(members)}"
+    if sample.image is None:
+        dotted = [extension for extension in members if extension.rpartition(".")[2] in EXTENSIONS]
+        flaw = Flaw("no image", short(found))
         if dotted:
             many = f", and so on for {len(dotted)} images under one key" if dotted[1:] else ""
-            flaw = Flaw(f"a dot in the name: its extension is {_short(dotted[0])}{many}")
-        return next(iter(sample.values())).offset, 0, -1, flaw
+            flaw = Flaw(f"a dot in the name: its extension is {short(dotted[0])}{many}")
+        return next(iter(members.values())).offset, 0, -1, flaw
+    image = members[sample.image]
     if image.size > _MAX_IMAGE_BYTES:
         return image.offset, 0, -1, Flaw(f"over {_MAX_IMAGE_BYTES} bytes")
-    extension = next((extension for extension in _LABELS if extension in sample), None)
-    if extension is None:
-        return image.offset, image.size, -1, Flaw("no label", _short(found))
-    _, offset, size, *_ = sample[extension]
-    if size > _MAX_LABEL_BYTES:
-        return image.offset, image.size, -1, Flaw("no label", f"{size:,} bytes of {extension}")
-    label = _label(os.pread(descriptor, size, offset), extension, numbers)
-    return (image.offset, image.size, -1, label) if isinstance(label, Flaw) else (image.offset, image.size, label, None)
-
-
-def _label(text: bytes, extension: str, numbers: Numbers | None) -> int | Flaw:
-    """The label in a .cls or .json member, or why there is none."""
-    value: object
-    try:
-        value = text.decode("utf-8-sig").strip() if extension == "cls" else json.loads(text)
-    except (ValueError, RecursionError):
-        return Flaw("label is not a whole number", f"bytes that are no {'text' if extension == 'cls' else 'JSON'}")
-    if isinstance(value, dict):
-        names = [name for name in ("label", "cls") if name in value]
-        if not names:
-            return Flaw("no label in the JSON", _short(f"keys {', '.join(sorted(value))}" if value else "no keys"))
-        value = value[names[0]]
-    number = whole(value)
-    if number is None and numbers and isinstance(value, str):
-        number = numbers(nfc(value))
-    return Flaw("label is not a whole number", _short(repr(value))) if number is None else number
-
-
-def whole(value: object) -> int | None:
-    """The whole number of under ten digits that a value or its text is (3, 3.0, "+3"); None for any other."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,9}([.]0*)?", value.strip(), re.ASCII):
-        return int(value.strip().partition(".")[0])
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31 and value == int(value):
-        return int(value)
-    return None
-
-
-def _short(text: str) -> str:
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}…"
+    flaws = []
+    for extension in (extension for extension in rules.labels if extension in members):
+        sample.label = sample.label or extension  # the likeliest, should none of them do
+        _, offset, size, *_ = members[extension]
+        if size > MAX_LABEL_BYTES:
+            label = Flaw("no label", f"{size:,} bytes of {extension}")
+        else:
+            label = rules.label(extension, os.pread(descriptor, size, offset))
+        if not isinstance(label, Flaw):
+            sample.label = extension
+            return image.offset, image.size, label, None
+        flaws.append(label)
+    return image.offset, image.size, -1, flaws[0] if flaws else Flaw("no label", short(found))
 
 
 def fix(cause: str) -> str:
     """What to do about a flaw that most samples have."""
     fixes = {
         "label is": "write labels as whole numbers, or list the names by --class-order FILE",
-        "no label": "put a NAME.cls with a number, or a NAME.json with a label, beside each image",
+        "no label": "put a NAME.cls with a number, or a NAME.json with a label, beside each image, or see --label-key",
         "a dot in": "rename the files, for a key ends at its first dot",
         "label ou": "give the number of classes by --classes, from 1 above the highest label",
         "not an u": "unpack it",
@@ -342,5 +292,5 @@ def duplicate_key(key: str, first: str, second: str) -> UserError:
     return UserError(
         f"duplicate key {key!r}",
         found=f"it in {first} and in {second}",
-        fix="give every sample a key of its own",
+        fix="give every sample a key of its own, as --key shard/name does where each shard has its own names",
     )
