@@ -95,6 +95,18 @@ def test_a_start_of_other_classes_gets_a_new_classifier(prepared, capsys, tmp_pa
     assert code == 0 and "a new classifier for 3 classes, as theirs is for 5" in err
 
 
+def test_a_teacher_of_another_order_is_warned_of_before_the_pass(prepared, capsys, tmp_path):
+    """timm's order, 1, 2, 10, beside torchvision's: two of the three classes are mixed up."""
+    teacher = f"cifar/resnet8@{CASES / 'weights' / 'natural_order.pth'}"
+    code, out, err = command(capsys, "evaluate", "--data", prepared("folders/numbers/val"), "--model", teacher,
+                             "--policy", POLICY)  # fmt: skip
+    assert code == 0 and "33.33 %" in out and "--class-order" in err
+    options = ["--data", prepared("folders/numbers/train"), "--teacher", teacher, "--policy", POLICY, "--views", 1]
+    code, out, err = command(capsys, "precompute-teacher", *options, "--store", tmp_path / "s.zarr", "--dry-run")
+    assert code == 0 and "agrees with the labels of" in out and "33.3 % of 18 samples" in out
+    assert "agrees with the labels of 33.3 %" in err and "numbered as those of the data set" in err
+
+
 # --- training
 
 

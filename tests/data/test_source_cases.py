@@ -93,6 +93,12 @@ def test_tars(capsys, tmp_path, case):
     check(capsys, tmp_path, f"webdataset:{CASES}/tars/{case}", *TARS[case])
 
 
+def test_a_label_beyond_the_classes_is_quarantined(capsys, tmp_path):
+    source = f"webdataset:{CASES}/tars/one_label_255.tar"
+    code, out, _ = command(capsys, "prepare", source, "--out", tmp_path / "out", "--classes", 3)
+    assert code == GOOD and "14 found = 12 used + 2 quarantined" in out and "no sample" not in out
+
+
 @pytest.mark.parametrize("case", ADDRESSES)
 def test_addresses(capsys, tmp_path, case):
     check(capsys, tmp_path, f"webdataset:{case.replace('{}', str(CASES))}", *ADDRESSES[case])
