@@ -233,6 +233,7 @@ def small(tmp_path_factory) -> Path:
     return folder / "data"
 
 
+@pytest.mark.slow  # a minute for a benchmark's table; that its arms see the same pixels has tests of its own
 def test_the_loader_benchmark_runs_every_arm(small, tmp_path, capsys):
     options = ["--rounds", 1, "--pairs", 16, "--batch-size", 8, "--threads", 2]
     code, out, err = command(capsys, "bench", "loader", "--data", small, *options, "--json", tmp_path / "found.json")

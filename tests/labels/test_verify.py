@@ -136,7 +136,7 @@ def exact(conv2d):
     return convolution
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_another_library_is_within_the_noise(digits, loud, verified, tmp_path, monkeypatch, precision):
     """Its teacher pass has other last bits, as on another machine."""
     store = tmp_path / "s.zarr"
