@@ -43,6 +43,9 @@ class PrecomputeTeacher(Machine):
     """Images per forward pass."""
     block_rows: Count = 8192
     """Rows per block: the unit of commit and resume."""
+    array: str | None = None
+    """I/N: this is job I, from 0, of N that fill one store without knowing of each other; it takes its own blocks
+    first, then whatever the others have not done."""
     views_per_decode: Annotated[int, Range(1, 64)] = 1
     """Views made of a sample while it is decoded; the labels are the same, and so many times the memory is taken."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -1,7 +1,7 @@
 """The teacher pass: every view of every sample is seen once, and its soft labels are kept.
 
-Blocks of the store are handed out one by one to the processes of the job; a batch never crosses a block, so a block's
-labels depend neither on where a killed run stopped nor on who computes it.
+Blocks of the store are handed out one by one to the processes of the job (`pipeline.labels.array`); a batch never
+crosses a block, so a block's labels depend neither on where a killed run stopped nor on who computes it.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from kernels.reference import cosine_weight
 from pipeline.config import PrecomputeTeacher
 from pipeline.data import dali, probes
 from pipeline.data.index import Index, matched, open_data
+from pipeline.labels import array
 from pipeline.labels.calibrate import Calibration, calibrate
 from pipeline.labels.epochs import numbered_alike
 from pipeline.networks import called, models
@@ -72,6 +73,7 @@ def run(config: PrecomputeTeacher) -> dict:
 
 
 def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> dict:
+    turn = array.turn(config.array)
     device = devices.pick(config)
     policy = policies.load(config.policy)
     precision = devices.arithmetic(config.precision, device)
@@ -85,8 +87,6 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> di
     ranks.after_first("store")
     store = cache.open(config.store)
 
-    todo = _together(store.missing_blocks(), config.views_per_decode)
-    ranks.gather("listed")  # before anyone commits a block
     loader = Loader(
         index,
         policy,
@@ -95,7 +95,13 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> di
         max_bad=config.max_bad,
     )
     started = time.perf_counter()
-    blocks, done, outside, rate = _fill(config, loader, teacher, store, todo)
+    blocks, done, outside, rate, wanted = 0, 0, [], 0.0, 0
+    for number, todo in enumerate(
+        array.rounds(lambda: _together(store.missing_blocks(), config.views_per_decode), turn)
+    ):
+        wanted += sum(len(views) for views, _ in todo)
+        filled = _fill(config, loader, teacher, store, todo, f"blocks.{number}")
+        blocks, done, outside, rate = blocks + filled[0], done + filled[1], outside + filled[2], filled[3] or rate
     result = {"pairs": done, "pairs_per_s": rate}
     found = [json.loads(text) for text in ranks.gather("filled", json.dumps([blocks, done, outside]))]
     if ranks.rank():
@@ -106,8 +112,8 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> di
         "teacher pass",
         {
             "store": config.store,
-            "views computed": f"{done:,} in {counted(sum(len(v) for v, _ in todo), 'block')}"
-            if todo
+            "views computed": f"{done:,} in {counted(sum(count for count, _, _ in found), 'block')}"
+            if wanted
             else "none, all were there",
             **({"blocks by process": " + ".join(str(blocks) for blocks, _, _ in found)} if len(found) > 1 else {}),
             "rate": f"{done / seconds:,.0f} pairs/s" if done else "-",
@@ -122,10 +128,10 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> di
 
 
 def _fill(
-    config, loader: Loader, teacher: Teacher, store: Store, todo: list[tuple[list[int], int]]
+    config, loader: Loader, teacher: Teacher, store: Store, todo: array.Work, name: str
 ) -> tuple[int, int, list[str], float]:
     """Compute the missing blocks that fall to this process: their number, pairs, those the code does not suit, and
-    pairs per second once the first batch was there."""
+    pairs per second once the first batch was there. `name` is that of the hand-out."""
     index = loader.index
     sizes = [len(views) * len(good_rows(index, store, block)) for views, block in todo]
     under_way: deque[tuple[_Block, bool]] = deque()  # the block of each batch under way, and whether it is its last
@@ -134,10 +140,13 @@ def _fill(
 
         def parts() -> Iterator[plan.Part]:
             ours = 0
-            for number in ranks.hand_out("blocks", len(todo)):
+            for number in ranks.hand_out(name, len(todo)):
+                views, at = todo[number]
+                views = [view for view in views if not array.committed(store, view, at)]  # by another job meanwhile
+                if not views:
+                    continue
                 advance(sum(sizes[ours:number]))  # what other processes have taken
                 ours = number + 1
-                views, at = todo[number]
                 rows = good_rows(index, store, at)
                 filling, left = [_Block(store, view, at, rows) for view in views], len(rows)
                 for part in plan.cut(views, rows, config.batch_size):
@@ -221,6 +230,8 @@ class _Block:
 
     def finish(self, outside: list[str]) -> None:
         """Commit the block; if its labels are worse than the code promises, say so and add to `outside`."""
+        if array.committed(self.store, self.view, self.block):
+            return  # by another job, to the same bytes
         found = Drift()
         if self._sample:
             rows = np.concatenate([rows for rows, _ in self._sample])
@@ -250,15 +261,10 @@ def _open_or_create(config, index: Index, policy: Policy, teacher: Teacher) -> N
         _announce(manifest, found)
         try:
             cache.create(config.store, manifest, status, key_hash)
+            return
         except UserError:
             if not cache.exists(config.store):
-                raise
-            raise UserError(
-                f"store {config.store} came into being meanwhile",
-                found="another process that is making it",
-                fix="run this again: it takes the blocks that are missing",
-            ) from None
-        return
+                raise  # else another process has made it meanwhile: it is joined
     store = cache.open(config.store)
     made = store.manifest
     numbered_alike(index, config, made)
