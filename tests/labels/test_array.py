@@ -15,6 +15,7 @@ from support.commands import refused
 from support.processes import FORK, _stopping
 from support.stores import files
 
+from cache import UserError
 from pipeline.config import PrecomputeTeacher
 from pipeline.demo import POLICY
 from pipeline.labels import array, precompute
