@@ -88,10 +88,23 @@ def through_row(row, lut, left, right, out):
 
 
 @jit
+def copy(source, count, out):
+    """The first `count` values. Assigned as a slice, numba would compile the text of an error: seconds."""
+    for i in range(count):
+        out[i] = source[i]
+
+
+@jit
+def reset(lut):
+    for c in range(3):
+        for v in range(256):
+            lut[c, v] = v
+
+
+@jit
 def identity():
     lut = np.empty((3, 256), np.uint8)
-    for v in range(256):
-        lut[:, v] = v
+    reset(lut)
     return lut
 
 
@@ -164,7 +177,7 @@ def sharpness(source, lut, factor, region, out):
             done += 1
         row, result = lines[y % 3], out[y].reshape(lanes)
         if y == 0 or y == height - 1 or first >= stop:
-            result[3 * left : 3 * right] = row[3 * left : 3 * right]
+            copy(row[3 * left :], 3 * (right - left), result[3 * left :])
             continue
         # Slices, so that indices begin at 0 and numba need not ask whether they are negative.
         above, at, below = lines[(y - 1) % 3, first - 3 :], row[first - 3 :], lines[(y + 1) % 3, first - 3 :]
@@ -177,5 +190,5 @@ def sharpness(source, lut, factor, region, out):
             # (2·total + 13) // 26, exact for all totals up to 13·255
             smooth = np.int32((2 * total + 13) * 10083) >> 18
             smoothed[i] = blend(smooth, v, factor)
-        result[3 * left : first] = row[3 * left : first]
-        result[stop : 3 * right] = row[stop : 3 * right]
+        copy(row[3 * left :], first - 3 * left, result[3 * left :])
+        copy(row[stop:], 3 * right - stop, result[stop:])

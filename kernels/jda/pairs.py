@@ -130,7 +130,7 @@ def _run(image, codes, params, mask, signs, wanted, scratch, lut):
     histogram = np.empty((3, 256), np.int64)
     fresh = False  # is `histogram` that of `source`?
     regions = _regions(codes, params, mask, signs, wanted, height, width)
-    lut[:] = pixels.identity()
+    pixels.reset(lut)
     for i in range(len(codes)):
         if not (mask >> i) & 1:
             continue
@@ -174,7 +174,7 @@ def _run(image, codes, params, mask, signs, wanted, scratch, lut):
             else:
                 geometry.translate(source, lut, 0.0, signed * height, region, target)
             source, target = target, second if target is first else first
-            lut[:] = pixels.identity()
+            pixels.reset(lut)
             fresh = False
     return source
 
@@ -188,7 +188,7 @@ def _regions(codes, params, mask, signs, wanted, height, width):
     regions = np.empty((len(codes), 4), np.int64)
     region = wanted
     for i in range(len(codes) - 1, -1, -1):
-        regions[i] = region
+        regions[i, 0], regions[i, 1], regions[i, 2], regions[i, 3] = region
         if not (mask >> i) & 1:
             continue
         code, m = codes[i], params[i, 0]

@@ -7,7 +7,7 @@ its order is the one followed: vertical first iff h > S and h − S > 2 (w − S
 
 import numpy as np
 
-from kernels.jda.enhance import identity, is_identity, jit, through_row
+from kernels.jda.enhance import copy, identity, is_identity, jit, through_row
 from kernels.jda.simd import weigh_rows
 
 SLACK = 3  # rows of scratch behind an image: taps are read in groups of up to four, the surplus ones being zero
@@ -135,7 +135,7 @@ def _even(length, size):
     for x in range(size):
         early = max(start[x] + count - length, 0)
         start[x] -= early
-        even[x, early : early + counts[x]] = taps[x, : counts[x]]
+        copy(taps[x], counts[x], even[x, early:])
     return start.astype(np.int64), np.int64(count), even.reshape(size * count)
 
 
@@ -143,12 +143,12 @@ def _even(length, size):
 def _vertical(source, length, out):
     """Resize the first `length` rows of `source` (≥ length + SLACK, W, 3) to the height of `out` (S, W, 3)."""
     size, width, _ = out.shape
-    if length == size:
-        out[:] = source[:length]
-        return
-    start, count, taps = _coefficients(length, size)
     lanes = 3 * width
     rows, into = source.reshape(len(source), lanes), out.reshape(size, lanes)
+    if length == size:
+        copy(rows.reshape(-1), size * lanes, into.reshape(-1))
+        return
+    start, count, taps = _coefficients(length, size)
     _weigh(rows, start, count, taps, np.empty(lanes, np.int32), into)
 
 
