@@ -145,7 +145,10 @@ class Replay:
             planes.require_whole(self.store, self._views or 0)
         self._few_shot, self._window = few_shot, shuffle_window
         self._plane, self._folder, self._share = plane, folder, check_share
-        self.rows = order.few_shot(self.index.good, self.index.records["label"][self.index.good], few_shot)
+        self.rows: order.Rows = range(len(self.index))
+        if self.index.quarantined or few_shot != 1:
+            good = self.index.good
+            self.rows = order.few_shot(good, self.index.records["label"][good], few_shot)
         self.least = least
         self.position = start
         self._normalise = Normalise(mean or self.policy.mean, std or self.policy.std, self.device)
@@ -262,6 +265,7 @@ class Replay:
         return plan.requests(self.index, self.policy, seed, self._parts(groups))
 
     def _parts(self, groups: list[tuple[int, int, int]]) -> Iterator[plan.Part]:
+        bounds = order.shard_bounds(self.index.records["shard"], self.rows) if self._window else None
         for first, count, done in groups:
             steps = order.steps(
                 self.seed,
@@ -269,7 +273,7 @@ class Replay:
                 self.batch_size,
                 first + 1,
                 (first, done // count),
-                shards=self.index.records["shard"][self.rows],
+                bounds=bounds,
                 window=self._window,
                 rank=self.rank,
                 world=self.world,

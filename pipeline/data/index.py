@@ -185,6 +185,7 @@ class Index:
     class_list: Classes
     shards: list[str]  # absolute paths, or URLs
     fingerprint: str
+    quarantined: int
     _reader: Reader = field(default_factory=Reader, repr=False)
 
     @classmethod
@@ -218,7 +219,7 @@ class Index:
             raise UserError(f"the index of {path} was altered", fix="run pipeline prepare again")
         names = None if meta["class_names"] is None else tuple(meta["class_names"])
         listed = Classes(meta["classes"], names, meta["class_rule"])
-        return cls(path, records, listed, shards, meta["fingerprint"], reader)
+        return cls(path, records, listed, shards, meta["fingerprint"], meta["quarantined"], reader)
 
     def __len__(self) -> int:
         """Number of rows N, quarantined ones included."""
@@ -228,6 +229,11 @@ class Index:
     def classes(self) -> int:
         """C, the number of classes."""
         return self.class_list.count
+
+    @property
+    def usable(self) -> int:
+        """Number of good rows."""
+        return len(self) - self.quarantined
 
     @cached_property
     def good(self) -> np.ndarray:
@@ -367,12 +373,19 @@ def open_data(machine: Machine, path: str | Path, split: str) -> Index:
     return index
 
 
+def require_labels(index: Index, flag: str) -> None:
+    """Raise UserError for a data set whose samples have no labels; `flag` names it."""
+    if index.class_list.unlabelled:
+        fix = "give a data set prepared without --unlabelled"
+        raise UserError(f"{flag} has no labels", found=f"{index.path}, prepared with --unlabelled", fix=fix)
+
+
 def matched(index: Index, machine: Machine, other: Classes, here: str, there: str) -> Index:
     """`index`, once its classes are those of `other`; its labels renumbered by name if the user gave a --class-map.
 
     `here` and `there` name the places of the two lists in errors. Raises UserError with the first difference.
     """
-    if not machine.class_map:
+    if not machine.class_map or index.class_list.unlabelled:
         other.require_same(index.class_list, there, here)
         return index
     numbers = index.class_list.numbers_in(other, here, there)

@@ -13,7 +13,7 @@ class Skipped:
     def __init__(self, index: Index, max_bad: float = 0.001):
         """`max_bad` is the largest share of the data set that may be skipped."""
         self.index = index
-        self.limit = int(max_bad * len(index.good))
+        self.limit = int(max_bad * index.usable)
         self.causes: dict[int, str] = {}
         self._lock = threading.Lock()
 
@@ -31,6 +31,6 @@ class Skipped:
             raise UserError(
                 "too many samples cannot be read",
                 found=f"{len(self.causes)}, the last: {cause}",
-                expected=f"at most {self.limit} of {len(self.index.good):,} (--max-bad)",
+                expected=f"at most {self.limit} of {self.index.usable:,} (--max-bad)",
                 fix="repair the shards, or prepare the data set again to quarantine them",
             )

@@ -72,7 +72,7 @@ def run(config: Plan) -> None:
     """Measure or read rates, print the plan and write `config.json`."""
     _check(config)
     found = _read(config) if config.rates else rates.measure(config)
-    images = config.images or len(open_data(config, str(config.data), "train").good)
+    images = config.images or open_data(config, str(config.data), "train").usable
     read_bytes_s = math.inf if config.read_mb_s is None else 1e6 * config.read_mb_s
     job = Job(images, config.views, config.epochs, config.students, read_bytes_s)
     rows = [row(found, job, gpus) for gpus in GPUS]
