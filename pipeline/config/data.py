@@ -20,7 +20,7 @@ class Prepare(Options):
     out: Path
     """Folder to create. digits, cifar and idx fill OUT/train and OUT/val."""
     classes: Annotated[int | None, Range(1, 2**31 - 1)] = None
-    """Number of classes of a webdataset source; by default the largest label + 1."""
+    """Number of classes of a webdataset source, by default the largest label + 1; with --unlabelled the teacher's."""
     shard_size: Count = 4096
     """Samples per shard."""
     seed: Seed = 0
@@ -28,6 +28,9 @@ class Prepare(Options):
     class_order: str = "lexical"
     """What numbers class names: lexical, by code points, as torchvision does; natural, 2 before 10, as timm does; or a
     file with a name a line. For a webdataset source the file names the classes, and labels may be names."""
+    unlabelled: bool = False
+    """Take images alone, of an imagefolder: or webdataset: source that need not name classes: for students that learn
+    from a teacher of CLASSES classes alone, with --alpha 0."""
     class_map: Path | None = None
     """File of `name: name` lines that class names are read through before they are numbered; it may join classes."""
     key: Literal["name", "shard/name", "shard/row"] = "name"

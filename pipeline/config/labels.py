@@ -19,6 +19,10 @@ class PrecomputeTeacher(Machine):
     teacher: str
     """Network as NAME@WEIGHTS; NAME@pretrained takes timm's own weights. python:MODULE.FUNCTION is any callable from
     normalised images f32 (B, 3, S, S) to logits (B, classes)."""
+    teacher_classes: Annotated[int | None, Range(1, 2**31 - 1)] = None
+    """Number of classes of a teacher of other classes than the data's, 21843 of ImageNet-21k: of its outputs those that
+    the data's names lead to are kept. CLASS_MAP then leads names, or numbers where there are none, to the teacher's
+    names, or to the numbers of its outputs."""
     store: str
     """Store to create, to complete, or to extend to more views or shards: a folder or an s3:// URL."""
     views: Count
@@ -68,6 +72,8 @@ class Verify(Machine):
     """Prepared data set that it was made for."""
     teacher: str | None = None
     """Teacher as NAME@WEIGHTS; without it pixels and integrity are verified, but not what the teacher said."""
+    teacher_classes: Annotated[int | None, Range(1, 2**31 - 1)] = None
+    """As given to precompute-teacher, and CLASS_MAP with it."""
     fraction: Part = 0.001
     """Share of the rows of every view; at least 64 rows in all."""
     seed: Seed = 0
@@ -89,6 +95,8 @@ class Inspect(Machine):
     """File to write."""
     teacher: str | None = None
     """Teacher as NAME@WEIGHTS: pictures then also show its top classes before coding."""
+    teacher_classes: Annotated[int | None, Range(1, 2**31 - 1)] = None
+    """As given to precompute-teacher, and CLASS_MAP with it."""
     samples: Annotated[int, Range(0, 1000)] = 12
     """View pairs to show."""
 

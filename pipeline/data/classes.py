@@ -18,6 +18,7 @@ import yaml
 from cache.errors import UserError, did_you_mean
 
 RULES = ("lexical", "natural")
+UNLABELLED = "none"
 _MOST = 2**31 - 1
 _SHOWN = 6
 _MAX_FILE_BYTES = 64 << 20
@@ -31,10 +32,16 @@ class Classes:
     """By number; None where classes are mere numbers."""
     rule: str | None = None
     """What numbered the names: lexical, by code points, as torchvision does; natural, 2 before 10, as timm does; file,
-    a list that the user gave; source, what the data set itself says. None: unknown."""
+    a list that the user gave; source, what the data set itself says; none, samples have no labels, and are entered
+    under 0. None: unknown."""
 
     def __post_init__(self):
         assert self.names is None or len(self.names) == self.count, (self.names, self.count)
+
+    @property
+    def unlabelled(self) -> bool:
+        """Does nobody know of which class a sample is?"""
+        return self.rule == UNLABELLED
 
     def name(self, label: int) -> str:
         """For people: the name of a class, or its number."""
@@ -113,6 +120,32 @@ class Classes:
         return np.array([places[nfc(name)] for name in self.names], np.int32)
 
 
+def outputs(classes: Classes, teacher: Classes, names: dict[str, str]) -> np.ndarray:
+    """i64 (C,): the output of a teacher of other classes that stands for each of `classes`.
+
+    A class goes by its name, else its number, read through the map `names`, to a name of the teacher's, else to the
+    number of an output. Raises UserError for a class that leads nowhere, and for two that lead to one output.
+    """
+    places = {nfc(name): number for number, name in enumerate(teacher.names or ())}
+    found: dict[int, str] = {}
+    for name in classes.names or map(str, range(classes.count)):
+        wanted = names.get(nfc(name), name)
+        number = places.get(nfc(wanted), int(wanted) if re.fullmatch("[0-9]{1,9}", wanted) else -1)
+        if not 0 <= number < teacher.count:
+            what = "a name of the teacher's" if places else f"the number of one of its {teacher.count} outputs"
+            raise UserError(
+                f"class {name!r} leads to no output of the teacher",
+                found=repr(wanted),
+                expected=what,
+                fix=f"write {name}: OUTPUT into the file of --class-map",
+            )
+        if number in found:
+            fix = "prepare the data set with a --class-map that joins them"
+            raise UserError("two classes lead to one output", found=f"{found[number]!r} and {name!r}", fix=fix)
+        found[number] = name
+    return np.array(list(found), np.int64)
+
+
 def nfc(name: str) -> str:
     """The form in which names are compared."""
     return unicodedata.normalize("NFC", name)
@@ -155,6 +188,8 @@ def differ(names: Sequence[str]) -> bool:
 
 def remarks(classes: Classes, labels: np.ndarray) -> list[str]:
     """What a user should know of classes whose good samples have these labels."""
+    if classes.unlabelled:
+        return ["samples have no labels: students learn from the teacher alone, with --alpha 0"]
     found = []
     present = np.unique(labels)
     if missing := classes.count - len(present):

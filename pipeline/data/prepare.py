@@ -50,6 +50,7 @@ def run(config: Prepare) -> None:
         seed=config.seed,
         class_order=config.class_order,
         class_map=config.class_map,
+        unlabelled=config.unlabelled,
         max_pixels_per_byte=config.max_pixels_per_byte,
         key=config.key,
         label_key=config.label_key,
@@ -74,6 +75,7 @@ def build(
     threads: int | None = None,
     class_order: str = "lexical",
     class_map: Path | None = None,
+    unlabelled: bool = False,
     max_pixels_per_byte: float = 1000,
     key: str = "name",
     label_key: str | None = None,
@@ -87,7 +89,7 @@ def build(
     digits, cifar and idx become `out/train` and `out/val`, all others one data set in `out`. Everything is
     built in a sibling folder that takes the name `out` at the end, so `out` is whole or not there.
     `classes` is for webdataset (else the highest label + 1) and synthetic (else 1000). `class_order` and `class_map`
-    are those of `pipeline.data.classes`; the last three are those of `sources.base.Options`.
+    are those of `pipeline.data.classes`; `unlabelled` and the last three are those of `sources.base.Options`.
 
     Returns a summary: out, classes, samples, good, quarantined, causes {cause: count}, shards, image_bytes,
     splits {name: good samples} (empty for a single data set), seconds, files (the record of a `Ledger`), warned {what
@@ -106,7 +108,7 @@ def build(
     if classes is not None and not 1 <= classes < 2**31:
         raise UserError("--classes out of range", found=classes, expected="at least 1", fix="correct --classes")
     names = class_lists.read_map(class_map) if class_map else None
-    options = Options(seed, threads, classes, class_order, names, key, label_key, labels)
+    options = Options(seed, threads, classes, class_order, unlabelled, names, key, label_key, labels)
     ledger = Ledger()
     partial_out = out.with_name(f".{out.name}.partial")
     try:
@@ -192,7 +194,9 @@ def _build(
             part = folder / name
             part.mkdir(exist_ok=True)
             shards = _write_shards(split, part, shard_size)
-            checks = _Checks(source, split.classes, Rules(), pixels_per_byte, options.threads)
+            checks = _Checks(
+                source, split.classes, Rules(labelled=not options.unlabelled), pixels_per_byte, options.threads
+            )
             parts[name] = _index(part, shards, checks, ledger, split.files)
             if parts[name].samples != split.count:
                 raise UserError(
@@ -221,7 +225,8 @@ def _write_shards(source: Source, folder: Path, shard_size: int) -> list[str]:
         post=lambda name: names.append(os.path.basename(name)),
     ) as writer:
         for sample in _track(source.samples, source.count, "writing shards", "images"):
-            label = {} if sample.label is None else {"cls": str(sample.label).encode()}
+            unknown = sample.label is None or source.classes.unlabelled
+            label = {} if unknown else {"cls": str(sample.label).encode()}
             writer.write({"__key__": sample.key, sample.extension: sample.image, **label})
     return names
 

@@ -32,13 +32,14 @@ class Calibration:
     temperature: float
     pairs_per_second: float
     """Of loader and teacher together."""
-    agreement: Agreement
-    """Of the teacher with the labels, on the original views."""
+    agreement: Agreement | None
+    """Of the teacher with the labels, on the original views; None where samples have none."""
 
     def to_json(self) -> dict:
         """For the manifest's `fidelity`."""
         asked = {"budget": self.budget, "temperature": self.temperature}
-        return self.fidelity.to_json() | asked | {"agreement": self.agreement.share}
+        agreement = {"agreement": self.agreement.share} if self.agreement else {}
+        return self.fidelity.to_json() | asked | agreement
 
 
 def calibrate(config: PrecomputeTeacher, index: Index, policy: Policy, teacher: Teacher) -> Calibration:
@@ -56,7 +57,7 @@ def calibrate(config: PrecomputeTeacher, index: Index, policy: Policy, teacher: 
     stream = philox.stream(config.seed, index.records["key_hash"][rows[rest]], 0)
     fitted = config.codec in ("auto", "subspace")
     fidelity = measure(codec, logits[rest], stream, temperature=temperature)
-    agrees = agreement(logits[:, 0], index.records["label"][rows])
+    agrees = None if index.class_list.unlabelled else agreement(logits[:, 0], index.records["label"][rows])
     return Calibration(codec, fidelity, budget if fitted else None, temperature, rate, agrees)
 
 

@@ -3,6 +3,7 @@
 Memory is bounded by blocks: one is read at a time, `_BLOCKS` at the most, and `_SAMPLED` rows are looked at in all.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,16 +29,19 @@ _SAMPLED = 20_000
 
 def run(config: Inspect) -> None:
     """Write the page. Raises UserError if store, data and teacher do not belong together, or a block is damaged."""
-    index = open_data(config, config.data, "train")
+    machine = dataclasses.replace(config, class_map=None) if config.teacher_classes else config
+    index = open_data(machine, config.data, "train")
     store = cache.open(config.store)
     manifest = store.manifest
     cache.check(manifest, dataset=index.fingerprint, samples=len(index), classes=index.classes)
-    index = numbered_alike(index, config, manifest)
+    index = numbered_alike(index, machine, manifest)
     policy, decoder = replayed(manifest)
     teacher = None
     if config.teacher is not None:
         precision = manifest.versions.get("precision", "fp32")
-        network = models.trained(config.teacher, index.class_list)
+        network = models.trained(config.teacher, config.teacher_classes or index.class_list)
+        if config.teacher_classes:
+            network = models.narrowed(network, index.class_list, config.class_map)
         teacher = Teacher(network, policy, devices.pick(config), precision, size=manifest.teacher_size)
         cache.check(manifest, teacher=teacher.name, teacher_weights=teacher.fingerprint)
     missing = set(store.missing_blocks())

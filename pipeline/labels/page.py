@@ -138,7 +138,7 @@ def _gallery(index: Index, pairs: list[Pair]) -> str:
         return "<p>No labels yet.</p>"
     cards = []
     for pair in pairs:
-        label = int(index.records["label"][pair.row])
+        label = -1 if index.class_list.unlabelled else int(index.records["label"][pair.row])
         captions = "original", f"augmented: {', '.join(pair.fired) or 'another crop'}"
         cells = [
             f"<figure>{_picture(pixels)}<figcaption>{escape(caption)}</figcaption></figure>"
@@ -256,7 +256,7 @@ def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def _class_name(index: Index, label: int) -> str:
-    return index.class_list.name(label)
+    return index.class_list.name(label) if label >= 0 else "no label"
 
 
 def _key(index: Index, row: int) -> str:

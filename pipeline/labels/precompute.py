@@ -55,21 +55,29 @@ def precompute(
     """
     spec = teacher if isinstance(teacher, str) else called.PREFIX
     config = PrecomputeTeacher(data=Path(data), teacher=spec, store=str(store), views=views, **options)
-    index = open_data(config, config.data, "train")
-    if isinstance(teacher, str):
-        network = models.trained(teacher, index.class_list)
-    else:
-        network = models.of_callable(teacher, index.class_list)
+    index = _opened(config)
+    classes = config.teacher_classes or index.class_list
+    network = models.trained(spec, classes) if isinstance(teacher, str) else models.of_callable(teacher, classes)
+    if config.teacher_classes:
+        network = models.narrowed(network, index.class_list, config.class_map)
     _run(config, index, network)
 
 
 def run(config: PrecomputeTeacher) -> dict:
     """Create, complete or extend a store; {"pairs", "pairs_per_s"} of this process. Raises UserError for anything in it
     that contradicts the options."""
-    index = open_data(config, config.data, "train")
-    network = models.trained(config.teacher, index.classes)
+    index = _opened(config)
+    network = models.trained(config.teacher, config.teacher_classes or index.classes)
+    if config.teacher_classes:
+        return _run(config, index, models.narrowed(network, index.class_list, config.class_map))
     index = matched(index, config, network.class_list or index.class_list, "--data", f"--teacher {config.teacher}")
     return _run(config, index, network)
+
+
+def _opened(config: PrecomputeTeacher) -> Index:
+    """The data set; of a teacher of other classes a class map says what its outputs are, not what the data's are."""
+    machine = dataclasses.replace(config, class_map=None) if config.teacher_classes else config
+    return open_data(machine, config.data, "train")
 
 
 def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> dict:
@@ -316,8 +324,9 @@ def _bytes(store: Store, vectors: int) -> str:
 
 def _announce(manifest: Manifest, found: Calibration) -> None:
     print(f"labels: {_described(found)}; {_size(manifest.samples, manifest.views, found)}", flush=True)
-    print(f"teacher: agrees with the labels of {found.agreement}", flush=True)
-    found.agreement.warn(f"teacher {manifest.teacher}")
+    if found.agreement:
+        print(f"teacher: agrees with the labels of {found.agreement}", flush=True)
+        found.agreement.warn(f"teacher {manifest.teacher}")
 
 
 def _described(found: Calibration) -> str:
@@ -335,9 +344,10 @@ def _size(samples: int, views: int, found: Calibration) -> str:
 
 
 def _show_plan(config, index: Index, found: Calibration) -> None:
-    found.agreement.warn(f"teacher {config.teacher}")
+    if found.agreement:
+        found.agreement.warn(f"teacher {config.teacher}")
     samples = len(index)
-    left = len(index.good) * config.views
+    left = index.usable * config.views
     if cache.exists(config.store):
         store = cache.open(config.store)
         missing = set(store.missing_blocks())
@@ -346,7 +356,7 @@ def _show_plan(config, index: Index, found: Calibration) -> None:
     summary(
         "dry run: nothing was written",
         {
-            "agrees with the labels of": found.agreement,
+            "agrees with the labels of": found.agreement or "none, there are no labels",
             "codec": _described(found),
             "store": _size(samples, config.views, found),
             "one plane in memory": decimal(samples * found.codec.row_bytes),

@@ -18,6 +18,7 @@ findings: a store may be verified while it grows. The command exits with 0 if it
 with 2 for wrong options or a store that cannot be opened.
 """
 
+import dataclasses
 import math
 import sys
 from collections import Counter, deque
@@ -30,6 +31,7 @@ import numpy as np
 import cache
 from cache import Store, UserError
 from pipeline.config import Verify
+from pipeline.data.classes import Classes
 from pipeline.data.index import Index, open_data
 from pipeline.labels.epochs import replayed
 from pipeline.labels.judge import DAMAGED, TEACHER, Judge
@@ -93,7 +95,8 @@ def run(config: Verify) -> None:
 
 def verify(config: Verify) -> Report:
     """Verify a store. Raises UserError for wrong options, or a store that cannot be opened or holds nothing yet."""
-    index = open_data(config, config.data, "train")
+    machine = dataclasses.replace(config, class_map=None) if config.teacher_classes else config
+    index = open_data(machine, config.data, "train")
     store = cache.open(config.store)
     manifest, report = store.manifest, Report(index, store)
     if not _same_data(index, store, report):
@@ -180,7 +183,10 @@ def _judge(config: Verify, policy: Policy, report: Report) -> Judge | None:
     if config.precision not in ("auto", precision):
         fix = f"give --precision {precision}"
         raise UserError("the teacher pass had another precision", found=config.precision, expected=precision, fix=fix)
-    network = models.trained(config.teacher, manifest.classes)
+    network = models.trained(config.teacher, config.teacher_classes or manifest.classes)
+    if config.teacher_classes:
+        listed = Classes.from_json(manifest.class_list, "the store's manifest")
+        network = models.narrowed(network, listed, config.class_map)
     teacher = Teacher(network, policy, devices.pick(config), precision, size=manifest.teacher_size)
     made_by = {"teacher": teacher.name, "teacher_weights": teacher.fingerprint}
     try:

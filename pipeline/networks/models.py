@@ -1,15 +1,19 @@
 """Networks by name, with the weights that a spec names."""
 
 import difflib
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cache import UserError
 from cache.errors import did_you_mean
+from pipeline.data import classes as class_lists
 from pipeline.data.classes import Classes
 from pipeline.networks import called, cifar, weights
 from pipeline.system.terminal import note
@@ -107,6 +111,28 @@ def of_callable(function: Callable[[Tensor], Any], classes: int | Classes, *, na
     mean, std = (tuple(map(float, values)) if values is not None else None for values in said)
     name = name or f"{called.PREFIX}{getattr(function, '__qualname__', type(function).__name__)}"
     return Network(module, name, wanted.count, mean, std, identity, wanted)
+
+
+class _Chosen(nn.Module):
+    def __init__(self, module: nn.Module, outputs: np.ndarray):
+        super().__init__()
+        self.module = module
+        self.register_buffer("outputs", torch.from_numpy(outputs), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.module(images)[:, self.outputs]
+
+
+def narrowed(network: Network, classes: Classes, class_map: Path | None) -> Network:
+    """A network of other classes, of whose outputs those answer alone that `classes` lead to, see `classes.outputs`.
+
+    Softmax is then over these: the teacher says which of the wanted classes it is, were it one of them.
+    """
+    names = class_lists.read_map(class_map) if class_map else {}
+    outputs = class_lists.outputs(classes, network.class_list or Classes(network.classes), names)
+    identity = hashlib.sha256(network.fingerprint.encode() + outputs.astype("<i8").tobytes()).hexdigest()
+    module = _Chosen(network.module, outputs)
+    return Network(module, network.name, classes.count, network.mean, network.std, identity, classes)
 
 
 def probe(network: Network, size: int, option: str = "") -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.config import Evaluate, Machine
-from pipeline.data.index import Index, matched, open_data
+from pipeline.data.index import Index, matched, open_data, require_labels
 from pipeline.labels.agreement import Agreement
 from pipeline.networks import models
 from pipeline.networks.placed import Placed, placed
@@ -23,6 +23,7 @@ def run(config: Evaluate) -> None:
     """Print the accuracy of a network."""
     device = devices.pick(config)
     index = open_data(config, config.data, "val")
+    require_labels(index, "--data")
     policy = policies.load(config.policy)
     network = models.trained(config.model, index.classes)
     index = matched(index, config, network.class_list or index.class_list, "--data", f"--model {config.model}")

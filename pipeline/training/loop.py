@@ -12,7 +12,7 @@ import torch
 
 from cache import UserError
 from pipeline.config import Training
-from pipeline.data.index import Index, matched, open_data
+from pipeline.data.index import Index, matched, open_data, require_labels
 from pipeline.labels.epochs import Labels, labels_of
 from pipeline.networks import models
 from pipeline.networks.placed import Placed, placed
@@ -81,6 +81,7 @@ def _checked(config: Training, index: Index) -> Index | None:
     """The validation set. Raises UserError if something does not fit, before the run's folder is made."""
     val = open_data(config, config.val, "val") if config.val else None
     if val:
+        require_labels(val, "--val")
         val = matched(val, config, index.class_list, "--val", "--data")
     if config.nesterov and not config.momentum:
         raise UserError("--nesterov without momentum", found="--momentum 0", fix="give a momentum or --no-nesterov")

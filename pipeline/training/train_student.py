@@ -75,7 +75,8 @@ def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy, size
     device = devices.pick(config)
     network = models.trained(spec, index.class_list)
     teacher = Teacher(network, policy, device, devices.arithmetic(config.precision, device), size=size)
-    if config.live_teacher and ranks.rank() == 0 and (found := look(teacher, index, policy, config, config.batch_size)):
+    known = config.live_teacher and not index.class_list.unlabelled
+    if known and ranks.rank() == 0 and (found := look(teacher, index, policy, config, config.batch_size)):
         print(f"teacher: agrees with the labels of {found}", flush=True)
         found.warn(f"teacher {spec}")
     return teacher
@@ -122,6 +123,13 @@ def _check(config: TrainStudent, index: Index, store: Store | None) -> None:
         cache.check(store.manifest, **expected)
         if config.loss != "ce" and not config.live_teacher:
             _check_temperature(config, store)
+    if index.class_list.unlabelled:
+        if config.loss in ("ce", "dkd"):
+            found = "data prepared with --unlabelled"
+            raise UserError(f"--loss {config.loss} needs labels", found=found, fix="take kd or ccd")
+        if config.alpha:
+            what, fix = "--alpha is the share of the hard loss", "give --alpha 0"
+            raise UserError(what, found=f"{config.alpha:g} and data without labels", expected=0, fix=fix)
     if config.loss == "dkd" and index.classes < 2:
         raise UserError("--loss dkd needs two classes", found=index.classes, fix="take another --loss, or more classes")
     if config.live_teacher and config.loss == "ccd-mean":

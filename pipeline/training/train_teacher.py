@@ -1,7 +1,7 @@
 """Training a teacher by cross-entropy, with or without JDA (claim b of the paper asks for both)."""
 
 from pipeline.config import TrainTeacher
-from pipeline.data.index import open_data
+from pipeline.data.index import open_data, require_labels
 from pipeline.networks import models
 from pipeline.replay import Replay
 from pipeline.training.loop import Job, fit
@@ -11,6 +11,7 @@ from pipeline.training.objectives import CrossEntropy
 def run(config: TrainTeacher) -> None:
     """Train a teacher; every epoch sees views of its own."""
     index = open_data(config, config.data, "train")
+    require_labels(index, "--data")
     replay = Replay(
         index,
         batch_size=config.batch_size,

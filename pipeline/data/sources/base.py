@@ -47,6 +47,8 @@ class Options:
     """Number of classes, where a source leaves it open."""
     order: str = "lexical"
     """What numbers class names: see `pipeline.data.classes.numbered`."""
+    unlabelled: bool = False
+    """Take no notice of labels: there are `classes`, and nobody knows of which a sample is."""
     names: dict[str, str] | None = None
     """Map of class names, as `pipeline.data.classes.read_map` gives it."""
     key: str = "name"

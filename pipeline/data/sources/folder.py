@@ -1,4 +1,4 @@
-"""Folders of images, a class each: ROOT/class/**/name.jpg."""
+"""Folders of images, a class each: ROOT/class/**/name.jpg; without labels, images anywhere in a folder."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cache.errors import UserError
-from pipeline.data.classes import nfc, numbered
+from pipeline.data.classes import UNLABELLED, Classes, nfc, numbered
 from pipeline.data.ledger import Ledger, kind_of
 from pipeline.data.sources import flat
 from pipeline.data.sources.base import EXTENSIONS, Options, Sample, Source, key_of, read
@@ -32,7 +32,7 @@ def folder(path: str, options: Options, ledger: Ledger) -> dict[str, Source]:
     if options.labels:
         return flat.flat(path, options.labels, options, ledger)
     try:
-        names, files = _sorted_out(path, ledger)
+        names, files = _sorted_out(path, ledger, options.unlabelled)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}", found=error.strerror, fix="give a folder of folders") from None
     if not files:
@@ -41,9 +41,12 @@ def folder(path: str, options: Options, ledger: Ledger) -> dict[str, Source]:
         raise UserError(
             f"no images in {path}",
             found=there or "no files",
-            expected=f"ROOT/class/name with one of {', '.join(EXTENSIONS)}",
+            expected=f"ROOT/{'' if options.unlabelled else 'class/'}name with one of {', '.join(EXTENSIONS)}",
             fix="check the path",
         )
+    if options.unlabelled:
+        nobody = Classes(options.classes or 1, None, UNLABELLED)
+        return {"": Source(_samples(path, files, [0] * len(files), options.seed), len(files), nobody, files=1)}
     if _are_splits(path, names, files):
         inner = next((name for name in names if name.lower().startswith("train")), names[0])
         raise UserError(
@@ -72,18 +75,18 @@ def _samples(root: str, files: list[_File], labels: list[int], seed: int) -> Ite
         path = files[i].path
         stem, extension = os.path.splitext(path)
         name = key_of(os.path.basename(stem if stems[stem] == 1 else path))
-        key = os.path.join(os.path.relpath(os.path.dirname(path), root), name)
+        key = os.path.normpath(os.path.join(os.path.relpath(os.path.dirname(path), root), name))
         # A line break would hide the member from WebDataset's rule for keys.
         yield Sample(key.replace("\n", "%0A"), extension[1:].lower(), read(path), labels[i])
 
 
-def _sorted_out(root: str, ledger: Ledger) -> tuple[list[str], list[_File]]:
+def _sorted_out(root: str, ledger: Ledger, unlabelled: bool) -> tuple[list[str], list[_File]]:
     """The names of the class folders and their images, both sorted; all else is left out."""
     names, files = [], []
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         if _is_dir(entry) and not entry.name.startswith(".") and entry.name != _RESOURCE_FORKS:
             names.append(entry.name)
-    for path, fate in _walk(root, ledger):
+    for path, fate in _walk(root, ledger, unlabelled):
         if not fate:
             files.append(_File(os.path.relpath(path, root).split(os.sep)[0], path))
             ledger.use()
@@ -92,7 +95,7 @@ def _sorted_out(root: str, ledger: Ledger) -> tuple[list[str], list[_File]]:
     return names, sorted(files, key=lambda file: file.path)
 
 
-def _walk(root: str, ledger: Ledger) -> Iterator[tuple[str, str]]:
+def _walk(root: str, ledger: Ledger, unlabelled: bool) -> Iterator[tuple[str, str]]:
     """Every file under `root` with the reason for leaving it out, "" for an image. Met here and nowhere else."""
     absolute = os.path.realpath(root)
     above = {_identity(os.stat(folder)) for folder in (absolute, *map(str, Path(absolute).parents))}
@@ -114,7 +117,7 @@ def _walk(root: str, ledger: Ledger) -> Iterator[tuple[str, str]]:
                     continue
                 reason = reason or "a linked folder that is read already"
             ledger.meet()
-            yield entry.path, reason or _fate(entry, outside=entry is top)
+            yield entry.path, reason or _fate(entry, outside=entry is top and not unlabelled)
 
 
 def _fate(entry: os.DirEntry, outside: bool) -> str:

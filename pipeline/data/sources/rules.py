@@ -8,7 +8,7 @@ from typing import Any
 
 from cache.errors import UserError
 from pipeline.data import classes as class_lists
-from pipeline.data.classes import Classes, nfc
+from pipeline.data.classes import UNLABELLED, Classes, nfc
 from pipeline.data.ledger import Flaw
 from pipeline.data.shards import stem
 from pipeline.data.sources.base import Options, whole
@@ -28,10 +28,14 @@ class Rules:
     """Where in a JSON the label is; dots lead into objects."""
     key: str = "name"
     """`name`, the sample's own, or `shard/name`."""
+    labelled: bool = True
+    """Else a sample is an image, of label 0, and what stands beside it is left out."""
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The extensions of members that may hold the label, the likeliest first."""
+        if not self.labelled:
+            return ()
         if self.label_key:
             return ("json",)
         return (
@@ -66,7 +70,7 @@ class Rules:
 
 def of(options: Options, listed: Classes | None) -> Rules:
     """The rules that the options ask for, of data whose classes are `listed`."""
-    return Rules(numbering(listed, options.names), options.label_key, options.key)
+    return Rules(numbering(listed, options.names), options.label_key, options.key, not options.unlabelled)
 
 
 def listed(options: Options) -> Classes | None:
@@ -74,6 +78,8 @@ def listed(options: Options) -> Classes | None:
     if options.order == "natural":
         fix = "give a file that names them, or drop --class-order"
         raise UserError("the classes of tars are numbered already", found="--class-order natural", fix=fix)
+    if options.unlabelled:
+        return Classes(options.classes or 1, None, UNLABELLED)
     found = None if options.order == "lexical" else class_lists.read_list(options.order)
     if found and options.classes not in (None, found.count):
         raise UserError("--classes and --class-order disagree", found=options.classes, expected=found.count)
@@ -117,6 +123,24 @@ def unused(kind: str, options: Options) -> None:
     ):
         if value and kind not in kinds:
             raise UserError(f"{flag} means nothing to {kind}", expected=" or ".join(kinds), fix=f"drop {flag}")
+    if options.unlabelled:
+        _unused_without_labels(kind, options)
+
+
+def _unused_without_labels(kind: str, options: Options) -> None:
+    if kind not in ("imagefolder", "webdataset"):
+        raise UserError(f"--unlabelled means nothing to {kind}", expected="imagefolder or webdataset", fix="drop it")
+    for flag, given in (
+        ("--class-order", options.order != "lexical"),
+        ("--class-map", options.names is not None),
+        ("--label-key", options.label_key),
+        ("--labels", options.labels),
+    ):
+        if given:
+            raise UserError(f"--unlabelled and {flag}", found="both", expected="one", fix=f"drop {flag}")
+    if options.classes is None:
+        fix = "give the teacher's number of classes, 1000 of ImageNet-1k"
+        raise UserError("--unlabelled without --classes", expected="--classes N", fix=fix)
 
 
 def short(text: str) -> str:

@@ -109,7 +109,7 @@ def scan(file: BinaryIO, shard: str, ledger: Ledger, rules: Rules | None = None)
             offset, size, label, flaw = _row(file.fileno(), sample, rules)
             rows.append((0, offset, size, 0, 0, label, index.key_hash(sample.key), 0, 0, 0))
             flaws.append(flaw)
-            files.append(_account(sample, ledger))
+            files.append(_account(sample, ledger, rules.labelled))
     except OSError as error:
         raise UserError(f"cannot read shard {shard}", found=error.strerror, fix="check the file") from None
     keys = [sample.key for sample in samples.values()]
@@ -135,7 +135,7 @@ class _Sample:
         return next((extension for extension in EXTENSIONS if extension in self.members), None)
 
     def whole(self, rules: Rules) -> bool:
-        return bool(self.image) and any(extension in self.members for extension in rules.labels)
+        return bool(self.image) and (not rules.labelled or any(extension in self.members for extension in rules.labels))
 
 
 class _Tar:
@@ -237,12 +237,13 @@ def _inside(name: str) -> str:
     return posixpath.normpath(name) if not name.startswith("/") else name
 
 
-def _account(sample: _Sample, ledger: Ledger) -> int:
+def _account(sample: _Sample, ledger: Ledger, labelled: bool) -> int:
     """Tell the ledger of a sample's members; how many of them are the sample's files."""
-    used = [sample.image, sample.label] if sample.image and sample.label else list(sample.members)
+    used = [sample.image, sample.label] if labelled else [sample.image]
+    used = [extension for extension in used if extension] if all(used) else list(sample.members)
     for extension, member in sample.members.items():
         if extension not in used:
-            ledger.leave(member.name, "beside an image and its label", kind=extension)
+            ledger.leave(member.name, f"beside an image{' and its label' * labelled}", kind=extension)
     ledger.use(len(used))
     return len(used)
 
@@ -261,6 +262,8 @@ def _row(descriptor: int, sample: _Sample, rules: Rules) -> tuple[int, int, int,
     image = members[sample.image]
     if image.size > _MAX_IMAGE_BYTES:
         return image.offset, 0, -1, Flaw(f"over {_MAX_IMAGE_BYTES} bytes")
+    if not rules.labelled:
+        return image.offset, image.size, 0, None
     flaws = []
     for extension in (extension for extension in rules.labels if extension in members):
         sample.label = sample.label or extension  # the likeliest, should none of them do
