@@ -1,15 +1,20 @@
-"""What a label format does to a student: accuracy against bytes on disk, on the simulated teacher.
+"""What a label format does to a student: accuracy against bytes on disk, of a simulated or a real teacher.
 
-One small student per arm and seed learns from decoded labels alone (no hard labels): 40,000 pairs in 3 views, 1,000
-steps at T = 4. Everything but the labels is the same for all arms of a seed: initial weights, batches, features. So
-differences to the student of exact labels are taken within a seed, and the standard error is that of the mean of
-these differences. Held-out pairs are fresh draws; accuracy is against their true class, of the view
-that is not augmented, as test sets are.
+One small student per arm and seed learns from decoded labels alone (no hard labels). Everything but the labels is the
+same for all arms of a seed: initial weights, batches, inputs. So differences to the student of exact labels are taken
+within a seed, and the standard error is that of the mean of these differences.
+
+- The simulated teacher: 40,000 pairs in 3 views, 1,000 steps of 1,024 pairs. Held-out pairs are fresh draws; accuracy
+  is against their true class, of the view that is not augmented, as test sets are.
+- `--teacher lite0 --student small --data DIR --val DIR`: a real one on the views of prepared data sets (two of each
+  image, 64 pairs a step), judged by how often its top class is the student's too, and by KL(teacher ‖ student), on all
+  of VAL, both views. `bench.labels.photographs` makes such data.
 
 Labels are encoded once per view and decoded batch by batch, as a loader would. Bytes on disk are those of `pack` for
-the first `CHUNK_PAIRS` pairs of a view, a store's chunk; bytes in memory are the row's. Peers' rows include what the
-peer needs to make the view again (`bench.labels.peers`); other arms need nothing. A finished student is kept in
-WORK/codec-transfer.json under a hash of all that it depends on: run again to resume.
+the first `CHUNK_PAIRS` pairs of a view, a store's chunk; bytes all told have w and digests with them where a store
+keeps these; bytes in memory are the row's. Peers' rows include what the peer needs to make the view again
+(`bench.labels.peers`); other arms need nothing. A finished student is kept in WORK/codec-transfer.json under a hash of
+all that it depends on: run again to resume.
 """
 
 import dataclasses
@@ -19,20 +24,18 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from bench import harness
-from bench.labels import peers, simulated
-from cache import UserError, codec, philox
+from bench.labels import problems, simulated
+from bench.labels.arms import ARMS, REFERENCE, Coder, Make, arms, beside_bytes
+from bench.labels.problems import Problem
+from cache import UserError
 from cache.codec.fidelity import divergence
 from cache.errors import did_you_mean
 from pipeline.config import Bench
@@ -40,86 +43,27 @@ from pipeline.system import machine as machines
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import progress
 
-TEMPERATURE = 4.0
-VIEWS = 3
-BATCH = 1024
-"""Pairs per step."""
-HIDDEN = 256
+VIEWS, REAL_VIEWS = 3, 2
 PEAK = 3e-3
 """Of Adam's learning rate, which follows one cycle."""
-HELD_OUT = 8192
-"""Pairs to evaluate on."""
 CHUNK_PAIRS = 8192
 _SAMPLES = 40_000  # pairs per view, unless asked for otherwise
 FIT_PAIRS = 4096
 """Pairs of the first view that a codec may be fitted to."""
-REFERENCE = "exact"
 _ENCODE_PAIRS = 2048  # at once: encoding takes some float64 copies of the logits
-_DATA_SEED, _HELD_SEED, _STREAM_SEED = 0, 1, 2
-
-
-class Coder(Protocol):
-    """What an arm needs of a codec."""
-
-    @property
-    def row_bytes(self) -> int: ...
-    @property
-    def config(self) -> dict: ...
-    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray: ...
-    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray: ...
-    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes: ...
-
-
-Make = Callable[[np.ndarray], Coder | None]
-"""Of logits to fit to, f32 (n, 2, C): the codec, or None for labels as they are."""
-
-
-def _arms() -> dict[str, Make]:
-    """By name.
-
-    -renorm: the kept mass scaled to 1 rather than the rest spread evenly (-uniform: the other way round); -t1: stored
-    at T = 1, as most peers do, for a student that learns at T = 4.
-    """
-
-    def of(make: Callable[..., Coder], *values, **options) -> Make:
-        return lambda logits: make(logits.shape[2], *values, **options)
-
-    arms: dict[str, Make] = {
-        REFERENCE: lambda logits: None,
-        "fp16": of(peers.Dense),
-        "int8": lambda logits: codec.make("int8", classes=logits.shape[2]),
-        "int6": of(peers.PerRow, 6),
-        "int4": of(peers.PerRow, 4),
-    }
-    for name, make in (
-        ("tinyvit-100", partial(peers.tinyvit, k=100)),
-        ("tinyvit-10", partial(peers.tinyvit, k=10)),
-        ("apple-10", peers.apple),
-        ("fkd-5", peers.fkd),
-    ):
-        arms |= {name: of(make), f"{name}-renorm": of(make, tail="zero"), f"{name}-t1": of(make, temperature=1.0)}
-    arms |= {"distillkit-50": of(peers.DistillKit), "distillkit-50-uniform": of(peers.DistillKit, tail="uniform")}
-    arms |= {f"rskd-{draws}": of(peers.Sampled, draws) for draws in (100, 400)}
-    return arms | {
-        f"subspace-{kl}": partial(codec.fit, "subspace", kl=kl)
-        for kl in (0.01, 0.03, 0.04, 0.05, 0.06, 0.1, 0.2, 0.21, 0.4, 1.0)
-    }
-
-
-ARMS = _arms()
 
 
 def run(config: Bench) -> dict:
     """Run the comparison, print its table, write `config.json` and the plots of `config.out`; returns the document."""
     options = dataclasses.replace(config, samples=config.samples or _SAMPLES)
-    names = _names(options.arms)
-    for name, low in (("samples", BATCH), ("steps", 2)):
+    names, makes = _names(options.arms), arms(options.temperature)
+    for name, low in (("samples", problems.BATCH), ("steps", 2)):
         if (value := getattr(options, name)) < low:
             raise UserError(f"--{name} out of range", found=value, expected=f"at least {low}")
     machine = machines.describe()
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-    problem = Problem.draw(options.samples, HELD_OUT)
-    labels = {name: Labels(problem, ARMS[name]) for name in names}
+    problem = _problem(options)
+    labels = {name: Labels(problem, makes[name]) for name in names}
     done = Finished(options.work)
     students: dict[str, list[dict]] = {name: [] for name in names}
     with progress("codec-transfer", options.seeds * len(names), "students") as advance:
@@ -134,10 +78,14 @@ def run(config: Bench) -> dict:
     found = harness.document(
         "codec-transfer",
         machine=machine,
-        options=vars(options) | {"batch": BATCH, "hidden": HIDDEN, "peak": PEAK},
+        options=vars(options) | {"batch": problem.batch, "hidden": problems.HIDDEN, "peak": PEAK},
         unit="students",
         reference=reference,
-        arms={name: labels[name].sizes() | summary(students[name], students[reference]) for name in names},
+        arms={
+            name: labels[name].sizes(name, options.temperature)
+            | summary(students[name], students[reference], problem.judged_by)
+            for name in names
+        },
         tables={},
     )
     show(found)
@@ -151,30 +99,15 @@ def run(config: Bench) -> dict:
 # --- what is learnt
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Training data and fresh data of the simulated teacher; the second axis is original, augmented."""
-
-    features: list[torch.Tensor]
-    """Per view, f32 (n, 2, F)."""
-    logits: list[torch.Tensor]
-    """Per view, f32 (n, 2, C)."""
-    streams: list[np.ndarray]
-    """Per view, u64 (n,), the dither keys."""
-    held_features: torch.Tensor
-    held_logits: torch.Tensor
-    held_labels: torch.Tensor
-    """i64 (m,)."""
-
-    @staticmethod
-    def draw(samples: int, held_out: int) -> "Problem":
-        """`samples` pairs in `VIEWS` views, and `held_out` in one."""
-        teacher = simulated.teacher()
-        features, logits, _ = simulated.draw(teacher, samples, VIEWS, _DATA_SEED)
-        held_features, held_logits, held_labels = simulated.draw(teacher, held_out, 1, _HELD_SEED)
-        keys = np.arange(samples, dtype=np.uint64)
-        streams = [philox.stream(_STREAM_SEED, keys, view) for view in range(VIEWS)]
-        return Problem(features, logits, streams, held_features[0], held_logits[0], held_labels)
+def _problem(options: Bench) -> Problem:
+    if options.teacher is None:
+        return problems.simulation(options.samples, problems.HELD_OUT, VIEWS)
+    if options.data is None or options.val is None:
+        missing = "--data" if options.data is None else "--val"
+        fix = "prepare photographs, see bench/labels/photographs.py"
+        raise UserError(f"--teacher {options.teacher} without {missing}", expected="a prepared data set", fix=fix)
+    student, work = options.student or problems.STUDENTS[0], harness.work(options.work)
+    return problems.photographs(options.teacher, student, options.data, options.val, REAL_VIEWS, work)
 
 
 class Labels:
@@ -183,6 +116,8 @@ class Labels:
     def __init__(self, problem: Problem, make: Make):
         self.problem = problem
         self.codec = make(problem.logits[0][:FIT_PAIRS].numpy())
+        self.share = getattr(self.codec, "share", 1.0)
+        """Of the pairs, those that labels are kept of, the same number of each view."""
         self._rows: dict[int, np.ndarray] = {}
         self._first = np.empty((0, 0), np.uint8) if self.codec is None else self._encode(self.codec, 0, CHUNK_PAIRS)
 
@@ -190,6 +125,14 @@ class Labels:
         logits, stream = self.problem.logits[view][:pairs].numpy(), self.problem.streams[view][:pairs]
         blocks = (slice(at, at + _ENCODE_PAIRS) for at in range(0, len(logits), _ENCODE_PAIRS))
         return np.concatenate([coder.encode(logits[block], stream[block]) for block in blocks])
+
+    def kept(self, index: np.ndarray, view: int) -> np.ndarray:
+        """The pairs that a student sees where `index` i64 (B,) was drawn of all: the same, unless they were pruned."""
+        if self.share == 1:
+            return index
+        streams = self.problem.streams[view]
+        few = max(1, int(self.share * len(streams)))
+        return np.argsort(streams)[:few][index * few // len(streams)]
 
     def logits(self, view: int, index: np.ndarray) -> torch.Tensor:
         """Decoded labels of some pairs, f32 (B, 2, C)."""
@@ -204,23 +147,30 @@ class Labels:
             return self.problem.logits[0][:CHUNK_PAIRS][pairs]
         return torch.from_numpy(self.codec.decode(self._first[pairs], self.problem.streams[0][:CHUNK_PAIRS][pairs]))
 
-    def sizes(self) -> dict:
-        """Bytes per vector in memory and on disk; KL(teacher ‖ labels) at T, None where classes without mass make it
-        infinite."""
+    def sizes(self, name: str, temperature: float) -> dict:
+        """Bytes per vector in memory, on disk and all told; KL(teacher ‖ labels) at T, None where classes without mass
+        make it infinite. Of pruned labels bytes are shared by all vectors, KL is that of the kept ones."""
         row_bytes = disk_bytes = 4.0 * simulated.CLASSES
         if self.codec is not None:
             stream = self.problem.streams[0][: len(self._first)]
             code = self.codec.pack(self._first, stream)
-            row_bytes, disk_bytes = self.codec.row_bytes / 2, len(code) / (2 * len(self._first))
+            row_bytes = self.share * self.codec.row_bytes / 2
+            disk_bytes = self.share * len(code) / (2 * len(self._first))
+        chunk = self.problem.logits[0][:CHUNK_PAIRS].numpy()
         some = slice(-1024, None)  # of the full chunk, pairs that no codec was fitted to
-        truth = self.problem.logits[0][:CHUNK_PAIRS][some].numpy()
-        kl = divergence(truth, self._decoded(some).numpy(), TEMPERATURE)
-        return {"row_bytes": row_bytes, "disk_bytes": disk_bytes, "label_kl": kl if kl < 100 else None}
+        kl = divergence(chunk[some], self._decoded(some).numpy(), temperature)
+        return {
+            "row_bytes": row_bytes,
+            "disk_bytes": disk_bytes,
+            "all_bytes": disk_bytes + beside_bytes(name, chunk),
+            "label_kl": kl if kl < 100 else None,
+        }
 
     def key(self, seed: int, options: Bench) -> str:
         """A hash of all that a student of these labels depends on: recipe, codec, and what the codec makes."""
-        recipe = [options.samples, options.steps, seed]
-        recipe += [PEAK, BATCH, HIDDEN, TEMPERATURE, VIEWS, HELD_OUT]
+        problem = self.problem
+        recipe = [len(problem.streams[0]), options.steps, seed, options.teacher, options.student, options.temperature]
+        recipe += [PEAK, problem.batch, problems.HIDDEN, len(problem.logits), len(problem.held_logits)]
         config = None if self.codec is None else self.codec.config
         digest = hashlib.sha256(json.dumps([recipe, torch.__version__, config], sort_keys=True).encode())
         digest.update(self._first.tobytes() + self._decoded(slice(64)).numpy().tobytes())
@@ -228,39 +178,43 @@ class Labels:
 
 
 def learn(problem: Problem, labels: Labels, seed: int, options: Bench) -> dict:
-    """Teach one student: accuracy in % and KL(teacher ‖ student) at T on held-out pairs, seconds it took.
+    """Teach one student: accuracy and agreement with the teacher in % and KL(teacher ‖ student) at T on held-out pairs,
+    seconds it took.
 
     The loss is T² times the cross-entropy to the labels at T, averaged over the views of a batch.
     """
     start = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        student = nn.Sequential(nn.Linear(simulated.FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, simulated.CLASSES))
+        student = problem.student()
     optimiser = torch.optim.Adam(student.parameters(), PEAK)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK, total_steps=options.steps)
     order = np.random.default_rng(seed)
-    samples = len(problem.features[0])
-    per_epoch = samples // BATCH
+    samples, batch, temperature = len(problem.streams[0]), problem.batch, options.temperature
+    per_epoch = samples // batch
     shuffled = np.empty(0, np.int64)
     for step in range(options.steps):
         epoch, at = divmod(step, per_epoch)
         if at == 0:
             shuffled = order.permutation(samples)
-        index, view = shuffled[at * BATCH : (at + 1) * BATCH], epoch % VIEWS
-        target = torch.softmax(labels.logits(view, index) / TEMPERATURE, dim=-1)
-        said = student(problem.features[view][torch.from_numpy(index)])
-        loss = -(target * F.log_softmax(said / TEMPERATURE, dim=-1)).sum(-1).mean() * TEMPERATURE**2
+        view = epoch % len(problem.logits)
+        index = labels.kept(shuffled[at * batch : (at + 1) * batch], view)
+        target = torch.softmax(labels.logits(view, index) / temperature, dim=-1)
+        said = student(problem.inputs[view][torch.from_numpy(index)])
+        loss = -(target * F.log_softmax(said / temperature, dim=-1)).sum(-1).mean() * temperature**2
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
+    student.eval()
     with torch.no_grad():
-        said = student(problem.held_features)
-    hits = (said.argmax(-1) == problem.held_labels[:, None]).double().mean(0) * 100
+        said = student(problem.held_inputs)
+    hits = (said.argmax(-1) == problem.held_labels).double().mean(0) * 100
     return {
         "accuracy": hits[0].item(),
         "accuracy_augmented": hits[1].item(),
-        "kl": divergence(problem.held_logits.numpy(), said.numpy(), TEMPERATURE),
+        "agreement": 100 * (said.argmax(-1) == problem.held_logits.argmax(-1)).double().mean().item(),
+        "kl": divergence(problem.held_logits.numpy(), said.numpy(), temperature),
         "seconds": time.perf_counter() - start,
     }
 
@@ -285,21 +239,20 @@ class Finished:
 # --- what is reported
 
 
-def summary(students: list[dict], reference: list[dict]) -> dict:
-    """Mean and standard deviation over seeds; the mean difference to the reference and its standard error, paired."""
-    differences = [mine["accuracy"] - other["accuracy"] for mine, other in zip(students, reference, strict=True)]
+def summary(students: list[dict], reference: list[dict], judged_by: str = "accuracy") -> dict:
+    """Mean and standard deviation over seeds; the mean differences to the reference and their standard errors, paired,
+    of what students are judged by, and of KL."""
     found = {
         name: {"mean": statistics.mean(values), "sd": _deviation(values), "seeds": values}
         for name in students[0]
         if (values := [student[name] for student in students])
     }
-    error = _deviation(differences)
-    found["difference"] = {
-        "mean": statistics.mean(differences),
-        "se": None if error is None else error / math.sqrt(len(differences)),
-        "seeds": differences,
-    }
-    return found
+    for key, name in (("difference", judged_by), ("kl_difference", "kl")):
+        differences = [mine[name] - other[name] for mine, other in zip(students, reference, strict=True)]
+        error = _deviation(differences)
+        se = None if error is None else error / math.sqrt(len(differences))
+        found[key] = {"mean": statistics.mean(differences), "se": se, "seeds": differences}
+    return found | {"judged_by": judged_by}
 
 
 def _deviation(values: list[float]) -> float | None:
@@ -310,29 +263,33 @@ def show(found: dict) -> None:
     """Print the arms of a document, those of most bytes first."""
     students, labels = [], []
     for name, arm in sorted(found["arms"].items(), key=lambda item: -item[1]["disk_bytes"]):
-        difference, label_kl = arm["difference"], arm["label_kl"]
+        difference, label_kl, judged = arm["difference"], arm["label_kl"], arm[arm["judged_by"]]
+        kl_difference = arm["kl_difference"]
         students.append(
             {
                 "arm": name,
                 "B/vector": f"{arm['disk_bytes']:,.1f}",
-                "accuracy %": f"{arm['accuracy']['mean']:.2f}{_spread(arm['accuracy']['sd'])}",
+                "all told": f"{arm['all_bytes']:,.1f}",
+                f"{arm['judged_by']} %": f"{judged['mean']:.2f}{_spread(judged['sd'])}",
                 f"− {found['reference']}": f"{difference['mean']:+.2f}{_spread(difference['se'])}",
                 "KL": f"{arm['kl']['mean']:.4f}",
+                f"− {found['reference']}'s": f"{kl_difference['mean']:+.4f}{_spread(kl_difference['se'], 4)}",
             }
         )
         kl, seconds = "∞" if label_kl is None else f"{label_kl:.4f}", f"{arm['seconds']['mean']:.0f}"
         labels.append({"arm": name, "B in memory": f"{arm['row_bytes']:,.0f}", "KL": kl, "s/student": seconds})
-    title = f"codec-transfer: {found['options']['seeds']} students an arm"
-    harness.show_table(f"{title}, ± sd of accuracy, ± se of the difference", students)
+    options = found["options"]
+    title = f"codec-transfer: {options['seeds']} students an arm, T = {options['temperature']:g}"
+    harness.show_table(f"{title}, ± sd of a student, ± se of differences", students)
     harness.show_table("codec-transfer: labels", labels)
 
 
-def _spread(value: float | None) -> str:
-    return "" if value is None else f" ± {value:.2f}"
+def _spread(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f" ± {value:.{digits}f}"
 
 
 def plot(found: dict, out: Path) -> None:
-    """Accuracy against bytes on disk, as OUT/codec-transfer.png and .svg."""
+    """What students are judged by against bytes all told, as OUT/codec-transfer.png and .svg."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -340,10 +297,11 @@ def plot(found: dict, out: Path) -> None:
     families: dict[str, list[tuple[str, dict]]] = {}
     for name, arm in found["arms"].items():
         families.setdefault(name.split("-")[0].rstrip("0123456789"), []).append((name, arm))
+    judged = found["arms"][found["reference"]]["judged_by"]
     for family, members in families.items():
-        members.sort(key=lambda member: member[1]["disk_bytes"])
-        x, y = ([arm["disk_bytes"] for _, arm in members], [arm["accuracy"]["mean"] for _, arm in members])
-        sd = [arm["accuracy"]["sd"] or 0 for _, arm in members]
+        members.sort(key=lambda member: member[1]["all_bytes"])
+        x, y = ([arm["all_bytes"] for _, arm in members], [arm[judged]["mean"] for _, arm in members])
+        sd = [arm[judged]["sd"] or 0 for _, arm in members]
         line = "-" if family == "subspace" else "none"
         axes.errorbar(x, y, sd, fmt="o", markersize=4, linestyle=line, capsize=2)
         for at, (name, _) in zip(zip(x, y, strict=True), members, strict=True):
@@ -352,11 +310,13 @@ def plot(found: dict, out: Path) -> None:
             axes.annotate(text, at, textcoords="offset points", xytext=place, fontsize=7)
         if family == "subspace":
             axes.annotate("subspace, by budget", (x[0], y[0]), textcoords="offset points", xytext=(10, 2), fontsize=8)
-    reference = found["arms"][found["reference"]]["accuracy"]["mean"]
+    reference = found["arms"][found["reference"]][judged]["mean"]
     axes.axhline(reference, color="gray", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
-    axes.set_xlabel("bytes per vector on disk")
-    axes.set_ylabel("accuracy of the student, % (simulated teacher)")
+    axes.set_xlabel("bytes per vector, all told")
+    options = found["options"]
+    teacher = options["teacher"] or "simulated"
+    axes.set_ylabel(f"{judged} of the student, % (teacher {teacher}, T = {options['temperature']:g})")
     out.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         figure.savefig(out / f"codec-transfer.{kind}", dpi=150)

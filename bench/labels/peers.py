@@ -280,10 +280,14 @@ class Sampled(_Peer):
 
 @dataclass(frozen=True)
 class PerRow(_Peer):
-    """Uniform steps between each vector's smallest and largest logit, both kept as float16 offset and step."""
+    """Uniform steps between each vector's smallest and largest logit, both kept as float16 offset and step.
+
+    A `share` below 1 of all labels stands for pruning as in LPLD and LPQLD: students see those pairs alone, again.
+    """
 
     classes: int
     bits: int
+    share: float = 1.0
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from bench import harness
 from bench.labels import simulated, storage
-from bench.labels.codec_transfer import ARMS, REFERENCE, Make
+from bench.labels.arms import ARMS, REFERENCE, Make, beside_bytes, weights
 from cache import UserError, philox
 from cache.codec.fidelity import TEMPERATURES, measure
 from cache.errors import did_you_mean
@@ -33,7 +33,15 @@ from pipeline.views.loader import Loader
 _KL = tuple(f"KL T={temperature:g}" for temperature in TEMPERATURES)
 BUDGETS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
 _TABLES = {  # of what `compare` finds
-    "formats on {}: bytes per vector, KL in nats": ("format", "on disk", "in memory", *_KL, "slope", "w off by"),
+    "formats on {}: bytes per vector, KL in nats": (
+        "format",
+        "on disk",
+        "all told",
+        "in memory",
+        *_KL,
+        "slope",
+        "w off by",
+    ),
     "formats on {}: vectors per second of one core": ("format", "encode/s", "decode/s", "pack/s"),
 }
 _FIT, _MEASURED = 2048, 512  # simulated pairs
@@ -88,7 +96,7 @@ def run(config: Bench) -> dict:
 def compare(makes: dict[str, Make], fit: np.ndarray, held: np.ndarray) -> list[dict]:
     """Rows of the formats, fitted to logits f32 (n, 2, C) and measured on `held` f32 (m, 2, C)."""
     stream = philox.stream(_SEED, np.arange(len(held), dtype=np.uint64), 0)
-    true = _weights(held)
+    true = weights(held)
     rows = []
     for name, make in makes.items():
         coder = make(fit)
@@ -96,11 +104,12 @@ def compare(makes: dict[str, Make], fit: np.ndarray, held: np.ndarray) -> list[d
             continue
         encoded = coder.encode(held, stream)
         found = measure(coder, held, stream, encoded)  # pyright: ignore[reportArgumentType]
-        off = np.abs(_weights(coder.decode(encoded, stream)) - true)
+        off = np.abs(weights(coder.decode(encoded, stream)) - true)
         rows.append(
             {
                 "format": name,
                 "on disk": found.bytes_per_vector,
+                "all told": found.bytes_per_vector + beside_bytes(name, held),
                 "in memory": coder.row_bytes / 2,
                 **dict(zip(_KL, found.kl.values(), strict=True)),
                 "slope": found.slope,
@@ -167,11 +176,6 @@ def _rate(call, vectors: int) -> float:
     return vectors / max(statistics.median(times), 1e-9)
 
 
-def _weights(logits: np.ndarray) -> np.ndarray:
-    o, a = logits.astype(np.float64).swapaxes(0, 1)
-    return 1 + (o * a).sum(-1) / np.sqrt((o * o).sum(-1) * (a * a).sum(-1))
-
-
 def _makes(chosen: str | None) -> dict[str, Make]:
     from cache import codec
 
@@ -218,7 +222,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shown(row: dict) -> dict:
-    digits = {"slope": ".4f", "w off by": ".1e", "on disk": ".1f", "in memory": ".0f"}
+    digits = {"slope": ".4f", "w off by": ".1e", "on disk": ".1f", "all told": ".1f", "in memory": ".0f"}
     return {
         key: value if isinstance(value, str) else f"{value:{digits.get(key, ',.0f' if key.endswith('/s') else '.2g')}}"
         for key, value in row.items()

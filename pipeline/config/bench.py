@@ -35,6 +35,8 @@ class Bench(Options):
     format, claims tries what the paper claims."""
     data: Path | None = None
     """Prepared data set; without it synthetic:512 (claims: the digits), prepared once and kept in WORK."""
+    val: Path | None = None
+    """codec-transfer: prepared data set that students of a real teacher are judged by."""
     work: Path | None = None
     """Folder for what is made once; without it jda-distill/bench in the user's cache folder."""
     arms: str | None = None
@@ -60,10 +62,14 @@ class Bench(Options):
     """codec-transfer, claims: students per format or setting."""
     steps: Count = 1000
     """codec-transfer: optimiser steps per student."""
+    temperature: Annotated[float, Range(0, 100, above=True)] = 4.0
+    """codec-transfer: T at which students learn, peers' formats are stored and budgets hold."""
     teacher: str | None = None
-    """claims: teacher as NAME@WEIGHTS; NAME is trained twice, without and with JDA. By default the demo's."""
+    """claims: teacher as NAME@WEIGHTS; NAME is trained twice, without and with JDA. By default the demo's.
+    codec-transfer: lite0, lite1 or lite2 on DATA and VAL, by default the simulated teacher."""
     student: str | None = None
-    """claims: student NAME, by default the demo's."""
+    """claims: student NAME, by default the demo's. codec-transfer with a real teacher: small, which sees pixels, or
+    head, which sees features of the teacher's."""
     policy: str | None = None
     """claims: imagenet, cifar10, cifar100 or a YAML file, by default the demo's."""
     epochs: Annotated[int, Range(1, 10_000)] = 8

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench.labels import codec_transfer, peers, simulated
-from bench.labels.codec_transfer import ARMS, Labels, Problem
+from bench.labels import codec_transfer, peers, problems, simulated
+from bench.labels.arms import ARMS, arms
+from bench.labels.codec_transfer import Labels
+from bench.labels.problems import Problem
 from cache import UserError
 from pipeline.config import Bench
 
@@ -25,7 +28,7 @@ def threads():
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return Problem.draw(700, held_out=64)
+    return problems.simulation(700, held_out=64, views=3)
 
 
 def test_the_simulated_teacher_is_the_published_one():
@@ -59,20 +62,41 @@ def test_labels_are_decoded_views(problem):
 
 
 def test_sizes_are_bytes_per_vector(problem):
-    assert Labels(problem, ARMS["exact"]).sizes() == {"row_bytes": 4000.0, "disk_bytes": 4000.0, "label_kl": 0.0}
+    whole = {"row_bytes": 4000.0, "disk_bytes": 4000.0, "all_bytes": 4000.0, "label_kl": 0.0}
+    assert Labels(problem, ARMS["exact"]).sizes("exact", 4.0) == whole
     labels = Labels(problem, ARMS["tinyvit-10"])
-    sizes = labels.sizes()
+    sizes = labels.sizes("tinyvit-10", 4.0)
     codec, logits, stream = peers.tinyvit(1000, 10), problem.logits[0].numpy(), problem.streams[0]
     assert sizes["row_bytes"] == 44
     assert sizes["disk_bytes"] == len(codec.pack(codec.encode(logits, stream))) / 1400
-    assert Labels(problem, ARMS["tinyvit-10-renorm"]).sizes()["label_kl"] is None
+    assert sizes["all_bytes"] == sizes["disk_bytes"], "its row holds what makes the view again"
+    assert Labels(problem, ARMS["tinyvit-10-renorm"]).sizes("tinyvit-10-renorm", 4.0)["label_kl"] is None
     # A uniform step s adds KL s² / 24 T² or less; scale / 2 is the largest error of int8.
     step = (problem.logits[0].amax(-1) - problem.logits[0].amin(-1)).max().item() / 254
-    assert 0 <= Labels(problem, ARMS["int8"]).sizes()["label_kl"] < step**2 / (24 * 16)
+    ours = Labels(problem, ARMS["int8"]).sizes("int8", 4.0)
+    assert 0 <= ours["label_kl"] < step**2 / (24 * 16)
+    # Of 700 pairs w in 20 to 25 bits and a digest of 4 bytes: `tests/cache/test_formats.py` weighs a store's files.
+    assert 3.2 < ours["all_bytes"] - ours["disk_bytes"] < 3.7
 
 
-def test_students_of_a_seed_differ_by_their_labels_alone(problem, monkeypatch):
-    monkeypatch.setattr(codec_transfer, "BATCH", 128)
+def test_pruned_labels_are_the_same_few_in_every_epoch(problem):
+    labels = Labels(problem, ARMS["lpqld-int4"])
+    seen = [np.unique(labels.kept(np.arange(700), view)) for view in (0, 1, 0)]
+    assert len(seen[0]) == len(seen[1]) == 70 and np.array_equal(seen[0], seen[2])
+    assert not np.array_equal(seen[0], seen[1])
+    whole = Labels(problem, ARMS["int4"]).sizes("int4", 4.0)
+    assert labels.sizes("lpqld-int4", 4.0)["disk_bytes"] == pytest.approx(0.1 * whole["disk_bytes"])
+
+
+def test_formats_are_made_for_the_students_temperature(problem):
+    """Top-100 labels stored at T = 2 are exact there and not at 4; -t1 stays what peers ship."""
+    for name, stored in (("tinyvit-100", 2.0), ("tinyvit-100-t1", 1.0), ("rskd-100", 2.0), ("distillkit-50", 2.0)):
+        coder = arms(2.0)[name](problem.logits[0][:8].numpy())
+        assert coder and coder.config["temperature"] == stored
+
+
+def test_students_of_a_seed_differ_by_their_labels_alone(problem):
+    problem = dataclasses.replace(problem, batch=128)
     exact, few = Labels(problem, ARMS["exact"]), dataclasses.replace(SMALL, steps=5)
     first, again, other = (codec_transfer.learn(problem, exact, seed, few) for seed in (0, 0, 1))
     for name in ("accuracy", "kl"):
@@ -119,8 +143,8 @@ def test_every_arm_makes_a_codec(problem):
 
 
 def test_a_run_orders_labels_and_resumes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(codec_transfer, "HELD_OUT", 256)
-    monkeypatch.setattr(codec_transfer, "BATCH", 128)
+    monkeypatch.setattr(problems, "HELD_OUT", 256)
+    monkeypatch.setattr(problems, "BATCH", 128)
     options = dataclasses.replace(
         SMALL, arms="exact,int8,tinyvit-10", work=tmp_path, json=tmp_path / "found.json", out=tmp_path / "plots"
     )
@@ -148,6 +172,9 @@ def test_a_run_orders_labels_and_resumes(tmp_path, capsys, monkeypatch):
 def test_what_a_user_gets_wrong_is_an_error():
     for change, message in (
         ({"arms": "exact,tinyvit-1000"}, "unknown arm tinyvit-1000; fix: did you mean tinyvit-100"),
+        ({"teacher": "lite0", "data": Path("d")}, "--teacher lite0 without --val"),
+        ({"teacher": "lite9", "data": Path("d"), "val": Path("d")}, "unknown teacher lite9"),
+        ({"teacher": "lite0", "student": "large", "data": Path("d"), "val": Path("d")}, "unknown student large"),
         ({"samples": 100}, "--samples out of range; found 100, expected at least 1024"),
     ):
         with pytest.raises(UserError, match=message):

@@ -1,0 +1,89 @@
+"""Label formats by name, ours and others', and what ours keep beside the labels."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from bench.labels import peers
+from cache import codec
+from cache.codec.fidelity import TEMPERATURE
+from cache.store import beside
+
+REFERENCE = "exact"
+BUDGETS = (0.01, 0.03, 0.04, 0.05, 0.06, 0.1, 0.2, 0.21, 0.4, 1.0)
+"""Nats."""
+PRUNED = 0.1
+"""Share of the labels that `lpqld-int4` keeps."""
+_CRC_BYTES = 4  # of each chunk of w and of digests
+
+
+class Coder(Protocol):
+    """What an arm needs of a codec."""
+
+    @property
+    def row_bytes(self) -> int: ...
+    @property
+    def config(self) -> dict: ...
+    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray: ...
+    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray: ...
+    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes: ...
+
+
+Make = Callable[[np.ndarray], Coder | None]
+"""Of logits to fit to, f32 (n, 2, C): the codec, or None for labels as they are."""
+
+
+def arms(temperature: float = TEMPERATURE) -> dict[str, Make]:
+    """By name, each as suits a student at `temperature`.
+
+    -renorm: the kept mass scaled to 1 rather than the rest spread evenly (-uniform: the other way round); -t1: stored
+    at T = 1, as most peers do, whatever the student learns at; -t4: made for T = 4. rskd-12 takes as many draws as
+    SampledKD.
+    """
+
+    def of(make: Callable[..., Coder], *values, **options) -> Make:
+        return lambda logits: make(logits.shape[2], *values, **options)
+
+    found: dict[str, Make] = {
+        REFERENCE: lambda logits: None,
+        "fp16": of(peers.Dense),
+        "int8": lambda logits: codec.make("int8", classes=logits.shape[2]),
+        "int6": of(peers.PerRow, 6),
+        "int4": of(peers.PerRow, 4),
+        "lpqld-int4": of(peers.PerRow, 4, PRUNED),
+    }
+    for name, make in (
+        ("tinyvit-100", partial(peers.tinyvit, k=100)),
+        ("tinyvit-10", partial(peers.tinyvit, k=10)),
+        ("apple-10", peers.apple),
+        ("fkd-5", peers.fkd),
+    ):
+        at = partial(make, temperature=temperature)
+        found |= {name: of(at), f"{name}-renorm": of(at, tail="zero"), f"{name}-t1": of(make, temperature=1.0)}
+    curve = partial(peers.DistillKit, temperature=temperature)
+    found |= {"distillkit-50": of(curve), "distillkit-50-uniform": of(curve, tail="uniform")}
+    found |= {f"rskd-{draws}": of(peers.Sampled, draws, temperature=temperature) for draws in (12, 100, 400)}
+    found[f"subspace-{codec.DEFAULT_BUDGET}-t4"] = partial(codec.fit, "subspace", kl=codec.DEFAULT_BUDGET)
+    return found | {f"subspace-{kl}": partial(codec.fit, "subspace", kl=kl, temperature=temperature) for kl in BUDGETS}
+
+
+ARMS = arms()
+
+
+def beside_bytes(name: str, logits: np.ndarray) -> float:
+    """Per vector of a chunk of pairs f32 (n, 2, C): w, digest and their checksums, which a store of ours keeps.
+
+    Other formats make their views again from what their rows hold, and keep neither.
+    """
+    if not (name == "int8" or name.startswith("subspace")):
+        return 0.0
+    squeezed = beside.squeezed(beside.rounded(weights(logits).astype(np.float32)).tobytes())
+    return (len(squeezed) + 4 * len(logits) + 2 * _CRC_BYTES) / (2 * len(logits))
+
+
+def weights(logits: np.ndarray) -> np.ndarray:
+    """w = 1 + cos of pairs f32 (n, 2, C): f64 (n,)."""
+    o, a = logits.astype(np.float64).swapaxes(0, 1)
+    return 1 + (o * a).sum(-1) / np.sqrt((o * o).sum(-1) * (a * a).sum(-1))
