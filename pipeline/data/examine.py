@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pipeline.data import index
 from pipeline.data.decode import Undecodable, as_rgb, decode
 from pipeline.data.ledger import Flaw
+from pipeline.data.records import MAX_SIDE
 from pipeline.system.native import NativeStderr
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -73,8 +73,8 @@ def header(image: bytes, pixels_per_byte: float) -> Header:
         kind = next((kind for start, kind in _KINDS.items() if re.match(start, image, re.DOTALL | re.IGNORECASE)), "")
         return Header(Flaw(f"not an image that is read ({', '.join(FORMATS)})", kind))
     width, height = opened.size
-    if max(width, height) > index.MAX_SIDE:
-        return Header(Flaw(f"a side over {index.MAX_SIDE} pixels"))
+    if max(width, height) > MAX_SIDE:
+        return Header(Flaw(f"a side over {MAX_SIDE} pixels"))
     if width * height > max(FREE_PIXELS, pixels_per_byte * len(image)):
         found = f"{width} × {height} pixels in {len(image):,} bytes"
         return Header(Flaw(f"over {pixels_per_byte:g} pixels per byte (--max-pixels-per-byte)", found))

@@ -12,7 +12,6 @@ import io
 import json
 import re
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,28 +25,10 @@ from pipeline.config import Machine
 from pipeline.data import classes as class_lists
 from pipeline.data import tokens
 from pipeline.data.classes import Classes
+from pipeline.data.records import RECORD, checked, damaged, fingerprint
 from pipeline.data.remote import Unreadable, is_remote
 from pipeline.data.shards import CACHE_BYTES, Reader, stem
 
-RECORD = np.dtype(
-    [
-        ("shard", "<u4"),  # position in Index.shards
-        ("offset", "<u8"),  # of the image's first byte in the shard file
-        ("size", "<u4"),  # bytes of the encoded image
-        ("height", "<u4"),  # pixels, 0 if quarantined
-        ("width", "<u4"),
-        ("label", "<i4"),
-        ("key_hash", "<u8"),
-        ("crc", "<u4"),  # CRC-32C of the encoded image
-        ("status", "u1"),  # 0 good, anything else quarantined
-        ("cmyk", "u1"),  # four inks: each decoder has its own idea of their colour
-    ]
-)
-MAX_SIDE = 16_383  # Pillow rotates in 16.16 fixed point, and areas must stay exact in `pipeline.views.drawing`
-
-_IDENTITY = np.dtype(
-    [(name, RECORD[name]) for name in ("key_hash", "label", "size", "crc", "height", "width", "status")]
-)
 _FORMAT = 3  # 1 held the CRC-32 of zlib; 2 did not say what numbered the classes
 _META_TYPES: dict[str, type | tuple[type, ...]] = {
     "format": int,
@@ -63,7 +44,6 @@ _META_TYPES: dict[str, type | tuple[type, ...]] = {
 _MAX_META_BYTES = 64 << 20
 _BLOCK = 512  # of a tar file
 _HEADER_BYTES = 8 << 10  # a member's headers: one block, and those that hold a name over 100 characters
-_LENGTH_THREADS = 32
 
 
 class BadSample(UserError):
@@ -84,21 +64,6 @@ def split_name(name: str) -> tuple[str, str] | None:
     """
     match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
     return (match[1], match[2].lower()) if match else None
-
-
-def fingerprint(records: np.ndarray, classes: int) -> str:
-    """sha256 hex over what a sample is (key, label, bytes, size, status), in row order, and the class count.
-
-    Where the shards lie does not enter: a data set may be moved or sharded anew without losing its identity.
-    """
-    digest = hashlib.sha256(int(classes).to_bytes(8, "little"))
-    for start in range(0, len(records), 1 << 16):
-        chunk = records[start : start + (1 << 16)]
-        packed = np.empty(len(chunk), _IDENTITY)
-        for name in _IDENTITY.names or ():
-            packed[name] = chunk[name]
-        digest.update(packed.tobytes())
-    return digest.hexdigest()
 
 
 def write(
@@ -207,16 +172,9 @@ class Index:
                 f"{path} is not a prepared data set", expected="index.npy in it", fix="run pipeline prepare"
             )
         meta = _read_meta(path)
-        records = _read_records(path)
-        if len(records) != meta["samples"]:
-            raise _damaged(path, found=f"{len(records)} records", expected=meta["samples"])
-        if np.count_nonzero(records["status"]) != meta["quarantined"]:
-            raise _damaged(path, found="another number of quarantined samples", expected=meta["quarantined"])
         shards = [shard if is_remote(shard) else str(path / shard) for shard in meta["shards"]]
         reader = Reader(cache, cache_bytes)
-        _check_records(path, records, shards, reader, meta["classes"])
-        if fingerprint(records, meta["classes"]) != meta["fingerprint"]:
-            raise UserError(f"the index of {path} was altered", fix="run pipeline prepare again")
+        records = checked(path, meta, shards, reader)
         names = None if meta["class_names"] is None else tuple(meta["class_names"])
         listed = Classes(meta["classes"], names, meta["class_rule"])
         return cls(path, records, listed, shards, meta["fingerprint"], meta["quarantined"], reader)
@@ -279,27 +237,21 @@ class Index:
         )
 
 
-def _damaged(path: Path, *, found: object, expected: object = None) -> UserError:
-    return UserError(
-        f"the index of {path} is damaged", found=found, expected=expected, fix="run pipeline prepare again"
-    )
-
-
 def _read_meta(path: Path) -> dict[str, Any]:
     """dataset.json with every key of the right type, and counts that fit each other."""
     file = path / "dataset.json"
     try:
         if file.stat().st_size > _MAX_META_BYTES:
-            raise _damaged(path, found=f"dataset.json over {_MAX_META_BYTES} bytes")
+            raise damaged(path, found=f"dataset.json over {_MAX_META_BYTES} bytes")
         meta = json.loads(file.read_bytes())
     except OSError as error:
-        raise _damaged(path, found=f"dataset.json: {error.strerror}") from None
+        raise damaged(path, found=f"dataset.json: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise _damaged(path, found="dataset.json that is not JSON") from None
+        raise damaged(path, found="dataset.json that is not JSON") from None
     if not isinstance(meta, dict):
-        raise _damaged(path, found=f"dataset.json that is a {type(meta).__name__}")
+        raise damaged(path, found=f"dataset.json that is a {type(meta).__name__}")
     if meta.get("format") == 2:
         meta = {"class_rule": None, **meta, "format": _FORMAT}
     if meta.get("format") != _FORMAT:
@@ -310,59 +262,20 @@ def _read_meta(path: Path) -> dict[str, Any]:
             fix="run pipeline prepare again",
         )
     if meta.keys() != _META_TYPES.keys():
-        raise _damaged(path, found=f"keys {sorted(meta)}", expected=sorted(_META_TYPES))
+        raise damaged(path, found=f"keys {sorted(meta)}", expected=sorted(_META_TYPES))
     for name, kind in _META_TYPES.items():
         if not isinstance(meta[name], kind) or isinstance(meta[name], bool):
-            raise _damaged(path, found=f"{name} of type {type(meta[name]).__name__} in dataset.json")
+            raise damaged(path, found=f"{name} of type {type(meta[name]).__name__} in dataset.json")
     if meta["samples"] == 0:
         raise UserError(f"the data set at {path} is empty", fix="run pipeline prepare on a source with images")
     if not 1 <= meta["classes"] < 2**31:
-        raise _damaged(path, found=f"{meta['classes']} classes")
+        raise damaged(path, found=f"{meta['classes']} classes")
     for name in ("shards", "class_names"):
         if not all(isinstance(item, str) for item in meta[name] or ()):
-            raise _damaged(path, found=f"{name} that are not all strings")
+            raise damaged(path, found=f"{name} that are not all strings")
     if meta["class_names"] is not None and len(meta["class_names"]) != meta["classes"]:
-        raise _damaged(path, found=f"{len(meta['class_names'])} class names", expected=meta["classes"])
+        raise damaged(path, found=f"{len(meta['class_names'])} class names", expected=meta["classes"])
     return meta
-
-
-def _read_records(path: Path) -> np.ndarray:
-    """Map index.npy; nothing is allocated before dtype, shape and file length have been found right."""
-    try:
-        records = np.lib.format.open_memmap(path / "index.npy", mode="r")
-    except Exception as error:  # numpy's header parser leaks ast, tokenize and struct errors
-        raise _damaged(path, found=f"index.npy: {error}") from None
-    if records.dtype != RECORD or records.ndim != 1:
-        raise _damaged(path, found="index.npy with other records", expected="a 1-D array of RECORD")
-    return records
-
-
-def _check_records(path: Path, records: np.ndarray, shards: list[str], reader: Reader, classes: int) -> None:
-    """Every record lies inside its shard, and every good one has a label in range and a plausible size."""
-    if records["shard"].max() >= len(shards):
-        raise _damaged(path, found=f"shard number {records['shard'].max()}", expected=f"below {len(shards)}")
-    with ThreadPoolExecutor(_LENGTH_THREADS) as pool:  # a server answers in milliseconds, each time
-        lengths = np.fromiter(pool.map(reader.length, shards), np.uint64, len(shards))
-    room = lengths[records["shard"]]
-    size, offset = records["size"], records["offset"]
-    # Compared without offset + size, which a hostile offset could make wrap around.
-    outside = (offset > room) | (size > room - np.minimum(offset, room))
-    if outside.any():
-        row = int(outside.argmax())
-        shard = shards[records["shard"][row]]
-        raise UserError(
-            f"shard {shard} is shorter than indexed",
-            found=f"{int(room[row])} bytes",
-            expected=f"at least {int(offset[row]) + int(size[row])}",
-            fix="restore the shard or run pipeline prepare again",
-        )
-    good = records["status"] == 0
-    label = records["label"]
-    if (good & ((label < 0) | (label >= classes))).any():
-        raise _damaged(path, found="a label out of range", expected=f"0 to {classes - 1}")
-    for side in (records["height"], records["width"]):
-        if (good & ((side == 0) | (side > MAX_SIDE))).any():
-            raise _damaged(path, found="an image side out of range", expected=f"1 to {MAX_SIDE}")
 
 
 def open_data(machine: Machine, path: str | Path, split: str) -> Index:

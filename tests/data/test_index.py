@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from cache.errors import UserError
-from pipeline.data import index, shards
+from pipeline.data import index, records, shards
 from pipeline.data.classes import Classes
 from pipeline.data.index import RECORD, BadSample, Index, fingerprint, key_hash, split_name
 
@@ -380,3 +381,57 @@ def test_an_index_of_imagenets_size_opens_in_150_mb(tmp_path):
             [sys.executable, "-c", IMAGENET, tmp_path, step], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
     assert 50_000 < int(output) <= 150_000  # KiB
+
+
+def test_a_large_index_is_read_through_once(tmp_path, monkeypatch):
+    """And again where index or dataset.json is another file; shards are measured each time."""
+    monkeypatch.setattr(records, "LARGE", 3)
+    make(tmp_path / "d", members(5))
+    folder, read = tmp_path / "d", []
+    read_through = records._read_through
+    monkeypatch.setattr(records, "_read_through", lambda *given: (read.append(given[0]), read_through(*given))[1])
+    first = Index.open(folder)
+    assert np.array_equal(Index.open(folder).records, first.records) and len(read) == 1
+    stamp = (folder / "checked.json").read_bytes()
+
+    for text in (b"", b"[]", b'{"ends": 3}', stamp.replace(b'"ends": [', b'"ends": [1, ')):
+        (folder / "checked.json").write_bytes(text)
+        Index.open(folder)
+        assert (folder / "checked.json").read_bytes() == stamp
+    assert len(read) == 5
+
+    shard = Path(first.shards[0])
+    whole = shard.read_bytes()
+    end = int((first.records["offset"] + first.records["size"])[:3].max())
+    shard.write_bytes(whole[: end - 1])
+    refuse(folder, "is shorter than indexed", f"found {end - 1} bytes", f"at least {end}")
+    shard.write_bytes(whole)
+    assert len(read) == 5
+
+    altered = np.array(first.records)
+    altered["label"][0] += 1
+    times = os.stat(folder / "index.npy")
+    np.save(folder / "index.npy", altered)
+    os.utime(folder / "index.npy", ns=(times.st_atime_ns, times.st_mtime_ns))  # no program sets the time of change
+    refuse(folder, "was altered")
+    assert len(read) == 6
+
+
+def test_an_index_of_100_million_rows_is_opened_without_reading_it(tmp_path, monkeypatch):
+    """Once it has been read through: sparse here, of 4.6 GB. Nothing as long as the rows is made."""
+    rows = 100_000_000
+    make(tmp_path / "d", members(5))
+    folder = tmp_path / "d"
+    meta = json.loads((folder / "dataset.json").read_text()) | {"samples": rows, "quarantined": 0}
+    (folder / "dataset.json").write_text(json.dumps(meta))
+    with (folder / "index.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": RECORD.descr, "fortran_order": False, "shape": (rows,)})
+        file.truncate(file.tell() + rows * RECORD.itemsize)
+    monkeypatch.setattr(records, "_read_through", lambda path, of, meta, shards: [1] * shards)
+    Index.open(folder)
+    monkeypatch.setattr(records, "_read_through", None)
+    tracemalloc.start()
+    index = Index.open(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(index) == index.usable == rows and peak < 10e6

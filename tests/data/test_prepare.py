@@ -20,7 +20,8 @@ from webdataset import tariterators
 
 from pipeline.config import Prepare
 from pipeline.data import prepare
-from pipeline.data.index import MAX_SIDE, Index, key_hash
+from pipeline.data.index import Index, key_hash
+from pipeline.data.records import MAX_SIDE
 
 
 @pytest.fixture(scope="module")
