@@ -144,6 +144,32 @@ def test_w_is_kept_to_a_millionth_in_fewer_than_three_bytes(thousand):
     assert len(beside.squeezed(beside.rounded(spread).tobytes())) < 2.7 * 8192
 
 
+def test_a_pair_costs_its_label_w_a_digest_of_four_bytes_and_little_else(tmp_path):
+    """Weighed by the files of a store; what does not grow with the views is the code and one number a sample."""
+    rng = np.random.default_rng(0)
+    samples, views = 4096, 2
+    signal = rng.normal(size=(samples, 2, 12)) + 2 * rng.normal(size=(samples, 1, 12))
+    logits = (signal @ rng.normal(size=(12, 100))).astype(np.float32)
+    codec = codecs.fit("subspace", logits[:1024], kl=0.05)
+    made = manifest(classes=100, samples=samples, views=views, block_rows=2048, codec=codec.config)
+    store = cache.create(tmp_path / "s", made, np.zeros(samples, np.uint8), rng.integers(0, 2**64, samples, "u8"))
+    weight = (1 + np.prod(signal, axis=1).sum(-1) / np.sqrt(np.prod((signal**2).sum(-1), axis=1))).astype(np.float32)
+    packed = 0
+    for view, block in store.missing_blocks():
+        at = slice(*store.block_range(block))
+        rows = codec.encode(logits[at], store.stream(view, np.arange(samples)[at]))
+        packed += len(codec.pack(rows, store.stream(view, np.arange(samples)[at])))
+        store.write_block(view, block, rows, weight[at], rng.integers(0, 2**32, (2048, 2), np.uint32))
+
+    files = {path.relative_to(store.path): path.stat().st_size for path in store.path.rglob("*") if path.is_file()}
+    grows = sum(size for path, size in files.items() if path.parts[0] in ("pairs", "weight", "digest", "commit"))
+    pairs = views * samples
+    assert packed / pairs < grows / pairs < packed / pairs + cache.BESIDE_BYTES
+    padded = 16 * 2048  # samples of a chunk of key hashes (8 bytes each) and status (1)
+    assert sum(files.values()) - grows < 9 * padded + 12 * 140 + 12_000
+    assert sum(store.sizes().values()) == sum(files.values()), "what `pipeline store info` reports"
+
+
 @pytest.mark.parametrize("name", ["mean", "basis", "scale", "beta", "spread", "gain"])
 def test_a_flipped_bit_in_a_codes_array_is_found(thousand, tmp_path, name):
     """By its own CRC-32C; and where that fits, by the digest in the manifest."""

@@ -20,7 +20,7 @@ from cache.store import shared
 WORLD = 4
 
 _WORKER = """
-import sys, os, zlib
+import sys, os, re, zlib
 from pathlib import Path
 import cache
 from cache.store import shared
@@ -41,6 +41,9 @@ input()
 plane = shared.load(cache.open(path), 1, share)
 inodes = {line.split()[4] for line in open("/proc/self/maps") if "jda-plane" in line}
 print(zlib.crc32(plane.encoded), zlib.crc32(plane.weight), zlib.crc32(plane.digest), inodes.pop(), filled, flush=True)
+input()
+text = open("/proc/self/smaps").read().partition("jda-plane")[2]
+print(re.search(r"^Pss:\\s+([0-9]+) kB", text, re.MULTILINE)[1], flush=True)
 input()
 """
 
@@ -68,10 +71,17 @@ def go(process: subprocess.Popen) -> None:
     process.stdin.flush()
 
 
-def end(processes: list[subprocess.Popen]) -> None:
+def end(processes: list[subprocess.Popen]) -> int:
+    """kB of planes that are in memory while all processes live: a page that many map counts once."""
+    held = 0
+    for process in processes:
+        go(process)
+        assert process.stdout
+        held += int(process.stdout.readline())
     for process in processes:
         process.communicate("\n", timeout=60)
         assert process.returncode == 0
+    return held
 
 
 def answer(process: subprocess.Popen) -> tuple[list[str], list[int]]:
@@ -94,7 +104,8 @@ def test_processes_unpack_each_block_once_into_one_copy_and_leave_no_name(store,
     assert len({said[3] for said, _ in answers}) == 1, "one file in memory"
     assert sorted(block for _, blocks in answers for block in blocks) == list(range(store.manifest.blocks))
     assert os.listdir(tmp_path) == []  # while all of them still hold it
-    end(processes)
+    plane = store.manifest.samples * (store.codec.row_bytes + 8)
+    assert end(processes) * 1024 < 1.1 * plane + 8192  # of which a page of locks, and one that a plane ends in
 
 
 def test_a_process_that_is_killed_leaves_its_block_to_the_others(store, tmp_path):

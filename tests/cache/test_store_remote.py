@@ -83,6 +83,26 @@ def test_a_copy_to_a_server_and_back_is_byte_identical(server, tmp_path):
     assert_exact(back, 1)
 
 
+def test_a_copy_to_a_server_that_was_killed_goes_on_where_it_was(server, tmp_path, monkeypatch):
+    local, url = fill(make(tmp_path / "s")), f"{BUCKET}/killed/s.zarr"
+    put, puts, read, read_block = cache.store.objects.Files.put, [], [], cache.Store.read_block
+
+    def failing(self, key, data):
+        puts.append(key)
+        if len(puts) == 12:
+            raise UserError("killed")
+        put(self, key, data)
+
+    monkeypatch.setattr(cache.store.objects.Files, "put", failing)
+    with pytest.raises(UserError, match="killed"):
+        cache.copy(local, url)
+    left = cache.open(url).missing_blocks()
+    assert 0 < len(left) < VIEWS * local.manifest.blocks
+    monkeypatch.setattr(cache.Store, "read_block", lambda self, *at: (read.append(at), read_block(self, *at))[1])
+    cache.copy(local, url)
+    assert sorted(read) == left and objects(url) == files(tmp_path / "s")
+
+
 def test_a_store_on_a_server_grows(server, tmp_path):
     url, new = f"{BUCKET}/grown", dict(samples=60, views=3, dataset="larger")
     store = fill(make(url))
