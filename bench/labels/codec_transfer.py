@@ -6,9 +6,9 @@ within a seed, and the standard error is that of the mean of these differences.
 
 - The simulated teacher: 40,000 pairs in 3 views, 1,000 steps of 1,024 pairs. Held-out pairs are fresh draws; accuracy
   is against their true class, of the view that is not augmented, as test sets are.
-- `--teacher lite0 --student small --data DIR --val DIR`: a real one on the views of prepared data sets (two of each
-  image, 64 pairs a step), judged by how often its top class is the student's too, and by KL(teacher ‖ student), on all
-  of VAL, both views. `bench.labels.photographs` makes such data.
+- `--teacher lite0 --student small --data DIR --val DIR`: a real one on a pair of views of each image, 64 pairs a step,
+  judged by how often its top class is the student's too, and by KL(teacher ‖ student), on all of VAL, both views.
+  `bench.labels.photographs` makes such data.
 
 Labels are encoded once per view and decoded batch by batch, as a loader would. Bytes on disk are those of `pack` for
 the first `CHUNK_PAIRS` pairs of a view, a store's chunk; bytes all told have w and digests with them where a store
@@ -43,7 +43,7 @@ from pipeline.system import machine as machines
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import progress
 
-VIEWS, REAL_VIEWS = 3, 2
+VIEWS, REAL_VIEWS = 3, 1
 PEAK = 3e-3
 """Of Adam's learning rate, which follows one cycle."""
 CHUNK_PAIRS = 8192

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bench import harness
-from bench.labels import simulated, storage
+from bench.labels import sharing, simulated, storage
 from bench.labels.arms import ARMS, REFERENCE, Make, beside_bytes, weights
 from cache import UserError, philox
 from cache.codec.fidelity import TEMPERATURES, measure
@@ -76,6 +76,7 @@ def run(config: Bench) -> dict:
             "formats": formats,
             "storage": storages["table"],
             "access": storages["access"],
+            "sharing": sharing.compare(config.work),
             "networks": _against_networks(sources),
         },
     )
@@ -86,6 +87,7 @@ def run(config: Bench) -> dict:
     harness.show_table("coding against networks on this machine", found["tables"]["networks"])
     harness.show_table("reading a view's labels, cold", storages["table"])
     harness.show_table("other access", storages["access"])
+    harness.show_table("a plane that processes share", found["tables"]["sharing"])
     if config.out:
         plot(formats, config.out)
     if config.json:
