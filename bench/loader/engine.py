@@ -30,6 +30,7 @@ from pipeline.config import Bench
 from pipeline.data import dali
 from pipeline.data.index import Index
 from pipeline.data.skipped import Skipped
+from pipeline.system import machine as machines
 from pipeline.views import batch as batches
 from pipeline.views import on_gpu, plan
 
@@ -82,7 +83,7 @@ class Nowhere(on_gpu.Host):
 def run(config: Bench) -> dict:
     """Measure, print the tables and write `config.json`."""
     index = arms.opened(config.data) if config.data else suite._synthetic(config.work)
-    machine = harness.machine()
+    machine = machines.describe()
     threads = config.threads or len(os.sched_getaffinity(0))
     size, rounds = _BATCH, config.rounds or harness.ROUNDS
     rows, launches = stages(index, size, threads, rounds)

@@ -8,12 +8,13 @@ from a teacher that costs nothing, and both are compared file by file.
 """
 
 import gc
+import io
 import itertools
 import os
 import tempfile
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from bench.loader.arms import POLICY, SEED, Job
 from cache import UserError
 from cache.errors import did_you_mean
 from pipeline.config import Bench
+from pipeline.system import machine as machines
 from pipeline.views import plan
 from pipeline.views.batch import AHEAD
 
@@ -43,7 +45,7 @@ def run(config: Bench) -> dict:
     job = Job(index.path, config.batch_size, config.threads or len(os.sched_getaffinity(0)))
     # So many batches are on their way, and leave by the request: whole requests are timed, with all behind them.
     warm, timed = TOGETHER * (AHEAD + 2), TOGETHER * -(-config.pairs // (TOGETHER * job.batch_size))
-    machine = harness.machine()
+    machine = machines.describe()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=_made(config))))
         stores = {count: folder / f"{count}.zarr" for count in (1, TOGETHER)}
@@ -151,10 +153,12 @@ def teach(job: Job, store: Path, together: int) -> None:
     def teacher(images: torch.Tensor) -> torch.Tensor:
         return images.mean((2, 3)) @ directions
 
-    precompute(
-        job.data, teacher, store, views=TOGETHER, views_per_decode=together, codec="int8", device="cpu",
-        batch_size=job.batch_size, threads=job.threads, block_rows=4 * job.batch_size,
-    )  # fmt: skip
+    options = {"batch_size": job.batch_size, "threads": job.threads, "block_rows": 4 * job.batch_size}
+    said = io.StringIO()  # that such a teacher guesses
+    with redirect_stdout(said), redirect_stderr(said):
+        precompute(
+            job.data, teacher, store, views=TOGETHER, views_per_decode=together, codec="int8", device="cpu", **options
+        )
 
 
 def _files(store: Path) -> int:
