@@ -28,11 +28,14 @@ def add_share(slots, loss, share, limit):
     whole = (tl.where(sound, share, 0.0) * _ONE).to(tl.int64)
     tl.atomic_add(slots + 1 + ((tl.program_id(0) + tl.program_id(1)) & (_SLOTS - 1)), whole, sem="relaxed")
     drawn = tl.where(sound, 1, (1 << 32) + 1).to(tl.int64)
-    before = tl.atomic_add(slots, drawn, sem="acq_rel")  # after all that the program's threads have written
+    # After all that the program's threads have written. What others wrote concerns the last one alone, so that only it
+    # acquires: a barrier less for all programs.
+    before = tl.atomic_add(slots, drawn, sem="release")
     if (before & 0xFFFFFFFF).to(tl.int32) == programs - 1:
+        every = tl.atomic_add(slots, 0, sem="acquire")
         each = tl.arange(0, _SLOTS)
         total = tl.sum(tl.load(slots + 1 + each, cache_modifier=".cg"), 0).to(tl.float64) * (1.0 / _ONE)
-        unsound = ((before + drawn) >> 32) != 0
+        unsound = (every >> 32) != 0
         tl.store(loss, tl.where(unsound, float("nan"), total).to(loss.dtype.element_ty))
         tl.store(slots + 1 + each, tl.zeros((_SLOTS,), tl.int64))
         tl.store(slots, 0)
