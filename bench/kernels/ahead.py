@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.loss import autograd, long, row, unpack
+from kernels.loss.terms import METHODS
 
 ARCHITECTURES = (80, 90, 100)
 CLASSES = (10, 100, 257, 1000, 1001, 4096, 8192, 21841)
@@ -40,6 +41,8 @@ class Case:
     """With a validity mask and a count on the device, label smoothing, parts and T = 3: all that can be switched on."""
     padded: bool = False
     """Rows of students, gradients and dense teachers lie a multiple of 8 logits apart."""
+    method: str = "kd"
+    """Of `kernels.loss.terms.METHODS`."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ def compile_loss(case: Case) -> Compiled:
         "OFFSET_A": 16 + case.classes if int8 else 0,
         "CLASSES": case.classes,
         "READ_TEACHER": case.classes if int8 else apart,
-        "POWER": 0 if case.masked else 4,
+        "POWER": 0 if case.masked or case.method == "standardised" else 4,
+        "METHOD": METHODS.index(case.method),
         "REPORT": autograd.REPORTS.index(case.report),
         "WEIGHTED": 1,
         "COSINE": case.cosine,
@@ -132,7 +136,9 @@ def compile_loss(case: Case) -> Compiled:
         "slots": "*i64" if case.report == "plain" else None,
         "loss": "*fp32",
         "batch": "i32",
-        **dict.fromkeys(("inverse_t", "hard", "soft", "same_weight", "smoothing", "unit", "limit"), "fp32"),
+        **dict.fromkeys(
+            ("inverse_t", "hard", "soft", "same_weight", "smoothing", "unit", "alpha", "beta", "limit"), "fp32"
+        ),
     }
     return compile_kernel(kernel, types, constants, case.arch, launch, ("student_o", "teacher_o"))
 

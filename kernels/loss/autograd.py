@@ -10,6 +10,7 @@ from torch import Tensor
 from triton import knobs
 
 from kernels.loss import finish, long, row
+from kernels.loss.terms import METHODS
 from kernels.loss.unpack import Lean, subspace_logits
 
 INTERPRETED = knobs.runtime.interpret  # what the decorators of the kernels saw
@@ -53,18 +54,24 @@ class Task:
     smoothing: float = 0.0
     unit: float = 1.0
     """As in `Lean`."""
+    alpha: float = 1.0
+    beta: float = 1.0
+    """Of dkd."""
     wide: int = 0
     """As in `Decoder`."""
     cosine: bool = False
     report: int = 1
     """Index of `REPORTS`."""
     parts: bool = False
+    method: int = 0
+    """Index of `terms.METHODS`."""
 
     def flat(self) -> tuple[list[Tensor], str, list[Tensor | None], list[float], list[int]]:
         """What an operator's schema can hold."""
         tensors = [self.target, self.rows, self.weight, self.valid, self.count, self.loss_scale]
         numbers = [self.same_weight, self.temperature, self.hard, self.soft, self.smoothing, self.unit]
-        return self.teacher, self.kind, tensors, numbers, [self.wide, self.cosine, self.report, self.parts]
+        numbers += [self.alpha, self.beta]
+        return self.teacher, self.kind, tensors, numbers, [self.wide, self.cosine, self.report, self.parts, self.method]
 
 
 def launch_options(classes: int) -> dict[str, Any]:
@@ -149,6 +156,8 @@ def _launch(students: list[Tensor], task: Task, grads, parts: Tensor, loss: Tens
         same_weight=task.same_weight,
         smoothing=task.smoothing,
         unit=task.unit,
+        alpha=task.alpha,
+        beta=task.beta,
         limit=finish.LARGEST / (batch * len(students)),
         STRIDE_STUDENT_O=student_o.stride(0),
         STRIDE_STUDENT_A=student_a.stride(0),
@@ -163,7 +172,8 @@ def _launch(students: list[Tensor], task: Task, grads, parts: Tensor, loss: Tens
         READ_STUDENT=min(_room(student_o, classes), _room(student_a, classes)),
         READ_TEACHER=min(_room(teacher_o, classes), _room(teacher_a, classes)) if task.kind == "dense" else classes,
         WRITE=classes if grad_o is None else min(_room(grad_o, classes), _room(grad_a, classes)),
-        POWER=int(task.temperature) if task.temperature in (1, 2, 4) else 0,
+        POWER=int(task.temperature) if task.temperature in (1, 2, 4) and METHODS[task.method] != "standardised" else 0,
+        METHOD=task.method,
         REPORT=task.report,
         WEIGHTED=len(students) - 1,
         COSINE=task.cosine,
@@ -278,12 +288,8 @@ def distillation_loss(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss, parts, and the gradients, empty unless `with_grad`; the rest is `Task.flat`."""
-    target, rows, weight, valid, count, loss_scale = tensors
-    same_weight, temperature, hard, soft, smoothing, unit = numbers
-    wide, cosine, report, noted = whole
-    optional = target, rows, weight, valid, count, loss_scale
-    factors = same_weight, temperature, hard, soft, smoothing, unit
-    task = Task(teacher, kind, *optional, *factors, wide, bool(cosine), report, bool(noted))
+    wide, cosine, report, noted, method = whole
+    task = Task(teacher, kind, *tensors, *numbers, wide, bool(cosine), report, bool(noted), method)
     grads = gradients(students, task.loss_scale is not None, with_grad)
     loss, parts = forward(students, task, grads if with_grad else None)
     return loss, parts, grads

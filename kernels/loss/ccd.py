@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.loss import autograd
 from kernels.loss.decode import EncodedPairs
+from kernels.loss.terms import METHODS
 from kernels.reference import Parts
 
 
@@ -23,6 +24,12 @@ class Options:
     """w, float (B,) or one number for all pairs; 1.0 makes it plain distillation (KD). None takes the weight of
     encoded pairs, else 1 + cosine of the teacher's raw logits."""
     label_smoothing: float = 0.0
+    method: str = "kd"
+    """What is asked of a row beside its cross-entropy: "kd", KL(p ‖ q) of the teacher's p and the student's q;
+    "reverse", KL(q ‖ p); "jsd", half of both to their mean; "dkd", KL of the target and of the others apart;
+    "standardised", KL of z-scores. `reference.SOFT` has the formulas and their sources."""
+    dkd: tuple[float, float] = (1.0, 8.0)
+    """Factors of dkd's two terms, its paper's alpha and beta."""
     valid: Tensor | None = None
     """Bool (B,); other pairs are not read, and have no loss and no gradient."""
     count: Tensor | float | None = None
@@ -57,6 +64,8 @@ class Options:
             raise ValueError(f"report: expected none, plain or exact, got {self.report!r}")
         if self.parts and self.report == "none":
             raise ValueError("parts: expected a report, got none")
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected {', '.join(METHODS)}, got {self.method!r}")
         if self.impl not in ("auto", "triton", "torch"):
             raise ValueError(f"impl: expected auto, triton or torch, got {self.impl!r}")
 
@@ -137,6 +146,8 @@ def _by_torch(student_o, student_a, teacher_o, teacher_a, target: Tensor, option
         "weight": weight,
         "label_smoothing": options.label_smoothing,
         "valid": options.valid,
+        "method": options.method,
+        "dkd": options.dkd,
     }
     loss = reference.ccd_loss(
         *logits, target, alpha=options.alpha, kd_weight=options.kd_weight, count=options.count, **numbers
@@ -159,7 +170,6 @@ def _by_kernel(student_o, student_a, target, teacher: list[Tensor], options: Opt
     if not isinstance(count, Tensor):
         hard, soft = hard / count, soft / count
     weight, cosine = options.weight, options.weight is None
-    exact = options.report == "exact" or student_o.dtype == torch.float64
     if encoded is None:
         teacher = _alike(*teacher)
     task = autograd.Task(
@@ -179,7 +189,10 @@ def _by_kernel(student_o, student_a, target, teacher: list[Tensor], options: Opt
         unit=encoded.decoder.lean.unit if encoded is not None and encoded.decoder.kind == "subspace" else 1.0,
         wide=0 if encoded is None else encoded.decoder.wide,
         cosine=cosine,
-        report=2 if exact and options.report != "none" else autograd.REPORTS.index(options.report),
+        method=METHODS.index(options.method),
+        alpha=float(options.dkd[0]),
+        beta=float(options.dkd[1]),
+        report=report_of(options, student_o),
         parts=options.parts,
     )
     students = _alike(student_o, student_a)
@@ -187,6 +200,12 @@ def _by_kernel(student_o, student_a, target, teacher: list[Tensor], options: Opt
     if not options.parts:
         return loss
     return loss, Parts(noted[2], noted[3], noted[4], noted[5], noted[8], noted[6], noted[7])
+
+
+def report_of(options: Options, student: Tensor) -> int:
+    """Index of `autograd.REPORTS`; float64 has no use for the plain forms."""
+    wide = student.dtype == torch.float64 and options.report == "plain"
+    return autograd.REPORTS.index("exact" if wide else options.report)
 
 
 def _alike(one: Tensor, other: Tensor) -> list[Tensor]:
@@ -222,6 +241,8 @@ def _check(student_o: Tensor, student_a: Tensor, target: Tensor, options: Option
     if student_o.ndim != 2 or student_o.numel() == 0:
         raise ValueError(f"student_o: expected logits (B, C), got shape {tuple(student_o.shape)}")
     device, batch = student_o.device, student_o.shape[:1]
+    if options.method == "dkd" and student_o.shape[1] < 2:
+        raise ValueError("dkd: expected two classes or more, got one")
     expect("student_o", student_o, student_o.shape, device, floating=True)
     expect("student_a", student_a, student_o.shape, device, floating=True)
     expect("target", target, batch, device)

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.loss import autograd
-from kernels.loss.ccd import Options, by_triton, expect, rows_of
+from kernels.loss.ccd import Options, by_triton, expect, report_of, rows_of
+from kernels.loss.terms import METHODS
+
+_TAKEN = ("alpha", "dkd", "impl", "label_smoothing", "loss_scale", "method", "report")
 
 
 def kd_loss(
@@ -17,13 +20,14 @@ def kd_loss(
 
     With `target` alpha · CE + (1 − alpha) · that (Hinton, Vinyals, Dean, 2015); the formula is `reference.kd_loss`.
     `student`, `teacher`: logits (..., C) of the same shape, any floating dtypes; any number of views side by side.
-    `target`: integer, the shape without C. `options`: of `kernels.loss.ccd.Options` alpha, label_smoothing, report,
-    loss_scale and impl. One launch reads both once and writes loss and gradient; nothing as large as the logits is
-    kept but the gradient. As exact, and as deterministic, as `ccd_loss`. Raises ValueError for what does not fit.
+    `target`: integer, the shape without C. `options`: of `kernels.loss.ccd.Options` alpha, dkd, impl,
+    label_smoothing, loss_scale, method and report; "reverse", "jsd", "dkd" or "standardised" take the place of KL,
+    and dkd needs a target. One launch reads both once and writes loss and gradient; nothing as large as the logits is
+    kept but the gradient. Beyond 8,192 classes "kd" and "dkd" read both twice, "reverse" and "jsd" three times and
+    "standardised" four times. As exact, and as deterministic, as `ccd_loss`. Raises ValueError for what does not fit.
     """
-    unknown = set(options) - {"alpha", "label_smoothing", "report", "loss_scale", "impl"}
-    if unknown:
-        raise ValueError(f"kd_loss: expected alpha, label_smoothing, report, loss_scale or impl, got {unknown.pop()}")
+    if unknown := set(options) - set(_TAKEN):
+        raise ValueError(f"kd_loss: expected {', '.join(_TAKEN[:-1])} or {_TAKEN[-1]}, got {unknown.pop()}")
     asked = Options(temperature=temperature, **options)
     if student.ndim < 2 or student.numel() == 0:
         raise ValueError(f"student: expected logits (..., C), got shape {tuple(student.shape)}")
@@ -33,14 +37,14 @@ def kd_loss(
         expect("target", target, student.shape[:-1], student.device)
         if target.is_floating_point() or target.dtype == torch.bool:
             raise ValueError(f"target: expected an integer dtype, got {target.dtype}")
+    if asked.method == "dkd" and (target is None or student.shape[-1] < 2):
+        raise ValueError("dkd: expected a target and two classes or more")
     alpha = 0.0 if target is None else asked.alpha
+    numbers = temperature, target, alpha, asked.label_smoothing, asked.method, asked.dkd
     if not by_triton(asked, student, teacher):
         dtype = torch.promote_types(student.dtype, torch.float32)
-        smoothing = asked.label_smoothing
-        found = reference.kd_loss(student.double(), teacher.double(), temperature, target, alpha, smoothing)
-        return found.to(dtype)
+        return reference.kd_loss(student.double(), teacher.double(), *numbers).to(dtype)
     student, teacher = rows_of(student.flatten(0, -2)), rows_of(teacher.detach().flatten(0, -2))
-    exact = asked.report == "exact" or student.dtype == torch.float64
     task = autograd.Task(
         teacher=[teacher],
         kind="dense",
@@ -50,6 +54,9 @@ def kd_loss(
         hard=alpha / len(student),
         soft=(1 - alpha) * temperature**2 / len(student),
         smoothing=float(asked.label_smoothing) if target is not None else 0.0,
-        report=2 if exact and asked.report != "none" else autograd.REPORTS.index(asked.report),
+        alpha=float(asked.dkd[0]),
+        beta=float(asked.dkd[1]),
+        report=report_of(asked, student),
+        method=METHODS.index(asked.method),
     )
     return autograd.apply([student], task)[0]

@@ -1,7 +1,8 @@
 """The loss of rows that registers do not hold, C > 8192: one row of one view per program, read twice.
 
 The first pass takes the sums, each thread's against the largest logit that it has met, so that no thread waits for
-another inside the loop; the second, out of the L2 cache, takes gradient and KL. Both walk tiles (2, threads, 8) whose
+another inside the loop; the second, out of the L2 cache, takes gradient and KL. Methods with a level read rows once
+more between them, standardised ones also once before them. All passes walk tiles (2, threads, 8) whose
 vectors lie wholly in the row and start at multiples of 16 bytes, whatever C is; what is left of a row at its ends, at
 most 14 logits, are the `edges`, a tile of their own. `kernels.loss.terms` has the forms.
 """
@@ -13,20 +14,33 @@ most 14 logits, are the `edges`, a tile of their own. `kernels.loss.terms` has t
 import triton
 import triton.language as tl
 
+from kernels.loss.ends import (
+    agreement,
+    cross_entropy,
+    decouple,
+    factors,
+    inverses,
+    logits,
+    place,
+    store_target,
+    target_of,
+    teacher_scale,
+    weight_of,
+)
 from kernels.loss.finish import report, row_factors
 from kernels.loss.terms import (
     ABSENT,
+    DKD,
     LN_2,
     LOG2_E,
-    cosine,
-    exact_ce,
-    exact_kl,
+    REVERSE,
+    STANDARDISED,
+    divergence,
+    divergence_terms,
     gradient,
-    logits,
-    plain_ce,
-    plain_kl_terms,
+    inverse_deviation,
+    level_terms,
     raised,
-    teacher_scale,
 )
 
 
@@ -88,24 +102,101 @@ def _less(shift_z, shift_t, shift_h, new_z, new_t, new_h, POWER: tl.constexpr):
 
 
 @triton.jit
+def _merged(values, inside, mean, square, number):
+    """A tile's logits added to each thread's mean, squared distances and number (Chan, Golub, LeVeque, 1983)."""
+    more = _summed(tl.where(inside, 1.0, 0.0 * values))
+    its = _summed(tl.where(inside, values, 0.0)) / tl.maximum(more, 1.0)
+    away = tl.where(inside, values - its[None, :, None], 0.0)
+    share = more / tl.maximum(number + more, 1.0)
+    apart = its - mean
+    return mean + apart * share, square + _summed(away * away) + apart * apart * number * share, number + more
+
+
+@triton.jit
+def _spread(
+    rows, first, edge, there, whole, inner, tile, half, scale,
+    CLASSES: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, TEACHER: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """`inverse_deviation` of a row; from its `first` logit, beside which an offset of all is nothing."""
+    mean = tl.zeros((HALF // 8,), COMPUTE)
+    square, number = mean, mean
+    for start in range(0, whole, BLOCK):
+        values = tl.load(rows + start + tile, eviction_policy="evict_last").to(COMPUTE)
+        mean, square, number = _merged(values - first, tile >= 0, mean, square, number)
+    for start in range(whole, inner, HALF):
+        columns = start + half
+        values = logits(rows + columns, columns < inner, columns < inner, False, TEACHER, COMPUTE)
+        mean, square, number = _merged(values - first, columns < inner, mean, square, number)
+    edges = tl.where(there, edge - first, 0.0)
+    middle = (tl.sum(number * mean, 0) + tl.sum(edges, 0)) / CLASSES
+    away, sides = mean - middle, tl.where(there, edges - middle, 0.0)
+    square = tl.sum(square + number * away * away, 0) + tl.sum(sides * sides, 0)
+    return inverse_deviation(square, first + middle, scale, CLASSES)
+
+
+@triton.jit
+def _levels(z, t, inside, c, c_t, shift_z, shift_t, by_q, by_p, METHOD: tl.constexpr):
+    """What a tile adds to the level, and to the mean of the student's exponents."""
+    z2, t2 = tl.fma(z, c, shift_z), tl.fma(t, c_t, shift_t)
+    found = level_terms(z2, t2, tl.exp2(z2), tl.exp2(t2), by_q, by_p, METHOD)
+    return found, tl.where(inside, z2, 0.0)
+
+
+@triton.jit
+def _level(
+    student, teacher, z_edge, t_edge, there, whole, inner, tile, half, c, c_t, shift_z, shift_t, by_q, by_p,
+    CLASSES: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, METHOD: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """A row's level, and the mean of the student's exponents."""
+    level = tl.zeros((HALF // 8,), COMPUTE)
+    middle = level
+    for start in range(0, whole, BLOCK):
+        z = tl.load(student + start + tile, eviction_policy="evict_last").to(COMPUTE)
+        t = tl.load(teacher + start + tile, eviction_policy="evict_last").to(COMPUTE)
+        levels, middles = _levels(z, t, tile >= 0, c, c_t, shift_z, shift_t, by_q, by_p, METHOD)
+        level, middle = level + _summed(levels), middle + _summed(middles)
+    for start in range(whole, inner, HALF):
+        columns = start + half
+        z = logits(student + columns, columns < inner, columns < inner, False, False, COMPUTE)
+        t = logits(teacher + columns, columns < inner, columns < inner, False, True, COMPUTE)
+        levels, middles = _levels(z, t, columns < inner, c, c_t, shift_z, shift_t, by_q, by_p, METHOD)
+        level, middle = level + _summed(levels), middle + _summed(middles)
+    levels, middles = _levels(z_edge, t_edge, there, c, c_t, shift_z, shift_t, by_q, by_p, METHOD)
+    level, middle = tl.sum(level, 0) + tl.sum(levels, 0), tl.sum(middle, 0) + tl.sum(middles, 0)
+    return level, middle / CLASSES
+
+
+@triton.jit
+def _others(z, t, columns, label, METHOD: tl.constexpr):
+    """Without the target, for dkd."""
+    if METHOD == DKD:
+        z, t = tl.where(columns == label, ABSENT, z), tl.where(columns == label, ABSENT, t)
+    return z, t
+
+
+@triton.jit
 def _second(
-    z, t, columns, inside, label, grad, c, c_t, shift_z, shift_t, shift_h, a, b, d, even, top_z, top_t,
-    by_q, by_p, inverse_t, scale, apart,
-    POWER: tl.constexpr, REPORT: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr, AGREE: tl.constexpr,
+    z, t, columns, inside, label, grad, c, c_t, shift_z, shift_t, shift_h, a, b, d, even, level, middle, along,
+    top_z, top_t, by_q, by_p, inverse_t, scale, apart, POWER: tl.constexpr, METHOD: tl.constexpr, REPORT: tl.constexpr,
+    HARD: tl.constexpr, SMOOTH: tl.constexpr, AGREE: tl.constexpr,
 ):  # fmt: skip
     """A tile's gradient, unless `grad` is None, and elementwise what KL, CE and agreement are summed from."""
+    z, t = _others(z, t, columns, label, METHOD)
     z2, t2, e_h, e_q, e_p = _exponentials(z, t, c, c_t, shift_z, shift_t, shift_h, POWER)
     if grad is not None:
-        g = gradient(e_h, e_q, e_p, a, b, d, even, inside, HARD, SMOOTH)
+        g = gradient(
+            z2, t2, e_h, e_q, e_p, a, b, d, even, level, middle, along, by_q, by_p, inside, METHOD, HARD, SMOOTH
+        )  # fmt: skip
         tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=inside)
     kl, rest, flat, same = 0.0 * z, 0.0 * z, 0.0 * z, 0.0 * z
-    if REPORT == 1:
-        kl = plain_kl_terms(e_p, z2, t2)
-    if REPORT == 2:
-        kl = exact_kl(z, t, top_z, top_t, e_q, e_p, by_q, by_p, inverse_t, scale, apart)
+    if REPORT > 0:
+        kl = divergence_terms(
+            z, t, z2, t2, e_q, e_p, by_q, by_p, top_z, top_t, inverse_t, scale, apart, METHOD, REPORT
+        )  # fmt: skip
+        if SMOOTH:
+            flat = tl.where(z > ABSENT, z - top_z, 0.0)
+    if REPORT == 2 and HARD:
         rest = tl.where(columns == label, 0.0, e_h)
-    if SMOOTH and REPORT > 0:
-        flat = tl.where(inside, z - top_z, 0.0)
     if AGREE:
         same = tl.where((z == top_z) & (t == top_t), 1.0, 0.0)
     return kl, rest, flat, same
@@ -115,13 +206,13 @@ def _second(
 def long_loss(
     student_o, student_a, teacher_o, teacher_a, header, index, target, weight, valid, count, loss_scale,
     grad_o, grad_a, parts, slots, loss,
-    batch, inverse_t, hard, soft, same_weight, smoothing, unit, limit,
+    batch, inverse_t, hard, soft, same_weight, smoothing, unit, alpha, beta, limit,
     STRIDE_STUDENT_O: tl.constexpr, STRIDE_STUDENT_A: tl.constexpr,
     STRIDE_TEACHER_O: tl.constexpr, STRIDE_TEACHER_A: tl.constexpr,
     OFFSET_O: tl.constexpr, OFFSET_A: tl.constexpr, STRIDE_HEADER: tl.constexpr,
     STRIDE_GRAD_O: tl.constexpr, STRIDE_GRAD_A: tl.constexpr,
     CLASSES: tl.constexpr, READ_STUDENT: tl.constexpr, READ_TEACHER: tl.constexpr, WRITE: tl.constexpr,
-    BLOCK: tl.constexpr, POWER: tl.constexpr, REPORT: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr, POWER: tl.constexpr, METHOD: tl.constexpr, REPORT: tl.constexpr, WEIGHTED: tl.constexpr,
     COSINE: tl.constexpr, SMOOTH: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """As `kernels.loss.row.row_loss`, with tiles of `BLOCK` logits for 256 threads."""
@@ -129,12 +220,7 @@ def long_loss(
     HALF: tl.constexpr = 8 * THREADS  # what is left of the tiles is walked by halves, whose ends are masked
     row = tl.program_id(0).to(tl.int64)
     view = tl.program_id(1)
-    at = row
-    if index is not None:
-        at = tl.load(index + row)
-    live = row >= 0
-    if valid is not None:
-        live = tl.load(valid + row) != 0
+    at, live = place(row, index, valid)
     # Vectors start at multiples of 8 of the student's logits, which is 16 bytes or more.
     FIXED: tl.constexpr = STRIDE_STUDENT_O % 8 == 0 and STRIDE_STUDENT_A % 8 == 0
     EVEN_O: tl.constexpr = OFFSET_O % 8 == 0 and (STRIDE_TEACHER_O - STRIDE_STUDENT_O) % 8 == 0
@@ -160,19 +246,32 @@ def long_loss(
     t_edge = logits(teacher + edge, there, there, valid is not None, True, COMPUTE)
 
     scale = teacher_scale(header, at, view, live, unit, STRIDE_HEADER, COMPUTE)
-    w = tl.full((), 1.0, COMPUTE) * same_weight
-    if COSINE:
-        if view == WEIGHTED:
-            w = cosine(
-                teacher_o, teacher_a, header, at, live, STRIDE_TEACHER_O, STRIDE_TEACHER_A, OFFSET_O, OFFSET_A,
-                STRIDE_HEADER, CLASSES, READ_TEACHER, BLOCK, COMPUTE,
-            )  # fmt: skip
-    elif weight is not None:
-        w = tl.load(weight + row, mask=live, other=0.0).to(COMPUTE)
-    if view != WEIGHTED:
-        w = tl.full((), 1.0, COMPUTE)
+    w = weight_of(
+        weight, same_weight, row, view, teacher_o, teacher_a, header, at, live, STRIDE_TEACHER_O, STRIDE_TEACHER_A,
+        OFFSET_O, OFFSET_A, STRIDE_HEADER, CLASSES, READ_TEACHER, BLOCK, WEIGHTED, COSINE, COMPUTE,
+    )  # fmt: skip
     hard, soft, scaled = row_factors(count, loss_scale, live, hard, soft, COMPUTE)
 
+    HARD: tl.constexpr = target is not None
+    AGREE: tl.constexpr = parts is not None
+    zero = tl.full((), 0.0, COMPUTE)
+    known, label, z_y, t_y, h_y = live, 0, zero, zero, zero
+    if HARD:
+        label, known, hard = target_of(target, row, live, hard, CLASSES)
+        label -= head
+        z_y = tl.load(student + label, mask=live, other=0).to(COMPUTE)
+        t_y = tl.load(teacher + label, mask=live, other=0).to(COMPUTE)
+    by_z, varies = 1.0, live
+    if METHOD == STANDARDISED:
+        first_z = tl.load(student - head, mask=live, other=0).to(COMPUTE)
+        first_t = tl.load(teacher - head, mask=live, other=0).to(COMPUTE)
+        by_z, varies = _spread(
+            student, first_z, z_edge, there, whole, inner, tile, half, 1.0, CLASSES, BLOCK, HALF, False, COMPUTE
+        )  # fmt: skip
+        by_t, _ = _spread(
+            teacher, first_t, t_edge, there, whole, inner, tile, half, scale, CLASSES, BLOCK, HALF, True, COMPUTE
+        )  # fmt: skip
+        inverse_t, scale = inverse_t * by_z, scale * (by_t / by_z)
     c = tl.full((), LOG2_E, COMPUTE) * inverse_t
     c_t = c * scale
     none = tl.zeros((THREADS,), COMPUTE)
@@ -182,6 +281,7 @@ def long_loss(
     for start in range(0, whole, BLOCK):
         z = tl.load(student + start + tile, eviction_policy="evict_last").to(COMPUTE)
         t = tl.load(teacher + start + tile, eviction_policy="evict_last").to(COMPUTE)
+        z, t = _others(z, t, start + tile, label, METHOD)
         top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p = _first(
             z, t, c, c_t, top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p, POWER
         )
@@ -189,11 +289,13 @@ def long_loss(
         columns = start + half
         z = logits(student + columns, columns < inner, columns < inner, False, False, COMPUTE)
         t = logits(teacher + columns, columns < inner, columns < inner, False, True, COMPUTE)
+        z, t = _others(z, t, columns, label, METHOD)
         top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p = _first(
             z, t, c, c_t, top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p, POWER
         )
 
     # Threads and edges together.
+    z_edge, t_edge = _others(z_edge, t_edge, edge, label, METHOD)
     edge_z, edge_t = tl.max(z_edge, 0), tl.max(t_edge, 0)
     most_z, most_t = tl.maximum(tl.max(top_z, 0), edge_z), tl.maximum(tl.max(top_t, 0), edge_t)
     to_z = tl.minimum(tl.min(shift_z, 0), -edge_z * c)
@@ -206,37 +308,40 @@ def long_loss(
     all_p = tl.sum(sum_p * less_p, 0) + tl.sum(e_p, 0)
     if valid is not None:  # the sums of a row that is not read are 0
         all_h, all_q, all_p = tl.where(live, all_h, 1.0), tl.where(live, all_q, 1.0), tl.where(live, all_p, 1.0)
-    by_all = 1.0 / (all_q * all_p * all_h)  # a division costs as much as ten products
-    by_h, by_q, by_p = by_all * (all_q * all_p), by_all * all_h * all_p, by_all * all_h * all_q
-
-    known, label = live, 0
-    z_y, t_y, h_y = tl.full((), 0.0, COMPUTE), tl.full((), 0.0, COMPUTE), tl.full((), 0.0, COMPUTE)
-    if target is not None:
-        target_row = tl.load(target + row, mask=live, other=0).to(tl.int64)
-        known = target_row.to(tl.uint64) < CLASSES
-        label = tl.where(known, target_row.to(tl.int32), 0) - head
-        z_y = tl.load(student + label, mask=live, other=0).to(COMPUTE)
-        t_y = tl.load(teacher + label, mask=live, other=0).to(COMPUTE)
+    by_h, by_q, by_p = inverses(all_h, all_q, all_p, HARD)
+    if HARD:
         h_y = tl.fma(z_y, LOG2_E, to_h) if POWER == 0 else tl.fma(z_y, c, to_z) * POWER
+    level, middle = zero, zero
+    if METHOD >= REVERSE:
+        level, middle = _level(
+            student, teacher, z_edge, t_edge, there, whole, inner, tile, half, c, c_t, to_z, to_t, by_q, by_p,
+            CLASSES, BLOCK, HALF, METHOD, COMPUTE,
+        )  # fmt: skip
     # What the shifts were rounded by is in the sums, but not in the logits.
     apart = LN_2 * (tl.log2(all_q * by_p) - (tl.fma(most_z, c, to_z) - tl.fma(most_t, c_t, to_t)))
-    b, d = soft * w * inverse_t * scaled * by_q, soft * w * inverse_t * scaled * by_p
-    a, even = hard * scaled * by_h, hard * scaled * smoothing / CLASSES
+    a, b, d, even, along = factors(
+        hard, soft, w, scaled, smoothing, inverse_t, c, by_h, by_q, by_p, by_z, varies, level, CLASSES, METHOD
+    )  # fmt: skip
+    ce, tckd, own = zero, zero, zero
+    if METHOD == DKD:
+        ce, tckd, own, a, b, d = decouple(
+            z_y, t_y, h_y, c, c_t, to_z, to_t, all_h, all_q, all_p, a, b, d, even, soft * w * inverse_t * scaled,
+            hard * scaled, smoothing, alpha, beta,
+        )  # fmt: skip
     grad = None
     if grad_o is not None:
         grad = grad_o + _start(row * STRIDE_GRAD_O, head, (STRIDE_GRAD_O - STRIDE_STUDENT_O) % 8 == 0)
         if view == 1:
             grad = grad_a + _start(row * STRIDE_GRAD_A, head, (STRIDE_GRAD_A - STRIDE_STUDENT_A) % 8 == 0)
 
-    HARD: tl.constexpr = target is not None
-    AGREE: tl.constexpr = parts is not None
     kl, rest, flat, same = none, none, none, none
     for start in range(0, whole, BLOCK):
         z = tl.load(student + start + tile, eviction_policy="evict_first").to(COMPUTE)
         t = tl.load(teacher + start + tile, eviction_policy="evict_first").to(COMPUTE)
         kls, rests, flats, sames = _second(
-            z, t, start + tile, tile >= 0, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even, most_z, most_t,
-            by_q, by_p, inverse_t, scale, apart, POWER, REPORT, HARD, SMOOTH, AGREE,
+            z, t, start + tile, tile >= 0, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even,
+            level, middle, along, most_z, most_t, by_q, by_p, inverse_t, scale, apart, POWER, METHOD, REPORT, HARD,
+            SMOOTH, AGREE,
         )  # fmt: skip
         kl, rest, flat = kl + _summed(kls), rest + _summed(rests), flat + _summed(flats)
         same = tl.maximum(same, _largest(sames))
@@ -245,33 +350,35 @@ def long_loss(
         z = logits(student + columns, columns < inner, columns < inner, False, False, COMPUTE)
         t = logits(teacher + columns, columns < inner, columns < inner, False, True, COMPUTE)
         kls, rests, flats, sames = _second(
-            z, t, columns, columns < inner, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even, most_z, most_t,
-            by_q, by_p, inverse_t, scale, apart, POWER, REPORT, HARD, SMOOTH, AGREE,
+            z, t, columns, columns < inner, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even,
+            level, middle, along, most_z, most_t, by_q, by_p, inverse_t, scale, apart, POWER, METHOD, REPORT, HARD,
+            SMOOTH, AGREE,
         )  # fmt: skip
         kl, rest, flat = kl + _summed(kls), rest + _summed(rests), flat + _summed(flats)
         same = tl.maximum(same, _largest(sames))
     kls, rests, flats, sames = _second(
-        z_edge, t_edge, edge, there, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even, most_z, most_t,
-        by_q, by_p, inverse_t, scale, apart, POWER, REPORT, HARD, SMOOTH, AGREE,
+        z_edge, t_edge, edge, there, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even,
+        level, middle, along, most_z, most_t, by_q, by_p, inverse_t, scale, apart, POWER, METHOD, REPORT, HARD,
+        SMOOTH, AGREE,
     )  # fmt: skip
-    total = tl.sum(kl, 0) + tl.sum(kls, 0)
-    if REPORT == 1:
-        total = LN_2 * (total * by_p + tl.log2(all_q * by_p))
-    ce = tl.full((), 0.0, COMPUTE)
-    if HARD and REPORT > 0:
-        ce = plain_ce(all_h, h_y)
-        if REPORT == 2:
-            ce = exact_ce(tl.sum(rest, 0) + tl.sum(rests, 0), h_y, z_y == most_z)
-        if SMOOTH:
-            ce += smoothing * (z_y - most_z - (tl.sum(flat, 0) + tl.sum(flats, 0)) / CLASSES)
+    total = zero
+    if REPORT > 0:
+        total = divergence(tl.sum(kl, 0) + tl.sum(kls, 0), level, all_q, all_p, by_q, by_p, METHOD, REPORT)
+        left, even_sum = tl.sum(rest, 0) + tl.sum(rests, 0), tl.sum(flat, 0) + tl.sum(flats, 0)
+        if METHOD == DKD:
+            total = alpha * tckd + beta * total
+            if SMOOTH:
+                ce += smoothing * (z_y - most_z - (even_sum + (z_y - most_z)) / CLASSES)
+        elif HARD:
+            ce = cross_entropy(all_h, left, even_sum, h_y, z_y, most_z, smoothing, CLASSES, REPORT, SMOOTH)
     agree = tl.maximum(tl.max(same, 0), tl.max(sames, 0)) > 0.0
+    if AGREE:
+        agree = agreement(agree, z_y, t_y, most_z, most_t, METHOD)
     if grad_o is not None and valid is not None:
         _clear(grad - head, tl.where(live, 0, CLASSES), BLOCK)
     report(parts, slots, loss, row, view, batch, live, known, w, hard, soft, ce, total, agree, limit, WEIGHTED, REPORT)
-    if grad_o is not None and target is not None:  # after the row, its element at the target
-        if slots is None:  # else the ticket has waited for the program's threads
-            tl.debug_barrier()
-        q_y, p_y = tl.exp2(tl.fma(z_y, c, to_z)), tl.exp2(tl.fma(t_y, c_t, to_t))
-        a_y = tl.exp2(h_y) if POWER == 0 else raised(q_y, POWER)
-        g_y = gradient(a_y, q_y, p_y, a, b, d, even, live, HARD, SMOOTH) - hard * scaled * (1.0 - smoothing)
-        tl.store(grad + label, g_y.to(grad.dtype.element_ty), mask=live & known)
+    if grad_o is not None and HARD:
+        store_target(
+            grad, label, live & known, slots, z_y, t_y, h_y, c, c_t, to_z, to_t, a, b, d, even, level, middle,
+            along, by_q, by_p, hard * scaled * (1.0 - smoothing), own, POWER, METHOD, SMOOTH,
+        )  # fmt: skip

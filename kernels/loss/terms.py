@@ -9,6 +9,13 @@ and e_h of the student at T = 1, which is e_q squared 0, 1 or 2 times at T = 1, 
 The plain form is wrong by an amount, not a share: up to 2e-6 in a row's CE and 5e-7 in its KL (2^-22 of one above 2)
 on a GPU, whose exp2 is off by 2^-22. The exact one sums only terms ≥ 0, and an error of a sum drops out of it, its
 derivative being Σ (p − q) = 0; it costs as much again. Both have the same gradient.
+
+Other methods are these forms on other rows, or need one more sum, the `level`, before the gradient:
+
+    dkd            the row without its target, whose own element and factors are scalars: `decoupled`
+    reverse        level = Σ q·(z2 − t2), and the gradient is q·(z2 − t2 − level)
+    jsd            level = Σ q·log2(q/m) with m = (p + q)/2, and the gradient is ½·q·(log2(q/m) − level)
+    standardised   1/T and the teacher's scale take the rows' deviations; level = Σ (q − p)·z2 is the student's own
 """
 
 # pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -21,18 +28,9 @@ import triton.language as tl
 ABSENT = tl.constexpr(-1e30)
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
-
-@triton.jit
-def logits(pointer, read, inside, PADDED: tl.constexpr, TEACHER: tl.constexpr, COMPUTE: tl.constexpr):
-    """Logits where `inside`, else what counts for nothing. `PADDED`: whether `read` may reach beyond `inside`.
-
-    float16 has no finite number that small. A teacher's may be −inf, which the forms of KL know; a student's may not.
-    """
-    if PADDED or pointer.dtype.element_ty == tl.int8 or (pointer.dtype.element_ty == tl.float16 and not TEACHER):
-        return tl.where(inside, tl.load(pointer, mask=read, other=0).to(COMPUTE), ABSENT)
-    if pointer.dtype.element_ty == tl.float16:
-        return tl.load(pointer, mask=read, other=float("-inf")).to(COMPUTE)
-    return tl.load(pointer, mask=read, other=ABSENT).to(COMPUTE)
+METHODS = ("kd", "dkd", "reverse", "jsd", "standardised")
+"""A kernel's `METHOD` is the index of its name; from reverse on they have a level."""
+KD, DKD, REVERSE, JSD, STANDARDISED = (tl.constexpr(number) for number in range(len(METHODS)))
 
 
 @triton.jit
@@ -53,12 +51,29 @@ def log1p(x):
 
 
 @triton.jit
-def exact_kl(z, t, top_z, top_t, e_q, e_p, by_q, by_p, inverse_t, scale, apart):
-    """p·(x + exp(−x) − 1) with x = log p − log q and exp(−x) = q/p; `scale` is that of int8 teachers, else 1."""
-    # Differences first: of nearly equal rows the exponents' own roundings would be all that is left.
+def softplus(x):
+    return tl.maximum(x, 0.0) + log1p(tl.exp2(-tl.abs(x) * LOG2_E))
+
+
+@triton.jit
+def sigmoid(x):
+    less = tl.exp2(-tl.abs(x) * LOG2_E)
+    return tl.where(x > 0, 1.0, less) / (1.0 + less)
+
+
+@triton.jit
+def log_ratio(z, t, top_z, top_t, inverse_t, scale, apart):
+    """x = log p − log q; `scale` is that of the teacher's logits.
+
+    Differences first: of nearly equal rows the exponents' own roundings would be all that is left.
+    """
     x = ((t - top_t) * scale - (z - top_z)) * inverse_t + apart
-    x = tl.where(x > ABSENT, x, ABSENT)  # also where the teacher's logit is −inf: p = 0 gives 0 and not 0·−inf
-    p, q = e_p * by_p, e_q * by_q
+    return tl.where(x > ABSENT, x, ABSENT)  # also where the teacher's logit is −inf: p = 0 gives 0 and not 0·−inf
+
+
+@triton.jit
+def exact_kl(x, p, q):
+    """p·(x + exp(−x) − 1) with x = log p − log q and exp(−x) = q/p."""
     small = tl.abs(x) < 0.5
     y = tl.where(small, x, 0.0)
     # y + exp(−y) − 1 = y²/2·(1 − y/3·(1 − y/4·(…))); what is cut off is below 2^-26 of it.
@@ -66,6 +81,30 @@ def exact_kl(z, t, top_z, top_t, e_q, e_p, by_q, by_p, inverse_t, scale, apart):
     for k in tl.static_range(8, 2, -1):
         series = 1.0 - y * (1.0 / k) * series
     return tl.where(small, p * (0.5 * y * y * series), p * (x - 1.0) + q)
+
+
+@triton.jit
+def against_mean(one, other):
+    """log2(one/m), m = (one + other)/2."""
+    both = one + other
+    # Where both are nothing the logarithm is that of 2·one, and meets a factor of 0.
+    return tl.log2(tl.maximum(2.0 * one / tl.where(both > 1e-37, both, 1.0), 1e-37))
+
+
+@triton.jit
+def exact_jsd(x, p, q):
+    """½·(p·log(p/m) + q·log(q/m)) = m·D(r), r = (p − q)/(p + q) = tanh(x/2)."""
+    small = tl.abs(x) < 0.5
+    y = tl.where(small, 0.5 * x, 0.0)
+    y2 = y * y
+    r = y * (1.0 - y2 * (1.0 / 3 - y2 * (2.0 / 15 - y2 * (17.0 / 315 - y2 * (62.0 / 2835)))))
+    # D = r²/2 + r⁴/12 + … + r^2k/(2k·(2k − 1)) + …; what is cut off is below 2^-26 of it.
+    r2 = r * r
+    series = 1.0 / 132 + 0.0 * r2
+    for k in tl.static_range(5, 0, -1):
+        series = series * r2 + 1.0 / (2 * k * (2 * k - 1))
+    far = 0.5 * LN_2 * (p * against_mean(p, q) + q * against_mean(q, p))
+    return tl.where(small, 0.5 * (p + q) * r2 * series, far)
 
 
 @triton.jit
@@ -82,78 +121,95 @@ def exact_ce(rest, h_y, first):
 
 
 @triton.jit
-def plain_kl_terms(e_p, z2, t2):
+def apart_by(z2, t2):
+    """z2 − t2; where the teacher's logit is −inf a number whose product with 0 is 0."""
+    return tl.minimum(z2 - t2, -ABSENT)
+
+
+@triton.jit
+def level_terms(z2, t2, e_q, e_p, by_q, by_p, METHOD: tl.constexpr):
+    """What the level is summed from, for the methods that have one."""
+    if METHOD == REVERSE:
+        return e_q * by_q * apart_by(z2, t2)
+    if METHOD == JSD:
+        return e_q * by_q * against_mean(e_q * by_q, e_p * by_p)
+    return (e_q * by_q - e_p * by_p) * z2
+
+
+@triton.jit
+def divergence_terms(
+    z, t, z2, t2, e_q, e_p, by_q, by_p, top_z, top_t, inverse_t, scale, apart,
+    METHOD: tl.constexpr, REPORT: tl.constexpr,
+):  # fmt: skip
+    """What `divergence` is summed from."""
+    if REPORT == 2:
+        x, p, q = log_ratio(z, t, top_z, top_t, inverse_t, scale, apart), e_p * by_p, e_q * by_q
+        if METHOD == REVERSE:
+            return exact_kl(-x, q, p)
+        if METHOD == JSD:
+            return exact_jsd(x, p, q)
+        return exact_kl(x, p, q)
+    if METHOD == JSD:
+        return e_p * by_p * against_mean(e_p * by_p, e_q * by_q)
     return e_p * tl.maximum(t2 - z2, ABSENT)  # where the teacher's logit is −inf 0, not 0·−inf
 
 
 @triton.jit
-def gradient(e_h, e_q, e_p, a, b, d, even, inside, HARD: tl.constexpr, SMOOTH: tl.constexpr):
+def divergence(total, level, sum_q, sum_p, by_q, by_p, METHOD: tl.constexpr, REPORT: tl.constexpr):
+    """A row's divergence, in nats."""
+    if REPORT == 2:
+        return total
+    if METHOD == REVERSE:
+        return LN_2 * (level + tl.log2(sum_p * by_q))
+    if METHOD == JSD:
+        return 0.5 * LN_2 * (total + level)
+    return LN_2 * (total * by_p + tl.log2(sum_q * by_p))
+
+
+@triton.jit
+def gradient(
+    z2, t2, e_h, e_q, e_p, a, b, d, even, level, middle, along, by_q, by_p, inside,
+    METHOD: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
     """By the student's logits, but for the target's own part; zero where there is no class."""
-    g = b * e_q - d * e_p
-    if SMOOTH:
-        g = tl.where(inside, a * e_h + (b * e_q - (d * e_p + even)), 0.0)
-    elif HARD:
-        g = a * e_h + (b * e_q - d * e_p)
+    if METHOD == REVERSE:
+        g = b * e_q * (apart_by(z2, t2) - level) - even
+    elif METHOD == JSD:
+        g = b * e_q * (against_mean(e_q * by_q, e_p * by_p) - level) - even
+    elif SMOOTH:
+        g = b * e_q - (d * e_p + even)
+    else:
+        g = b * e_q - d * e_p
+    if METHOD == STANDARDISED:
+        g -= along * (z2 - middle)
+    if HARD:
+        g = a * e_h + g
+    if SMOOTH or METHOD == STANDARDISED:
+        g = tl.where(inside, g, 0.0)
     return g
 
 
 @triton.jit
-def header_field(pointer, row, live, STRIDE: tl.constexpr, FIELD):
-    """A float32 of int8 rows, by halves: rows of an odd number of classes start at any even address."""
-    at = pointer + row * STRIDE + 2 * FIELD
-    low = tl.load(at, mask=live, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
-    high = tl.load(at + 1, mask=live, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
-    return (low | (high << 16)).to(tl.float32, bitcast=True)
+def inverse_deviation(square, mean, scale, CLASSES: tl.constexpr):
+    """1/σ of a row's logits, `scale` each, by the sum of squared distances from their mean, and whether they vary.
+
+    As `reference.zscores`: values that are equal up to rounding are only centred.
+    """
+    EPSILON: tl.constexpr = 2.0**-23 if square.dtype == tl.float32 else 2.0**-52
+    LEAST: tl.constexpr = 2.0**-63 if square.dtype == tl.float32 else 2.0**-511  # a variance
+    variance, mean = square * (scale * scale / CLASSES), mean * scale
+    varies = variance > (16 * EPSILON * mean) * (16 * EPSILON * mean) + LEAST
+    return tl.where(varies, tl.rsqrt(tl.where(varies, variance, 1.0)), 1.0), varies
 
 
 @triton.jit
-def teacher_scale(header, row, view, live, unit, STRIDE: tl.constexpr, COMPUTE: tl.constexpr):
-    """Logits per unit of a view's row: see `cache.codec.Int8`. Its offset is nothing to a softmax."""
-    scale = tl.full((), 1.0, COMPUTE) * unit
-    if header is not None:
-        scale = header_field(header, row, live, STRIDE, view).to(COMPUTE)
-        scale = tl.where(scale < 1e-20, 1e-20, scale)  # of equal logits it is 0, and padding must stay far below them
-    return scale
-
-
-@triton.jit
-def _read(teacher, columns, read, scale, offset, CLASSES: tl.constexpr, COMPUTE: tl.constexpr):
-    t = tl.load(teacher + columns, mask=read, other=0).to(COMPUTE)
-    return tl.where(columns < CLASSES, t * scale + offset, 0.0)
-
-
-@triton.jit
-def cosine(
-    teacher_o, teacher_a, header, row, live,
-    STRIDE_O: tl.constexpr, STRIDE_A: tl.constexpr, OFFSET_O: tl.constexpr, OFFSET_A: tl.constexpr,
-    STRIDE_HEADER: tl.constexpr, CLASSES: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """w of a pair, as `reference.cosine_weight`: norms first, as ½|ô + â|² does not cancel and a product does."""
-    o, a = teacher_o + row * STRIDE_O + OFFSET_O, teacher_a + row * STRIDE_A + OFFSET_A
-    one = tl.full((), 1.0, COMPUTE)
-    scale_o, scale_a, offset_o, offset_a = one, one, 0.0 * one, 0.0 * one
-    if header is not None:
-        scale_o = header_field(header, row, live, STRIDE_HEADER, 0).to(COMPUTE)
-        scale_a = header_field(header, row, live, STRIDE_HEADER, 1).to(COMPUTE)
-        offset_o = header_field(header, row, live, STRIDE_HEADER, 2).to(COMPUTE)
-        offset_a = header_field(header, row, live, STRIDE_HEADER, 3).to(COMPUTE)
-    square_o = tl.zeros((BLOCK,), COMPUTE)
-    square_a = tl.zeros((BLOCK,), COMPUTE)
-    for start in range(0, CLASSES, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        read = columns < tl.where(live, READ, 0)
-        t_o = _read(o, columns, read, scale_o, offset_o, CLASSES, COMPUTE)
-        t_a = _read(a, columns, read, scale_a, offset_a, CLASSES, COMPUTE)
-        square_o += t_o * t_o
-        square_a += t_a * t_a
-    norm_o, norm_a = tl.sum(square_o, 0), tl.sum(square_a, 0)
-    by_o, by_a = tl.rsqrt(tl.where(norm_o == 0.0, 1.0, norm_o)), tl.rsqrt(tl.where(norm_a == 0.0, 1.0, norm_a))
-    both = tl.zeros((BLOCK,), COMPUTE)
-    for start in range(0, CLASSES, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        read = columns < tl.where(live, READ, 0)
-        t_o = _read(o, columns, read, scale_o, offset_o, CLASSES, COMPUTE)
-        t_a = _read(a, columns, read, scale_a, offset_a, CLASSES, COMPUTE)
-        units = t_o * by_o + t_a * by_a
-        both += units * units
-    return tl.where((norm_o == 0.0) | (norm_a == 0.0), 1.0, 0.5 * tl.sum(both, 0))
+def decoupled(h_y, q_y, p_y, sum_h, sum_q, sum_p):
+    """Of a target and the sums of the others, by exponents of base 2: CE, its probability that is missing, TCKD in
+    nats, and q_y − p_y. Odds, so that nothing is lost beside a target that is sure.
+    """
+    odds_h, odds_q = (h_y - tl.log2(sum_h)) * LN_2, (q_y - tl.log2(sum_q)) * LN_2
+    odds_p = (p_y - tl.log2(sum_p)) * LN_2
+    q, not_q, p, not_p = sigmoid(odds_q), sigmoid(-odds_q), sigmoid(odds_p), sigmoid(-odds_p)
+    tckd = exact_kl(softplus(-odds_q) - softplus(-odds_p), p, q)
+    tckd += exact_kl(softplus(odds_q) - softplus(odds_p), not_p, not_q)
+    return softplus(-odds_h), sigmoid(-odds_h), tckd, q * not_p - not_q * p

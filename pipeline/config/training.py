@@ -61,7 +61,8 @@ class Training(Machine):
     eval_epochs: Natural = 1
     """Epochs between evaluations; the last epoch is always evaluated, with 0 it alone."""
     log_steps: Count = 50
-    """Steps between records of loss, its parts, rate and waiting in metrics.jsonl; each waits for the GPU once."""
+    """Steps between records of loss, its parts, rate and waiting in metrics.jsonl; each waits for the GPU once. Of the
+    steps between them only the gradient is computed: a record's loss is that of its own step."""
     tensorboard: bool = False
     """Also write TensorBoard events to OUT/tensorboard."""
     wandb: str | None = None

@@ -17,44 +17,6 @@ from kernels import reference
 Soft = Callable[..., Tensor]
 
 
-def kd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float, weight: Tensor) -> Tensor:
-    """KL(softmax(teacher/T) ‖ softmax(student/T)) in nats (Hinton, Vinyals, Dean, 2015)."""
-    return reference.kl_divergence(student, teacher, temperature)
-
-
-def dkd(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    temperature: float,
-    weight: Tensor,
-    *,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-) -> Tensor:
-    """alpha · TCKD + beta · NCKD in nats: Decoupled Knowledge Distillation (Zhao et al., CVPR 2022).
-
-    TCKD is the divergence between [p_y, 1 − p_y] of teacher and student, NCKD that between their distributions over
-    the other classes, softmax at T without y; KD is TCKD + (1 − p_y) · NCKD, p_y of the teacher. The defaults are those
-    of the authors' code for CIFAR-100, at T = 4 (for some pairs it takes a smaller beta: 2 for R56→R20, 6 for
-    W40-2→W16-2); for ImageNet it takes beta = 0.5, T = 1. It adds the term to 1 · CE, as alpha = 0.5 and kd_weight = 2
-    of `loss` do, and fades it in over 20 epochs (ImageNet: 1), as --kd-warmup-epochs does.
-    """
-    own = target.long()[:, None]
-    others = torch.arange(student.shape[1] - 1, device=student.device)
-    others = others + (others >= own)  # (B, C − 1): gathered, so that nothing is −inf and no 1 − p is formed
-
-    def split(logits: Tensor) -> tuple[Tensor, Tensor]:
-        rest = logits.gather(1, others)
-        largest = rest.detach().amax(1, keepdim=True)  # logsumexp rounds to the size of its result
-        one, rest = (logits.gather(1, own) - largest) / temperature, (rest - largest) / temperature
-        return torch.cat([one, rest.logsumexp(1, keepdim=True)], dim=1), rest
-
-    (binary_q, rest_q), (binary_p, rest_p) = split(student), split(teacher)
-    tckd = reference.kl_divergence(binary_q, binary_p, 1.0)
-    return alpha * tckd + beta * reference.kl_divergence(rest_q, rest_p, 1.0)
-
-
 def dist(
     student: Tensor,
     teacher: Tensor,
@@ -79,23 +41,26 @@ def dist(
     q, p = (student / temperature).softmax(1), (teacher / temperature).softmax(1)
     batch = (weight / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny))[:, None]
     rows = 1 / q.shape[1]
-    inter = 1 - (_zscores(q, 1, rows) * _zscores(p, 1, rows)).mean(1)
-    intra = 1 - (_zscores(q, 0, batch) * _zscores(p, 0, batch)).mean(1)
+    inter = 1 - (reference.zscores(q, 1, rows) * reference.zscores(p, 1, rows)).mean(1)
+    intra = 1 - (reference.zscores(q, 0, batch) * reference.zscores(p, 0, batch)).mean(1)
     return beta * inter + gamma * intra
 
 
-def standardised(student: Tensor, teacher: Tensor, target: Tensor, temperature: float, weight: Tensor) -> Tensor:
-    """KD of z-scores of each sample's logits, in nats: Logit Standardization (Sun et al., CVPR 2024).
+def _of_rows(term: Callable[..., Tensor]) -> Soft:
+    """A soft term that no other row of the batch counts for."""
 
-    Also invariant to a positive factor on either row, so only T says how soft the labels are. The variance is a mean
-    over C (the released code divides by C − 1). The gradient grows as the student's deviation shrinks.
-    The authors' CIFAR-100 runs take T = 2 and 0.1 · CE + 9 · T² · this: kd_weight = 9.1, alpha = 0.1/9.1 of `loss`.
-    """
-    each = 1 / student.shape[1]
-    return reference.kl_divergence(_zscores(student, 1, each), _zscores(teacher, 1, each), temperature)
+    def soft(student, teacher, target, temperature, weight, **options):
+        return term(student, teacher, target, temperature, **options)
+
+    return soft
 
 
-SOFT: dict[str, Soft] = {"kd": kd, "dkd": dkd, "dist": dist, "standardised": standardised}
+SOFT: dict[str, Soft] = {
+    "kd": _of_rows(reference.SOFT["kd"]),
+    "dkd": _of_rows(reference.SOFT["dkd"]),
+    "dist": dist,
+    "standardised": _of_rows(reference.SOFT["standardised"]),
+}
 """By --loss. `ccd`, with w given or fixed, is kd with `weight` on the augmented view."""
 
 
@@ -141,17 +106,3 @@ def loss(
         soft = soft + (w * SOFT[name](z, t, target, temperature, w, **options)).sum()
     hard_factor, soft_factor = reference.coefficients(temperature, alpha, kd_weight)
     return (hard_factor * hard + soft_factor * soft) / (2 * count)
-
-
-def _zscores(values: Tensor, dim: int, share: Tensor | float) -> Tensor:
-    """Values less their mean, over their standard deviation, where each has a `share` that sums to 1 along `dim`.
-
-    Values that are equal up to rounding have no direction, and so no derivative of one: they are only centred. So are
-    those whose variance, to the power −3/2 of its derivative, would leave the dtype's range (float32: 1e-19).
-    """
-    mean = (share * values).sum(dim, keepdim=True)
-    centred = values - mean
-    variance = (share * centred.square()).sum(dim, keepdim=True)
-    info = torch.finfo(values.dtype)
-    flat = variance <= (16 * info.eps * mean).square() + info.tiny**0.5
-    return centred * variance.where(~flat, 1).rsqrt()

@@ -30,8 +30,8 @@ class Seen:
     count: Tensor | float
     """Number of views that means divide by; with several processes their mean number, as DDP averages gradients."""
     loss_scale: Tensor | None = None
-    parts: bool = False
-    """Whether to say what the loss is made of."""
+    logged: bool = False
+    """Whether the loss is asked for and what it is made of, and not its gradient alone."""
 
 
 class Objective(Protocol):
@@ -40,7 +40,10 @@ class Objective(Protocol):
         ...
 
     def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (n, C) of the views that `seen.chosen` names, view by view -> loss, scalar, and means over pairs."""
+        """Logits (n, C) of the views that `seen.chosen` names, view by view -> loss, scalar, and means over pairs.
+
+        In a step that is not logged the loss may have no value but NaN; its gradient is the same.
+        """
         ...
 
 
@@ -79,6 +82,10 @@ def choice(fraction: float, seed: int, epoch: int) -> Callable[[Batch], np.ndarr
     return choose
 
 
+_METHODS = {"kd": "kd", "ccd": "kd", "ccd-mean": "kd", "dkd": "dkd", "standardised": "standardised"}
+"""What a loss puts in the place of KL, of `kernels.ccd_loss`; dist compares whole batches and is none of it."""
+
+
 class Distillation:
     """A loss of `TrainStudent` on the pairs of an epoch."""
 
@@ -110,7 +117,8 @@ class Distillation:
         config, chosen = self._config, seen.chosen
         if not len(logits):
             return logits.sum() * 0.0, {}
-        if config.loss in ("kd", "ccd", "ccd-mean") and (chosen[0] == chosen[1]).all():
+        method = _METHODS.get(config.loss)
+        if method and (method == "kd" or logits.is_cuda) and (chosen[0] == chosen[1]).all():
             return self._by_kernel(logits.unflatten(0, (2, -1)), seen)
         some = chosen[0] | chosen[1]
         teacher, weight = self._answers(seen.batch, some, logits.device)
@@ -118,7 +126,7 @@ class Distillation:
         valid = devices.put(chosen[:, some], logits.device)
         student = student.masked_scatter(valid[..., None], logits.float())
         loss = losses.loss(
-            {"ccd": "kd", "ccd-mean": "kd"}.get(config.loss, config.loss),
+            method or config.loss,
             student,
             teacher,
             devices.put(seen.batch.labels[torch.from_numpy(np.flatnonzero(some))], logits.device),
@@ -129,7 +137,7 @@ class Distillation:
             count=seen.count / 2,
             **self._factors,
         )
-        return loss, _agreement(student, teacher, valid) if seen.parts else {}
+        return loss, _agreement(student, teacher, valid) if seen.logged else {}
 
     def _by_kernel(self, students: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         config, some = self._config, seen.chosen[0]
@@ -143,7 +151,9 @@ class Distillation:
             "count": seen.count / 2,
             **self._factors,
             "loss_scale": seen.loss_scale if device.type == "cuda" else None,
-            "parts": seen.parts,
+            "method": _METHODS[config.loss],
+            "parts": seen.logged,
+            "report": "plain" if seen.logged else "none",
         }
         if self._labels and not self._teacher and device.type == "cuda":
             encoded = self._labels.pairs(seen.batch.rows[some])
@@ -152,10 +162,11 @@ class Distillation:
         else:
             teacher, weight = self._answers(seen.batch, some, device)
             found = ccd_loss(student_o, student_a, teacher[:, 0], teacher[:, 1], target, weight=weight, **options)
-        if not seen.parts:
+        if not seen.logged:
             return found, {}
         loss, parts = found
-        means = {name: getattr(parts, name).mean() for name in ("kl_o", "kl_a", "w")}
+        names = ("kl_o", "kl_a", "w") if options["method"] == "kd" else ()
+        means = {name: getattr(parts, name).mean() for name in names}
         means["ce"] = (parts.ce_o + parts.ce_a).mean() / 2
         means["agreement"] = (parts.agree_o + parts.agree_a).mean() / 2
         return loss, means

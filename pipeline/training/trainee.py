@@ -99,7 +99,7 @@ def take_step(
     logged: bool,
     clock: Clock,
 ) -> list[tuple[float, dict[str, Any]]]:
-    """One optimiser step; (weight, values) for the means over the run."""
+    """One optimiser step; if it is `logged` (weight, values) for the means over the run, else its gradient alone."""
     device, scaler = forward.device, trainee.scaler
     chosen = objective.wants(batch)
     views_here = int(chosen.sum())
@@ -123,7 +123,7 @@ def take_step(
         with nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync():
             logits = forward(images)
             clock.lap("forward")
-            seen = Seen(piece, mine, count, _scale(scaler), parts=logged)
+            seen = Seen(piece, mine, count, _scale(scaler), logged)
             loss, terms = objective(logits, seen)
             clock.lap("loss")
             scaler.scale(loss).backward()
@@ -139,7 +139,7 @@ def take_step(
     if trainee.average:
         trainee.average.update_parameters(trainee.module)
     clock.lap("optimiser")
-    if views_here:  # the loss is the sum over them divided by `count`
+    if logged and views_here:  # the loss is the sum over them divided by `count`
         found.append((float(views_here), {"loss": loss_sum * (count / views_here)}))
     return found
 

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from interpreted import CPU, TOLERANCE, assert_close, call, exact, hardware_exp2, students, subspace
+from interpreted import CPU, TOLERANCE, assert_close, call, exact, hardware_exp2, long_rows, students, subspace
 from support.losses import DEFAULTS, oracle, random_case
 from support.subspace import streams
 from torch.nn import functional as F
@@ -26,15 +26,10 @@ from pipeline.labels.epochs import decoder_of
 # Sizes and formats
 
 
-SIZES = {2: 5, 10: 40, 100: 5, 257: 3, 1001: 2, 8192: 1, 8193: 1, 21841: 1}  # classes: batch
+SIZES = {2: 2, 10: 17, 100: 2, 257: 2, 1001: 2, 8192: 1, 8193: 1, 21841: 1}  # classes: batch
 
 
-def slow(*classes: int) -> list:
-    """Sizes of which a program takes seconds here."""
-    return [pytest.param(count, marks=pytest.mark.slow) for count in classes]
-
-
-@pytest.mark.parametrize("classes", [2, 10, 100, 257, 1001, 8193, *slow(8192, 21841)])
+@pytest.mark.parametrize("classes", [2, 10, 100, 257, 1001, 8193, *long_rows(8192, 21841)])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "temperature": 2.0}, {"temperature": 7.0}], ids=str)
 def test_every_size_meets_float64(classes, options):
     case = random_case(classes, SIZES[classes])
@@ -43,7 +38,7 @@ def test_every_size_meets_float64(classes, options):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0, 4.0, 20.0])
-@pytest.mark.parametrize("classes", [10, *slow(8201)])
+@pytest.mark.parametrize("classes", [10, *long_rows(8201)])
 def test_every_temperature_meets_float64(temperature, classes):
     case = random_case(classes, 2, scale=2.0)
     logits, target = case["logits"], case["target"]
@@ -76,7 +71,7 @@ def hard_cases(classes: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("classes", [2, 100, *slow(8201)])
+@pytest.mark.parametrize("classes", [2, 100, *long_rows(8201)])
 @pytest.mark.parametrize("name", hard_cases(2))
 def test_hard_cases_meet_float64(classes, name):
     logits, options = hard_cases(classes)[name]
@@ -87,7 +82,7 @@ def test_hard_cases_meet_float64(classes, name):
     assert_close(found, true, loss=TOLERANCE + 30 * 2**-24 * ("sure" in name), terms=8 / 3 * ("near" in name))
 
 
-@pytest.mark.parametrize("classes", [2, 100, *slow(8201)])
+@pytest.mark.parametrize("classes", [2, 100, *long_rows(8201)])
 @pytest.mark.parametrize("gap", [1.0, 20.0, 60.0])
 def test_a_sure_student_keeps_its_little_cross_entropy(classes, gap):
     """log(1 + (C - 1) exp(-gap)), of which float64 PyTorch keeps nothing beyond a gap of 36.
@@ -100,7 +95,7 @@ def test_a_sure_student_keeps_its_little_cross_entropy(classes, gap):
     assert abs(loss.item() / math.log1p((classes - 1) * math.exp(-gap)) - 1) <= TOLERANCE + gap * 2**-24
 
 
-@pytest.mark.parametrize("classes", [5, 100, 1001, *slow(8999)])
+@pytest.mark.parametrize("classes", [5, 100, 1001, *long_rows(8999)])
 @pytest.mark.parametrize("kind", ["int8", "fp16"])
 @pytest.mark.parametrize("stored", [True, False])
 def test_rows_are_decoded_in_registers(classes, kind, stored):
@@ -172,7 +167,7 @@ def test_padding_between_rows_is_neither_used_nor_harmed(classes):
     assert not any(leaf.grad[:, classes:].any() for leaf in leaves)
 
 
-@pytest.mark.parametrize("classes", [10, *slow(8201)])
+@pytest.mark.parametrize("classes", [10, *long_rows(8201)])
 @pytest.mark.parametrize("hard", [False, True])
 def test_kd_of_rows_of_any_shape_meets_float64(classes, hard):
     student, teacher = torch.randn(2, 2, 3, classes, generator=torch.Generator().manual_seed(0)) * 3
@@ -201,7 +196,7 @@ def test_a_gpus_exponentials_do_no_harm(monkeypatch, case):
 # 16-bit students
 
 
-@pytest.mark.parametrize("classes", [10, 1001, *slow(8201)])
+@pytest.mark.parametrize("classes", [10, 1001, *long_rows(8201)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_students_are_as_exact_as_pytorch_in_float32(classes, dtype):
     """Loss: PyTorch's own float32 path plus one unit of float32; gradient: units in the last place of the student's."""
@@ -243,7 +238,7 @@ def test_a_loss_scale_keeps_the_small_gradients_of_a_float16_student():
 # Which pairs count
 
 
-@pytest.mark.parametrize("classes", [10, *slow(8201)])
+@pytest.mark.parametrize("classes", [10, *long_rows(8201)])
 def test_invalid_pairs_count_for_nothing_and_are_not_read(classes):
     case = random_case(classes, 6)
     valid = torch.tensor([True, False, True, True, False, True])

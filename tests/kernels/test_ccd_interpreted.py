@@ -5,21 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parents[1]
 
 
-def test_the_kernels_meet_float64_in_the_interpreter():
+@pytest.mark.parametrize("path", sorted(TESTS.glob("kernels/interpreted_*.py")), ids=lambda path: path.stem)
+def test_the_kernels_meet_float64_in_the_interpreter(path):
+    """A process a file, so that two of them run side by side under pytest -n."""
     child = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *sorted(TESTS.glob("kernels/interpreted_*.py")),
-        ],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
