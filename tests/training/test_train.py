@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from support.runs import log, weights
 
 import cache
 from cache import UserError, philox
+from kernels import ccd_loss
 from pipeline.config import TrainStudent
 from pipeline.data.index import Index
 from pipeline.demo import POLICY
@@ -20,7 +22,7 @@ from pipeline.labels.epochs import Labels
 from pipeline.labels.pixels import PixelCheck
 from pipeline.networks import models
 from pipeline.networks.placed import placed
-from pipeline.training import train_student
+from pipeline.training import objectives, train_student
 from pipeline.training import trainee as trainees
 from pipeline.training.checks import TeacherCheck
 from pipeline.training.meter import Clock
@@ -271,3 +273,34 @@ def test_the_learning_rate_is_the_papers():
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 1e-4, 1e-4])
     cosine = dataclasses.replace(config, schedule="cosine", warmup_epochs=10, epochs=100)
     assert [learning_rate(cosine, e) for e in (0, 50, 100)] == pytest.approx([0, 0.05, 0])
+
+
+def gradient_alone(asked: list):
+    """`ccd_loss` as it is where kernels compute: of a step that is not logged the loss has no value."""
+
+    def loss(*arguments, **options):
+        asked.append(options["report"])
+        found = ccd_loss(*arguments, **options)
+        return found if options["report"] != "none" else found - found.detach() + torch.nan
+
+    return loss
+
+
+def test_a_step_that_is_not_logged_computes_its_gradient_alone(whole, tmp_path, monkeypatch):
+    """Weights are those of a run that knows every loss; records have the losses of their own steps."""
+    asked = []
+    monkeypatch.setattr(objectives, "ccd_loss", gradient_alone(asked))
+    run = dataclasses.replace(whole, out=tmp_path / "run", log_steps=3)
+    train_student.run(run)
+    records = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    assert asked.count("plain") == sum("step" in record for record in records) < len(asked)
+    assert all(math.isfinite(record["loss"]) for record in records)
+    one, other = ((config.out / "model.safetensors").read_bytes() for config in (run, whole))
+    assert one == other
+
+
+def test_a_run_that_diverges_between_records_is_noticed(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(objectives, "ccd_loss", gradient_alone([]))
+    run = dataclasses.replace(whole, out=tmp_path / "run", lr=1e9, checkpoint_steps=10**6, log_steps=1000)
+    with pytest.raises(UserError, match=r"training diverged: weights are not finite; found at step .* of epoch 0"):
+        train_student.run(run)
