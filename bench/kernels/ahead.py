@@ -37,6 +37,8 @@ class Case:
     cosine: bool = False
     """w from the teacher's rows; else stored."""
     gradient: bool = True
+    counted: bool = False
+    """With a validity mask whose pairs the kernel counts."""
     masked: bool = False
     """With a validity mask and a count on the device, label smoothing, parts and T = 3: all that can be switched on."""
     padded: bool = False
@@ -113,6 +115,7 @@ def compile_loss(case: Case) -> Compiled:
         "REPORT": autograd.REPORTS.index(case.report),
         "WEIGHTED": 1,
         "COSINE": case.cosine,
+        "COUNTED": case.counted,
         "SMOOTH": case.masked,
         "COMPUTE": autograd.language(autograd.torch.float32),
         **options,
@@ -127,7 +130,7 @@ def compile_loss(case: Case) -> Compiled:
         "index": None,
         "target": "*i64",
         "weight": None if case.cosine else "*fp32",
-        "valid": "*u8" if case.masked else None,
+        "valid": "*u8" if case.masked or case.counted else None,
         "count": "*i64" if case.masked else None,
         "loss_scale": "*fp32" if case.student == "fp16" else None,
         "grad_o": f"*{case.student}" if case.gradient else None,

@@ -1,6 +1,6 @@
 """Launching the loss: which kernel for which size, under autograd and as an operator of torch.compile."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from triton import knobs
 
 from kernels.loss import finish, long, row
 from kernels.loss.terms import METHODS
-from kernels.loss.unpack import Lean, subspace_logits
+from kernels.loss.unpack import Lean, bytes_of_pair, subspace_logits
 
 INTERPRETED = knobs.runtime.interpret  # what the decorators of the kernels saw
 
@@ -21,6 +21,7 @@ PARTS = 9
 
 ROW = 8192  # classes of a row that registers hold; beyond this two passes
 TILE = 4096  # logits of a tile of the two passes
+COUNTED = 8192  # pairs whose number every program finds by itself
 _VECTOR = 8  # logits of an access
 
 
@@ -65,13 +66,28 @@ class Task:
     parts: bool = False
     method: int = 0
     """Index of `terms.METHODS`."""
+    counted: bool = False
+    """Whether the number of pairs is that of the valid ones, which nobody has counted."""
+    temporaries: int = 64 << 20
+    """Bytes that decoded labels may take at a time."""
+
+    def of(self, span: slice) -> "Task":
+        """That of some of the pairs; only subspace rows go by parts."""
+        if self.kind != "subspace":
+            return self
+        codes, keys, *code = self.teacher
+        codes = codes if self.rows is not None else codes[span]
+        given = {name: getattr(self, name) for name in ("target", "rows", "weight", "valid")}
+        given = {name: value if value is None else value[span] for name, value in given.items()}
+        return replace(self, teacher=[codes, keys[span], *code], **given)
 
     def flat(self) -> tuple[list[Tensor], str, list[Tensor | None], list[float], list[int]]:
         """What an operator's schema can hold."""
         tensors = [self.target, self.rows, self.weight, self.valid, self.count, self.loss_scale]
         numbers = [self.same_weight, self.temperature, self.hard, self.soft, self.smoothing, self.unit]
         numbers += [self.alpha, self.beta]
-        return self.teacher, self.kind, tensors, numbers, [self.wide, self.cosine, self.report, self.parts, self.method]
+        whole = [self.wide, self.cosine, self.report, self.parts, self.method, self.counted, self.temporaries]
+        return self.teacher, self.kind, tensors, numbers, whole
 
 
 def launch_options(classes: int) -> dict[str, Any]:
@@ -98,16 +114,31 @@ def forward(students: list[Tensor], task: Task, grads: list[Tensor] | None) -> t
     """Loss, scalar, and parts (PARTS, B) or empty; fills `grads`, like the students, unless None."""
     batch = len(students[0])
     compute = torch.float64 if students[0].dtype == torch.float64 else torch.float32
-    exact = REPORTS[task.report] == "exact"
+    exact, plain = (REPORTS[task.report] == name for name in ("exact", "plain"))
     parts = students[0].new_empty((PARTS, batch) if task.parts or exact else 0, dtype=compute)
-    loss = students[0].new_empty((), dtype=compute)
+    spans = _spans(task, batch)
+    losses = students[0].new_empty((len(spans), 4), dtype=compute)[:, 0]  # each at a multiple of 16 bytes
+    if task.counted and (len(spans) > 1 or batch > COUNTED):
+        assert task.valid is not None
+        task = replace(task, counted=False, count=task.valid.sum())
     with torch.cuda.device_of(students[0]):
-        plain = REPORTS[task.report] == "plain"
-        _launch(students, task, grads, parts, loss, slots_of(loss.device) if plain else None)
+        slots = slots_of(losses.device) if plain else None
+        for span, loss in zip(spans, losses, strict=True):
+            rows = [row[span] for row in students]
+            mine = grads if grads is None else [grad[span] for grad in grads]
+            _launch(rows, task.of(span), mine, parts[..., span], loss, batch, slots)
         if exact:
             total: Any = finish.total_of[(1,)]
-            total(parts, loss, len(students) * batch, num_warps=4)
-    return loss, parts
+            total(parts, losses, len(students) * batch, num_warps=4)
+    return (losses[0] if exact or len(spans) == 1 else losses.sum()), parts
+
+
+def _spans(task: Task, batch: int) -> list[slice]:
+    """Of the batch: one, unless its decoded labels take too much. Starts keep rows at multiples of 16 bytes."""
+    pairs = batch
+    if task.kind == "subspace":
+        pairs = max(task.temporaries // bytes_of_pair(Lean(*task.teacher[2:], task.unit)) // 16 * 16, 16)
+    return [slice(start, min(start + pairs, batch)) for start in range(0, batch, pairs)]
 
 
 def _teacher(task: Task, classes: int) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int], Tensor | None]:
@@ -126,13 +157,16 @@ def _teacher(task: Task, classes: int) -> tuple[Tensor, Tensor, Tensor | None, t
     return logits[:, 0], logits[:, 1], None, (0, 0), None
 
 
-def _launch(students: list[Tensor], task: Task, grads, parts: Tensor, loss: Tensor, slots: Tensor | None) -> None:
+def _launch(
+    students: list[Tensor], task: Task, grads, parts: Tensor, loss: Tensor, batch: int, slots: Tensor | None
+) -> None:
+    """`batch`: of the whole loss, of which these may be a part."""
     teacher_o, teacher_a, header, offsets, index = _teacher(task, students[0].shape[1])
     student_o, student_a = students[0], students[-1]
-    batch, classes = student_o.shape
+    rows, classes = student_o.shape
     grad_o, grad_a = (None, None) if grads is None else (grads[0], grads[-1])
     kernel: Any = row.row_loss if classes <= ROW else long.long_loss
-    kernel[(batch, len(students))](
+    kernel[(rows, len(students))](
         student_o=student_o,
         student_a=student_a,
         teacher_o=teacher_o,
@@ -158,7 +192,7 @@ def _launch(students: list[Tensor], task: Task, grads, parts: Tensor, loss: Tens
         unit=task.unit,
         alpha=task.alpha,
         beta=task.beta,
-        limit=finish.LARGEST / (batch * len(students)),
+        limit=finish.LARGEST / (rows * len(students)),
         STRIDE_STUDENT_O=student_o.stride(0),
         STRIDE_STUDENT_A=student_a.stride(0),
         STRIDE_TEACHER_O=teacher_o.stride(0),
@@ -177,6 +211,7 @@ def _launch(students: list[Tensor], task: Task, grads, parts: Tensor, loss: Tens
         REPORT=task.report,
         WEIGHTED=len(students) - 1,
         COSINE=task.cosine,
+        COUNTED=task.counted,
         SMOOTH=task.smoothing > 0,
         COMPUTE=language(loss.dtype),
         **launch_options(classes),
@@ -288,8 +323,10 @@ def distillation_loss(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss, parts, and the gradients, empty unless `with_grad`; the rest is `Task.flat`."""
-    wide, cosine, report, noted, method = whole
-    task = Task(teacher, kind, *tensors, *numbers, wide, bool(cosine), report, bool(noted), method)
+    wide, cosine, report, noted, method, counted, temporaries = whole
+    task = Task(
+        teacher, kind, *tensors, *numbers, wide, bool(cosine), report, bool(noted), method, bool(counted), temporaries
+    )
     grads = gradients(students, task.loss_scale is not None, with_grad)
     loss, parts = forward(students, task, grads if with_grad else None)
     return loss, parts, grads

@@ -48,6 +48,8 @@ class Options:
     compute, and the gradient as good as ever."""
     parts: bool = False
     """Whether to return what the loss is made of as well."""
+    temporaries: int = 64 << 20
+    """Bytes that decoded subspace labels may take at a time; a batch of more goes by parts, a launch each."""
     impl: str = "auto"
     """"triton" (CUDA), "torch" (anywhere, computed in float64), or "auto", which takes Triton where it can. "triton"
     takes CPU tensors if TRITON_INTERPRET=1 was set before this module was imported."""
@@ -119,6 +121,9 @@ def ccd_loss(
     if not by_triton(asked, student_o, student_a):
         teacher_o, teacher_a = encoded.logits().unbind(1)
         return _by_torch(student_o, student_a, teacher_o, teacher_a, target, asked)
+    if encoded.made is not None:
+        torch.cuda.current_stream(student_o.device).wait_event(encoded.ready)
+        return _by_kernel(student_o, student_a, target, list(encoded.made.unbind(1)), asked, encoded)
     teacher = [encoded.codes.contiguous()]
     if decoder.kind == "subspace":
         teacher += [encoded.dither_keys.contiguous(), decoder.lean.table, decoder.lean.basis]
@@ -165,18 +170,20 @@ def _by_kernel(student_o, student_a, target, teacher: list[Tensor], options: Opt
         factor / 2 for factor in reference.coefficients(options.temperature, options.alpha, options.kd_weight)
     )
     count = options.count
-    if count is None:
-        count = len(target) if options.valid is None else options.valid.sum()
-    if not isinstance(count, Tensor):
+    counted = count is None and options.valid is not None
+    if count is None and not counted:
+        count = len(target)
+    if count is not None and not isinstance(count, Tensor):
         hard, soft = hard / count, soft / count
     weight, cosine = options.weight, options.weight is None
     if encoded is None:
         teacher = _alike(*teacher)
+    dense = encoded is None or encoded.made is not None
     task = autograd.Task(
         teacher=teacher,
-        kind="dense" if encoded is None else encoded.decoder.kind,
+        kind="dense" if dense else encoded.decoder.kind,
         target=target.contiguous(),
-        rows=None if encoded is None or encoded.rows is None else encoded.rows.contiguous(),
+        rows=None if dense or encoded.rows is None else encoded.rows.contiguous(),
         weight=weight.contiguous() if isinstance(weight, Tensor) else None,
         valid=None if options.valid is None else options.valid.contiguous(),
         count=count if isinstance(count, Tensor) else None,
@@ -189,6 +196,8 @@ def _by_kernel(student_o, student_a, target, teacher: list[Tensor], options: Opt
         unit=encoded.decoder.lean.unit if encoded is not None and encoded.decoder.kind == "subspace" else 1.0,
         wide=0 if encoded is None else encoded.decoder.wide,
         cosine=cosine,
+        counted=counted,
+        temporaries=options.temporaries,
         method=METHODS.index(options.method),
         alpha=float(options.dkd[0]),
         beta=float(options.dkd[1]),

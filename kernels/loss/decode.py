@@ -6,7 +6,7 @@ A `Decoder` is what a codec knows, as tensors; kernels know neither stores nor c
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,10 +56,26 @@ class EncodedPairs:
     """w f32 (B,), as stored: NaN where there is no label."""
     rows: torch.Tensor | None = None
     """i64 (B,): pair i's label is codes[rows[i]]; None: codes[i]."""
+    made: torch.Tensor | None = None
+    """f16 (B, 2, P), logits over `decoder.lean.unit`, where `beside` has begun to make them."""
+    ready: Any = None
+    """The event after which `made` may be read."""
 
     def gathered(self) -> torch.Tensor:
         """The batch's codes u8 (B, row_bytes)."""
         return (self.codes if self.rows is None else self.codes[self.rows]).contiguous()
+
+    def beside(self, temporaries: int = 64 << 20) -> "EncodedPairs":
+        """The same labels, decoded on a CUDA stream of their own: call it before the student's forward pass.
+
+        As they are where nothing is to be gained: on a CPU, of int8 and fp16, which the loss decodes in registers, and
+        of what would take more than `temporaries` bytes, which the loss decodes by parts.
+        """
+        if self.decoder.kind != "subspace" or not self.codes.is_cuda or self.made is not None:
+            return self
+        from kernels.loss import unpack  # Triton, which decoding here does without
+
+        return unpack.beside(self, temporaries)
 
     def logits(self) -> torch.Tensor:
         """The teacher's logits f32 (B, 2, C)."""

@@ -52,10 +52,20 @@ def total_of(shares, loss, count, BLOCK: tl.constexpr = 1024):
 
 
 @triton.jit
-def row_factors(count, loss_scale, live, hard, soft, COMPUTE: tl.constexpr):
+def _number(valid, batch, BLOCK: tl.constexpr = 1024):
+    """Of the pairs that count: every program counts them, so that no launch has to."""
+    found = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, batch, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        found += tl.load(valid + at, mask=at < batch, other=0).to(tl.int32)
+    return tl.sum(found, 0)
+
+
+@triton.jit
+def row_factors(count, valid, batch, loss_scale, live, hard, soft, COUNTED: tl.constexpr, COMPUTE: tl.constexpr):
     """The factors of one row's CE and KL, over the number of pairs where that is on the device; and of its gradient."""
-    if count is not None:
-        pairs = tl.load(count).to(COMPUTE)
+    if count is not None or COUNTED:
+        pairs = tl.load(count).to(COMPUTE) if count is not None else _number(valid, batch).to(COMPUTE)
         pairs = tl.where(pairs == 0.0, 1.0, pairs)  # of no pairs the loss is 0
         hard, soft = hard / pairs, soft / pairs
     scaled = tl.where(live, 1.0, 0.0).to(COMPUTE)

@@ -213,7 +213,7 @@ def long_loss(
     STRIDE_GRAD_O: tl.constexpr, STRIDE_GRAD_A: tl.constexpr,
     CLASSES: tl.constexpr, READ_STUDENT: tl.constexpr, READ_TEACHER: tl.constexpr, WRITE: tl.constexpr,
     BLOCK: tl.constexpr, POWER: tl.constexpr, METHOD: tl.constexpr, REPORT: tl.constexpr, WEIGHTED: tl.constexpr,
-    COSINE: tl.constexpr, SMOOTH: tl.constexpr, COMPUTE: tl.constexpr,
+    COSINE: tl.constexpr, COUNTED: tl.constexpr, SMOOTH: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """As `kernels.loss.row.row_loss`, with tiles of `BLOCK` logits for 256 threads."""
     THREADS: tl.constexpr = 256
@@ -250,7 +250,7 @@ def long_loss(
         weight, same_weight, row, view, teacher_o, teacher_a, header, at, live, STRIDE_TEACHER_O, STRIDE_TEACHER_A,
         OFFSET_O, OFFSET_A, STRIDE_HEADER, CLASSES, READ_TEACHER, BLOCK, WEIGHTED, COSINE, COMPUTE,
     )  # fmt: skip
-    hard, soft, scaled = row_factors(count, loss_scale, live, hard, soft, COMPUTE)
+    hard, soft, scaled = row_factors(count, valid, batch, loss_scale, live, hard, soft, COUNTED, COMPUTE)
 
     HARD: tl.constexpr = target is not None
     AGREE: tl.constexpr = parts is not None

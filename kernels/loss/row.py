@@ -61,16 +61,17 @@ def row_loss(
     STRIDE_GRAD_O: tl.constexpr, STRIDE_GRAD_A: tl.constexpr,
     CLASSES: tl.constexpr, READ_STUDENT: tl.constexpr, READ_TEACHER: tl.constexpr, WRITE: tl.constexpr,
     BLOCK: tl.constexpr, POWER: tl.constexpr, METHOD: tl.constexpr, REPORT: tl.constexpr, WEIGHTED: tl.constexpr,
-    COSINE: tl.constexpr, SMOOTH: tl.constexpr, COMPUTE: tl.constexpr,
+    COSINE: tl.constexpr, COUNTED: tl.constexpr, SMOOTH: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Row program_id(0) of view program_id(1): its gradient unless `grad_*` are None, and what `REPORT` says of it.
 
     Rows may be read up to `READ_*` and gradients written up to `WRITE` columns: where the distance between rows leaves
     room, multiples of 8, so that an odd C is still read and written in vectors. `index`: the teacher's row of each
     student's, or None. `hard`, `soft`: factors of one row's CE and KL, times the number of pairs if that comes in
-    `count`. View `WEIGHTED` has the weight w: `weight`, the cosine of the teacher's rows if `COSINE`, else
-    `same_weight`. Teachers are logits over `unit`. `METHOD`: of `terms.METHODS`; `alpha`, `beta`: dkd's. `POWER`: T
-    where e_h is e_q to that power, else 0. `REPORT`: 0 nothing, 1 the plain forms, 2 the exact ones.
+    `count`, or is that of the valid ones, which is `COUNTED` here. View `WEIGHTED` has the weight w: `weight`, the
+    cosine of the teacher's rows if `COSINE`, else `same_weight`. Teachers are logits over `unit`. `METHOD`: of
+    `terms.METHODS`; `alpha`, `beta`: dkd's. `POWER`: T where e_h is e_q to that power, else 0. `REPORT`: 0 nothing, 1
+    the plain forms, 2 the exact ones.
     """
     row = tl.program_id(0).to(tl.int64)
     view = tl.program_id(1)
@@ -92,7 +93,7 @@ def row_loss(
         weight, same_weight, row, view, teacher_o, teacher_a, header, at, live, STRIDE_TEACHER_O, STRIDE_TEACHER_A,
         OFFSET_O, OFFSET_A, STRIDE_HEADER, CLASSES, READ_TEACHER, BLOCK, WEIGHTED, COSINE, COMPUTE,
     )  # fmt: skip
-    hard, soft, scaled = row_factors(count, loss_scale, live, hard, soft, COMPUTE)
+    hard, soft, scaled = row_factors(count, valid, batch, loss_scale, live, hard, soft, COUNTED, COMPUTE)
 
     HARD: tl.constexpr = target is not None
     zero = tl.full((), 0.0, COMPUTE)

@@ -10,12 +10,15 @@ into the temperature. Against float64, logits are off by less than the code's ow
 # pyright: reportAssignmentType=false, reportOptionalOperand=false, reportOptionalMemberAccess=false
 # (Triton's annotations are those of Python, not of the language inside @triton.jit.)
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.loss.decode import EncodedPairs
 
 _HEADER = 16  # bytes of a row before its segments
 _LARGEST_STEP = 136  # |q − β·u|: a byte and half a dither of up to four steps
@@ -144,6 +147,36 @@ def subspace_logits(codes: Tensor, rows: Tensor | None, keys: Tensor, code: Lean
         **options(dims),
     )
     return torch.mm(found, code.basis).view(len(keys), 2, -1)
+
+
+def bytes_of_pair(code: Lean) -> int:
+    """Coefficients and logits f16 of both views."""
+    return 2 * 2 * sum(code.basis.shape)
+
+
+_sides: dict[torch.device, Any] = {}
+
+
+def _side(device: torch.device) -> Any:
+    if device not in _sides:
+        _sides[device] = torch.cuda.Stream(device)
+    return _sides[device]
+
+
+def beside(pairs: EncodedPairs, temporaries: int) -> EncodedPairs:
+    """`EncodedPairs.beside` of subspace rows on a GPU."""
+    code, device = pairs.decoder.lean, pairs.codes.device
+    if len(pairs.dither_keys) * bytes_of_pair(code) > temporaries:
+        return pairs
+    main, side = torch.cuda.current_stream(device), _side(device)
+    side.wait_stream(main)  # on which codes and keys came
+    with torch.cuda.device_of(pairs.codes), torch.cuda.stream(side):
+        made = subspace_logits(pairs.codes, pairs.rows, pairs.dither_keys, code, pairs.decoder.wide)
+    for read in (pairs.codes, pairs.rows, pairs.dither_keys):
+        if read is not None:
+            read.record_stream(side)  # not to be given to others while it is read there
+    made.record_stream(main)
+    return replace(pairs, made=made, ready=side.record_event())
 
 
 def options(dims: int) -> dict[str, int | bool]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cache import philox
-from kernels import ccd_loss, reference
+from kernels import EncodedPairs, ccd_loss, reference
 from pipeline.config import TrainStudent
 from pipeline.labels.epochs import Labels
 from pipeline.networks.teacher import Teacher
@@ -39,6 +39,10 @@ class Objective(Protocol):
         """The views to look at, bool (V, B)."""
         ...
 
+    def begin(self, batch: Batch, chosen: np.ndarray) -> None:
+        """What can be done beside the network's pass over the views `chosen`, which comes next."""
+        ...
+
     def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (n, C) of the views that `seen.chosen` names, view by view -> loss, scalar, and means over pairs.
 
@@ -55,6 +59,9 @@ class CrossEntropy:
 
     def wants(self, batch: Batch) -> np.ndarray:
         return self._choose(batch) if self._choose else np.ones((len(batch.images), len(batch.rows)), bool)
+
+    def begin(self, batch: Batch, chosen: np.ndarray) -> None:
+        pass
 
     def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         target = devices.put(seen.batch.labels[torch.from_numpy(np.nonzero(seen.chosen)[1])], logits.device)
@@ -103,6 +110,7 @@ class Distillation:
         self._choose = choice(config.augmented_fraction, config.seed, epoch)
         self._same_weight = float(np.nanmean(labels.plane.weight)) if labels and config.loss == "ccd-mean" else 1.0
         self._factors = _factors(config, epoch)
+        self._encoded: EncodedPairs | None = None
 
     def wants(self, batch: Batch) -> np.ndarray:
         """Views without labels are left out: a quarantined sample costs nothing."""
@@ -111,14 +119,25 @@ class Distillation:
             chosen &= self._labels.known(batch.rows)
         return chosen
 
+    def begin(self, batch: Batch, chosen: np.ndarray) -> None:
+        """Labels that kernels decode do not wait for the network."""
+        labels, self._encoded = self._labels, None
+        on_gpu = bool(labels and not self._teacher and labels.device.type == "cuda" and chosen.any())
+        if labels and on_gpu and self._by_pairs(chosen, on_gpu):
+            self._encoded = labels.pairs(batch.rows[chosen[0]]).beside()
+
+    def _by_pairs(self, chosen: np.ndarray, on_gpu: bool) -> bool:
+        """Whether `ccd_loss` takes these views. On a CPU other methods than KL are faster without it, in float32."""
+        method = _METHODS.get(self._config.loss)
+        return bool(method and (method == "kd" or on_gpu) and (chosen[0] == chosen[1]).all())
+
     def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         for check in self._checks:
             check(seen.batch)
         config, chosen = self._config, seen.chosen
         if not len(logits):
             return logits.sum() * 0.0, {}
-        method = _METHODS.get(config.loss)
-        if method and (method == "kd" or logits.is_cuda) and (chosen[0] == chosen[1]).all():
+        if self._by_pairs(chosen, logits.is_cuda):
             return self._by_kernel(logits.unflatten(0, (2, -1)), seen)
         some = chosen[0] | chosen[1]
         teacher, weight = self._answers(seen.batch, some, logits.device)
@@ -126,7 +145,7 @@ class Distillation:
         valid = devices.put(chosen[:, some], logits.device)
         student = student.masked_scatter(valid[..., None], logits.float())
         loss = losses.loss(
-            method or config.loss,
+            _METHODS.get(config.loss, config.loss),
             student,
             teacher,
             devices.put(seen.batch.labels[torch.from_numpy(np.flatnonzero(some))], logits.device),
@@ -155,8 +174,7 @@ class Distillation:
             "parts": seen.logged,
             "report": "plain" if seen.logged else "none",
         }
-        if self._labels and not self._teacher and device.type == "cuda":
-            encoded = self._labels.pairs(seen.batch.rows[some])
+        if encoded := self._encoded:
             weight = encoded.weight if config.loss == "ccd" else self._same_weight
             found = ccd_loss(student_o, student_a, encoded, target, weight=weight, **options)
         else:

@@ -121,6 +121,7 @@ def take_step(
             images = images[devices.put(np.flatnonzero(mine), images.device)]
         module, last = forward.module, number + 1 == len(parts)
         with nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync():
+            objective.begin(piece, mine)
             logits = forward(images)
             clock.lap("forward")
             seen = Seen(piece, mine, count, _scale(scaler), logged)

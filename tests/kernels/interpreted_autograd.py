@@ -1,5 +1,6 @@
 """Memory, autograd and launches of the loss kernels in Triton's interpreter; run like `interpreted_ccd.py`."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -137,15 +138,69 @@ def test_launches_are_few(monkeypatch, classes, batch):
     encoded = [replace(one, codes=one.codes.repeat(batch, 1), dither_keys=one.dither_keys.repeat(batch))]
     kernel = "row_loss" if classes <= 8192 else "long_loss"
     autograd.slots_of(CPU), encoded[0].decoder.lean
-    target, weight = torch.zeros(batch, dtype=torch.int64), torch.ones(batch)
+    target, weight, valid = torch.zeros(batch, dtype=torch.int64), torch.ones(batch), torch.ones(batch).bool()
     for teacher, forward in ((students(batch, classes, 1), [kernel]), (encoded, ["unpack", "aten::mm", kernel])):
         rows = [row.requires_grad_() for row in students(batch, classes)]
         with Work():
-            loss = ccd_loss(*rows, *teacher, target, weight=weight, impl="triton")
+            loss = ccd_loss(*rows, *teacher, target, weight=weight, valid=valid, impl="triton")
         assert count == forward
         loss.backward()
         assert count[len(forward) :] == ["rescale"]
         count.clear()
+
+
+def test_a_batch_of_more_labels_than_fit_goes_by_parts():
+    """Of 16 pairs; each has its own rows, keys, weights and gradients, and parts are those of the whole."""
+    batch = 18
+    (pairs,), _ = subspace(20, 12, 4, batch)
+    pairs = replace(pairs, rows=torch.arange(batch).flip(0), weight=torch.linspace(0.1, 2, batch))
+    valid = torch.arange(batch) % 5 != 0
+    found = []
+    for temporaries in (1000, 1 << 20):
+        rows = [row.requires_grad_() for row in students(batch, 20)]
+        options = {"valid": valid, "parts": True, "temporaries": temporaries, "impl": "triton"}
+        loss, parts = ccd_loss(*rows, pairs, torch.arange(batch), **options)
+        found.append((loss.detach(), parts, torch.autograd.grad(loss, rows)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-7, atol=0)
+    torch.testing.assert_close(found[0][1:], found[1][1:], rtol=0, atol=0)
+
+
+def test_labels_are_decoded_beside_the_students_pass(monkeypatch):
+    """On streams that only note what is asked of them: nothing runs beside anything on a CPU."""
+    (pairs,), _ = subspace(40, 24, 8, 3)
+    assert pairs.beside() is pairs
+    said = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event):
+            said.append(f"{self.name} waits for {event}")
+
+        def record_event(self):
+            return f"what {self.name} has done"
+
+    @contextmanager
+    def on(stream):
+        said.append(f"on {stream.name}")
+        yield
+
+    monkeypatch.setattr(unpack, "_side", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    kept = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(stream.name))
+    begun = unpack.beside(pairs, temporaries=1 << 20)
+    assert said == ["side waits for main", "on side"] and kept == ["side", "side", "main"]
+    args = students(3, 40), torch.arange(3)
+    found = call(*args, [begun], weight=torch.ones(3))
+    assert said[2:] == ["main waits for what side has done"]
+    torch.testing.assert_close(found, call(*args, [pairs], weight=torch.ones(3)), rtol=0, atol=0)
+    assert unpack.beside(pairs, temporaries=100) is pairs
 
 
 @pytest.mark.parametrize("classes", [40, 8201])
