@@ -4,7 +4,7 @@ A `Decoder` is what a codec knows, as tensors; kernels know neither stores nor c
 `cache.codec.subspace` and `cache.codec.entropy` describe the rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from kernels.loss.unpack import Lean
 
 _LOW = 0xFFFFFFFF
+
+
+def has_streams(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +75,14 @@ class EncodedPairs:
         As they are where nothing is to be gained: on a CPU, of int8 and fp16, which the loss decodes in registers, and
         of what would take more than `temporaries` bytes, which the loss decodes by parts.
         """
-        if self.decoder.kind != "subspace" or not self.codes.is_cuda or self.made is not None:
+        if self.decoder.kind != "subspace" or not has_streams(self.codes) or self.made is not None:
             return self
         from kernels.loss import unpack  # Triton, which decoding here does without
 
-        return unpack.beside(self, temporaries)
+        if len(self.dither_keys) * unpack.bytes_of_pair(self.decoder.lean) > temporaries:
+            return self
+        made, ready = unpack.beside(self.codes, self.rows, self.dither_keys, self.decoder.lean, self.decoder.wide)
+        return replace(self, made=made, ready=ready)
 
     def logits(self) -> torch.Tensor:
         """The teacher's logits f32 (B, 2, C)."""

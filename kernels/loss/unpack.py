@@ -10,15 +10,12 @@ into the temperature. Against float64, logits are off by less than the code's ow
 # pyright: reportAssignmentType=false, reportOptionalOperand=false, reportOptionalMemberAccess=false
 # (Triton's annotations are those of Python, not of the language inside @triton.jit.)
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from kernels.loss.decode import EncodedPairs
 
 _HEADER = 16  # bytes of a row before its segments
 _LARGEST_STEP = 136  # |q − β·u|: a byte and half a dither of up to four steps
@@ -163,20 +160,17 @@ def _side(device: torch.device) -> Any:
     return _sides[device]
 
 
-def beside(pairs: EncodedPairs, temporaries: int) -> EncodedPairs:
-    """`EncodedPairs.beside` of subspace rows on a GPU."""
-    code, device = pairs.decoder.lean, pairs.codes.device
-    if len(pairs.dither_keys) * bytes_of_pair(code) > temporaries:
-        return pairs
-    main, side = torch.cuda.current_stream(device), _side(device)
+def beside(codes: Tensor, rows: Tensor | None, keys: Tensor, code: Lean, wide: int) -> tuple[Tensor, Any]:
+    """`subspace_logits` on a stream of their own, and the event after which they may be read."""
+    main, side = torch.cuda.current_stream(codes.device), _side(codes.device)
     side.wait_stream(main)  # on which codes and keys came
-    with torch.cuda.device_of(pairs.codes), torch.cuda.stream(side):
-        made = subspace_logits(pairs.codes, pairs.rows, pairs.dither_keys, code, pairs.decoder.wide)
-    for read in (pairs.codes, pairs.rows, pairs.dither_keys):
+    with torch.cuda.device_of(codes), torch.cuda.stream(side):
+        made = subspace_logits(codes, rows, keys, code, wide)
+    for read in (codes, rows, keys):
         if read is not None:
             read.record_stream(side)  # not to be given to others while it is read there
     made.record_stream(main)
-    return replace(pairs, made=made, ready=side.record_event())
+    return made, side.record_event()
 
 
 def options(dims: int) -> dict[str, int | bool]:
