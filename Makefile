@@ -1,22 +1,24 @@
 # One command each on a fresh machine: `make demo`, `make test`. CUDA=cuda12 picks DALI for CUDA 12.
+# From another folder, as in a container: `make -f DIR/Makefile demo`, which then writes there.
 PYTHON ?= python3
 CUDA ?= cuda13
-BIN := .venv/bin
+ROOT := $(patsubst ./,,$(dir $(lastword $(MAKEFILE_LIST))))
+BIN := $(ROOT).venv/bin
 
 .PHONY: install demo test lint
 
-install: .venv/installed
+install: $(ROOT).venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$(CUDA),bench,demo,dev]' --constraint constraints.txt
+$(ROOT).venv/installed: $(ROOT)pyproject.toml $(ROOT)constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(ROOT).venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '$(or $(ROOT),./)[$(CUDA),bench,demo,dev]' --constraint $(ROOT)constraints.txt
 	touch $@
 
 demo: install
 	$(BIN)/pipeline demo
 
 test: install
-	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile $(ROOT)tests
 
 lint: install
 	$(BIN)/ruff check .
