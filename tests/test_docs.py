@@ -67,7 +67,13 @@ PARSED = {  # commands whose options are checked, but which are not run
 NOT_RUN = {  # programs of which no more is checked than this says
     "make": "installs 7 GB, or runs this suite: the target is there",
     "pip": "installs",
+    "podman": "builds, see test_container",
+    "docker": "builds or runs, see test_container",
     "sbatch": "needs a cluster; its script runs, see `run_script`",
+}
+FOREIGN = {
+    *("--requeue", "--signal", "--array"),  # of sbatch
+    *("--read-only", "--tmpfs", "--user", "--gpus", "--volume", "--cpus", "--entrypoint"),  # of docker and podman
 }
 SHELL = ("rm", "cp", "mv", "ls", "cat", "mkdir", "find", "du")
 EMPTY = ("README.md", "docs/first-run.md")  # pages that begin in an empty folder
@@ -215,7 +221,7 @@ class Page:
         return text
 
     def run_script(self, text: str) -> None:
-        """A batch script, where `srun` starts its command once and `torchrun` only says what it was given."""
+        """A batch script, where `srun` starts its command once; torchrun and pipeline only say what they were given."""
         for option in re.findall(r"^#SBATCH (.*)$", text, re.MULTILINE):
             assert all(re.fullmatch(r"--[a-z-]+(=\S+)?", word) for word in option.split()), option
         shims = Path("shims").absolute()
@@ -223,14 +229,20 @@ class Page:
         for name, body in {
             "scontrol": "echo host0; echo host1",
             "srun": 'exec "$@"',
-            "torchrun": f'printf "%s\\0" "$@" > {shims}/said',
+            **{name: f'printf "%s\\0" "$@" > {shims}/{name}.said' for name in ("torchrun", "pipeline")},
         }.items():
             (shims / name).write_text(f"#!/bin/bash\n{body}\n")
             (shims / name).chmod(0o755)
         slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "host[0-1]"}
+        slurm |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "3"}
         environment = os.environ | slurm | {"PATH": f"{shims}:{os.environ['PATH']}"}
         subprocess.run(["bash", "-eu", "-c", text], env=environment, check=True)
-        self.torchrun(self, (shims / "said").read_text().split("\0")[:-1])
+        (said,) = shims.glob("*.said")
+        words = said.read_text().split("\0")[:-1]
+        if said.stem == "torchrun":
+            self.torchrun(self, words)
+        else:
+            self.pipeline(words)
         shutil.rmtree(shims)
 
 
@@ -365,7 +377,7 @@ def test_files_commands_and_flags_in_the_text_are_there(name):
         if command := re.match(r"pipeline ([a-z-]+)", span):
             assert command[1] in cli.COMMANDS, span
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", span):
-            assert flag in flags | torchrun | {"--config", "--help"}, span
+            assert flag in flags | torchrun | FOREIGN | {"--config", "--help"}, span
 
 
 def test_a_broken_page_fails(job, world, tmp_path):

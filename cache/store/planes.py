@@ -70,5 +70,5 @@ def _mapped(shape: tuple[int, int], folder: str | Path | None) -> np.ndarray:
         raise UserError(
             f"cannot map a plane in {folder or tempfile.gettempdir()}",
             found=f"{error.strerror} ({size:,} bytes wanted)",
-            fix="choose a folder with room for two planes",
+            fix="choose a folder with room for two planes, on a disk that maps files",
         ) from error

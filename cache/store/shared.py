@@ -140,7 +140,11 @@ def _mapped(path: Path, size: int) -> _File:
 
 def _no_room(folder: Path, size: int, error: OSError) -> UserError:
     found = f"{error.strerror} ({size:,} bytes wanted)"
-    return UserError(f"cannot map a plane in {folder}", found=found, fix="choose a folder with room for two planes")
+    return UserError(
+        f"cannot map a plane in {folder}",
+        found=found,
+        fix="choose a folder with room for two planes, on a disk that maps files",
+    )
 
 
 def _ours(share: Share) -> str:

@@ -9,6 +9,7 @@ or its bytes.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -107,9 +108,17 @@ def checked(path: Path, meta: dict[str, Any], shards: list[str], reader: Reader)
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """Map index.npy; nothing is allocated before dtype, shape and file length have been found right."""
+    """Map index.npy; nothing is allocated before dtype, shape and file length have been found right.
+
+    Where the file system cannot map files, as some of those in user space, it is read.
+    """
     try:
-        records = np.lib.format.open_memmap(path / "index.npy", mode="r")
+        try:
+            records = np.lib.format.open_memmap(path / "index.npy", mode="r")
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            records = np.load(path / "index.npy", allow_pickle=False)
     except Exception as error:  # numpy's header parser leaks ast, tokenize and struct errors
         raise damaged(path, found=f"index.npy: {error}") from None
     if records.dtype != RECORD or records.ndim != 1:

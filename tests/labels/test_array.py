@@ -37,6 +37,7 @@ def single(digits, teacher, tmp_path_factory) -> PrecomputeTeacher:
         teacher=teacher,
         store=str(tmp_path_factory.mktemp("single") / "labels.zarr"),
         views=2,
+        codec="int8",
         policy=POLICY,
         batch_size=16,
         block_rows=24,
