@@ -90,7 +90,7 @@ class Tally:
         self.slowest = 0.0
 
     def read(self, reader: Callable[[], object]) -> None:
-        start = time.monotonic()
+        start = time.process_time()
         try:
             reader()
         except UserError as error:
@@ -99,7 +99,7 @@ class Tally:
             self.outcomes["refused"] += 1
         else:
             self.outcomes["read"] += 1
-        self.slowest = max(self.slowest, time.monotonic() - start)
+        self.slowest = max(self.slowest, time.process_time() - start)
 
 
 def fuzz(name: str, inputs: st.SearchStrategy, read: Callable[[object, Tally], None]) -> None:
@@ -124,7 +124,7 @@ def fuzz(name: str, inputs: st.SearchStrategy, read: Callable[[object, Tally], N
         rounds += 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     said = ", ".join(f"{count:,} {outcome}" for outcome, count in tally.outcomes.items())
-    print(f"\n{name}: {said}; slowest {tally.slowest:.2f} s; peak {peak / 1e9:.2f} GB")
+    print(f"\n{name}: {said}; slowest {tally.slowest:.2f} CPU s; peak {peak / 1e9:.2f} GB")
     assert tally.outcomes["read"] and tally.outcomes["refused"] and peak < 2e9
 
 
