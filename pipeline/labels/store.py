@@ -36,7 +36,8 @@ def _facts(store: cache.Store) -> dict:
     return {
         "store": store.path,
         "format": manifest.format,
-        "teacher": f"{manifest.teacher}, weights {manifest.teacher_weights:.12}",
+        "teacher": f"{manifest.teacher}, weights {manifest.teacher_weights:.12}"
+        + (f", which saw views of {manifest.teacher_size} px" if manifest.teacher_size else ""),
         "data": f"{manifest.samples:,} samples of {manifest.classes:,} classes, fingerprint {manifest.dataset:.12}",
         "views": f"{manifest.views} of policy {manifest.policy.get('name', '?')}, {manifest.size} px",
         "seed": manifest.seed,

@@ -87,6 +87,7 @@ def test_student_verify_and_inspect_take_the_stores_size(options, capsys, tmp_pa
     assert code == 0, err
     said = refused(capsys, *train, "--teacher-size", 64, "--out", tmp_path / "other")
     assert f"another teacher_size; found {SIZE}, expected 64" in said
+    assert f" {SIZE} " in command(capsys, "store", "info", options.store)[1]
     for words in (["verify", options.store], ["inspect", options.store, "--out", tmp_path / "page.html"]):
         code, out, err = command(capsys, *words, "--data", options.data, "--teacher", options.teacher)
         assert code == 0, (out, err)
