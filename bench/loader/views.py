@@ -3,8 +3,7 @@
 - `views 1`, `views 4`: the loader in a teacher pass, digests and all, with `--views-per-decode`;
 - `repeat 1`, `repeat 4`: what a student's steps are made of, pixels and labels gathered from a store, with `--repeat`.
 
-All make pairs of views of the same samples. The store that students read is made anew by either `--views-per-decode`,
-from a teacher that costs nothing, and both are compared file by file.
+All make pairs of views of the same samples. The store that students read is made by a teacher that costs nothing.
 """
 
 import gc
@@ -48,19 +47,16 @@ def run(config: Bench) -> dict:
     machine = machines.describe()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=_made(config))))
-        stores = {count: folder / f"{count}.zarr" for count in (1, TOGETHER)}
+        store = folder / "labels.zarr"
         if any(name.startswith("repeat") for name in names):
-            for count, store in stores.items():
-                teach(job, store, count)
-        tables = {"stores": [{"files": _files(stores[1]), "that differ": differing(*stores.values())}]}
+            teach(job, store)
         hosts = {name: stack.enter_context(harness.host()) for name in names}
         for host in hosts.values():
             host.submit(arms.request, job, 0)  # imports torch, in all of them at once and before any timed round
         slots = harness.compare(
-            {name: partial(_hosted, host, job, name, stores[1], warm, timed) for name, host in hosts.items()},
+            {name: partial(_hosted, host, job, name, store, warm, timed) for name, host in hosts.items()},
             config.rounds or harness.ROUNDS,
         )
-    tables["saved"] = saved(slots)
     found = harness.document(
         "views",
         machine=machine,
@@ -68,12 +64,11 @@ def run(config: Bench) -> dict:
         unit="pairs",
         reference=names[0],
         arms=harness.summarise(slots, names[0]),
-        tables=tables,
+        tables={"saved": saved(slots)},
     )
     harness.show(found)
-    for title, rows in tables.items():
-        if rows:
-            harness.show_table(f"views: {title}", rows)
+    if rows := found["tables"]["saved"]:
+        harness.show_table("views: saved", rows)
     if config.json:
         harness.write(config.json, found)
     return found
@@ -144,7 +139,7 @@ def learning(job: Job, repeat: int, store: Path) -> Generator[int, None, None]:
             yield len(batch)
 
 
-def teach(job: Job, store: Path, together: int) -> None:
+def teach(job: Job, store: Path) -> None:
     """A store of `TOGETHER` views, int8, by a teacher that costs nothing."""
     from pipeline.labels.precompute import precompute
 
@@ -157,19 +152,5 @@ def teach(job: Job, store: Path, together: int) -> None:
     said = io.StringIO()  # that such a teacher guesses
     with redirect_stdout(said), redirect_stderr(said):
         precompute(
-            job.data, teacher, store, views=TOGETHER, views_per_decode=together, codec="int8", device="cpu", **options
+            job.data, teacher, store, views=TOGETHER, views_per_decode=TOGETHER, codec="int8", device="cpu", **options
         )
-
-
-def _files(store: Path) -> int:
-    return sum(path.is_file() for path in store.rglob("*"))
-
-
-def differing(one: Path, other: Path) -> int:
-    """Files of two stores that are not the same, byte for byte."""
-    paths = {path.relative_to(store) for store in (one, other) for path in store.rglob("*") if path.is_file()}
-
-    def content(path: Path) -> bytes | None:
-        return path.read_bytes() if path.is_file() else None
-
-    return sum(content(one / path) != content(other / path) for path in paths)
