@@ -182,9 +182,8 @@ def _losses(found: str, wanted: Callable[[str], bool], sizes: tuple[str, ...]) -
 
     arms = suite._arms
 
-    def chosen(batch: int, classes: int) -> tuple[dict, int]:
-        made, logits_bytes = arms(batch, classes)
-        return {name: step for name, step in made.items() if wanted(name)}, logits_bytes
+    def chosen(batch: int, classes: int) -> dict:
+        return {name: arm for name, arm in arms(batch, classes).items() if wanted(name)}
 
     def of(size: str) -> list[dict]:
         pair = (tuple(map(int, size.split("×"))),)

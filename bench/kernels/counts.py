@@ -20,6 +20,7 @@ import triton
 from bench.kernels import ahead
 from bench.kernels.ahead import Case, Compiled
 from kernels.loss import autograd, unpack
+from kernels.loss.terms import METHODS
 
 SMS, CLOCK_HZ, BYTES_PER_S = 132, 1.755e9, 3.0e12
 LANES = {"issue": 128, "fma": 128, "alu": 64, "mufu": 16, "memory": 32}
@@ -90,13 +91,13 @@ def predicted(counts: Counts, warps: int, programs: float, moved: float) -> dict
 
 
 def trips_of(classes: int, loops: int) -> tuple[float, ...]:
-    """Of the loops of `long_loss`: tiles and halves of the first pass, then of the second.
+    """Of the loops of `long_loss`: tiles and halves of the first pass, then of the next.
 
-    Where all rows have one half, or none, the compiler makes no loop of it.
+    Where all rows have one half, or none, the compiler makes no loop of it; of 2, 3 or 5 passes so many loops are left.
     """
     tile, half = autograd.TILE, autograd.TILE // 2
     halves = -(-(classes % tile) // half)
-    return (classes // tile, halves) * 2 if loops == 4 else (classes // tile,) * loops
+    return (classes // tile, halves) * (loops // 2) if loops in (4, 6, 10) else (classes // tile,) * loops
 
 
 def per_pair(case: Case, found: Compiled) -> tuple[Counts, float]:
@@ -128,6 +129,9 @@ MODEL = (
     (4096, Case(90, 21841, "bf16", "fp16", report="none")),
     (4096, Case(90, 21841, "bf16", "fp16")),
     (4096, Case(90, 21841, "bf16", "fp16", report="exact")),
+    (4096, Case(90, 1000, "bf16", "fp16", counted=True)),
+    *((4096, Case(90, 1000, "bf16", "fp16", method=method)) for method in METHODS[1:]),
+    *((4096, Case(90, 21841, "bf16", "fp16", method=method)) for method in METHODS[1:]),
 )
 """Pairs of views, and what they are."""
 _PRODUCT = 650e12  # operations per second of a float16 product
@@ -140,7 +144,8 @@ def model() -> list[dict]:
         found = ahead.compile_loss(case)
         counts, instructions = per_pair(case, found)
         times = predicted(counts, found.warps, 2 * batch, batch * pair_bytes(case.classes, case.student, case.teacher))
-        rows.append(_row(f"{batch}×{case.classes}", f"{case.student}, {case.teacher}, {case.report}", found, counts))
+        kernel = ", ".join((case.student, case.teacher, case.report, case.method, *["counted"] * case.counted))
+        rows.append(_row(f"{batch}×{case.classes}", kernel, found, counts))
         rows[-1] |= {"instructions / pair": round(instructions, 1), **_times(times)}
     dims, wide, batch, classes = 512, 144, 4096, 1000
     found = ahead.compile_unpack(90, dims, wide)

@@ -55,7 +55,8 @@ class Bench(Options):
     out: Path | None = None
     """Folder for plots."""
     logits: tuple[Path, ...] = ()
-    """store: teacher logits as .npz to compare formats on; without them the simulated teacher's."""
+    """store: teacher logits as .npz to compare formats on; without them the simulated teacher's. kernels: logits to
+    find out on what float16 labels add to the KL of a subspace code."""
     samples: Natural = 0
     """store: rows of the plane, by default as many as ImageNet-1k has; codec-transfer: pairs per view (40,000)."""
     seeds: Count = 5
