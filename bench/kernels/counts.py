@@ -106,6 +106,8 @@ def per_pair(case: Case, found: Compiled) -> tuple[Counts, float]:
     counts = count(text)
     if case.classes > autograd.ROW:
         counts = count(text, trips_of(case.classes, counts.loops))
+    elif case.counted:
+        counts = count(text, (PAIRS / 4096,))
     return counts, counts.per_unit["issue"] * found.warps * 32 / case.classes
 
 
@@ -134,6 +136,8 @@ MODEL = (
     *((4096, Case(90, 21841, "bf16", "fp16", method=method)) for method in METHODS[1:]),
 )
 """Pairs of views, and what they are."""
+PAIRS = 4096
+"""That a kernel counts, a loop of 4,096 at a time."""
 _PRODUCT = 650e12  # operations per second of a float16 product
 
 

@@ -12,10 +12,12 @@ subspace code of these logits is found (`bench.kernels.lean`).
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench import harness
 from bench.kernels import ahead, counts, lean
@@ -69,27 +71,64 @@ def run(config: Bench) -> dict:
 
 
 class _Count(TorchDispatchMode):
-    """Operators that would each launch a kernel; views do not."""
+    """Operators that would each launch a kernel, views do not, and the bytes that they read and write."""
 
     def __init__(self):
         super().__init__()
-        self.launches = 0
+        self.launches = self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.launches += not (func.is_view or "detach" in func.name())
-        return func(*args, **kwargs or {})
+        found = func(*args, **kwargs or {})
+        if not (func.is_view or "detach" in func.name()):
+            self.launches += 1
+            tensors = [each for each in tree_leaves((args, kwargs, found)) if isinstance(each, torch.Tensor)]
+            self.bytes += sum(each.nbytes for each in tensors)
+        return found
 
 
 def _operators() -> list[dict]:
-    z_o, z_a = (torch.randn(8, 100, requires_grad=True) for _ in range(2))
-    t_o, t_a = torch.randn(2, 8, 100)
-    with _Count() as forward:
-        loss = reference.ccd_loss(z_o, z_a, t_o, t_a, torch.arange(8), **OPTIONS)
-    with _Count() as backward:
-        loss.backward()
+    """Of losses of a pair of views, students in bf16: launches, bytes per pair of logits that are moved, and those that
+    wait for backward beyond the logits."""
+    batch, classes = 8, 1000
+
+    def kept(loss: Callable[..., torch.Tensor], *teacher: torch.Tensor) -> dict:
+        students = [torch.randn(batch, classes).bfloat16().requires_grad_() for _ in range(2)]
+        known = {each.untyped_storage().data_ptr() for each in (*students, *teacher)}
+        waiting: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                waiting[storage.data_ptr()] = storage
+            return tensor
+
+        with _Count() as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            value = loss(*students, *teacher)
+        with _Count() as backward:
+            value.backward()
+        pairs = 2 * batch * classes
+        return {
+            "forward": forward.launches,
+            "backward": backward.launches,
+            "bytes / pair": round((forward.bytes + backward.bytes) / pairs, 1),
+            "kept / pair": round(sum(storage.nbytes() for storage in waiting.values()) / pairs, 1),
+        }
+
+    def ccd(o, a, t_o, t_a):
+        rows = (row.float() for row in (o, a, t_o, t_a))
+        return reference.ccd_loss(*rows, torch.arange(batch), **OPTIONS)
+
+    def kd(o, a, t_o, t_a):
+        loss = torch.nn.KLDivLoss(reduction="batchmean")
+        student, teacher = torch.cat([o, a]).float() / 4, torch.cat([t_o, t_a]).float() / 4
+        return 16 * loss(student.log_softmax(1), teacher.softmax(1))
+
+    teacher = [torch.randn(batch, classes).half() for _ in range(2)]
+    ours = {"forward": 1, "backward": 1, "bytes / pair": 6.0, "kept / pair": 2.0}
     return [
-        {"path": "eager PyTorch", "forward": forward.launches, "backward": backward.launches},
-        {"path": "these kernels", "forward": 1, "backward": 1},
+        {"path": "eager PyTorch, CCD", **kept(ccd, *teacher)},
+        {"path": "eager PyTorch, KLDivLoss", **kept(kd, *teacher)},
+        {"path": "these kernels", **ours},
     ]
 
 

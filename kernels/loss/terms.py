@@ -84,11 +84,9 @@ def exact_kl(x, p, q):
 
 
 @triton.jit
-def against_mean(one, other):
-    """log2(one/m), m = (one + other)/2."""
-    both = one + other
-    # Where both are nothing the logarithm is that of 2·one, and meets a factor of 0.
-    return tl.log2(tl.maximum(2.0 * one / tl.where(both > 1e-37, both, 1.0), 1e-37))
+def against_mean(exponent, by, both):
+    """log2(q/m) of q = by·2^exponent and m = both/2, where `both` is the sum of q and p; finite where it is nothing."""
+    return tl.maximum(exponent, ABSENT) + (1.0 + tl.log2(by)) - tl.log2(tl.maximum(both, 1e-37))
 
 
 @triton.jit
@@ -103,7 +101,8 @@ def exact_jsd(x, p, q):
     series = 1.0 / 132 + 0.0 * r2
     for k in tl.static_range(5, 0, -1):
         series = series * r2 + 1.0 / (2 * k * (2 * k - 1))
-    far = 0.5 * LN_2 * (p * against_mean(p, q) + q * against_mean(q, p))
+    by = 2.0 / tl.maximum(p + q, 1e-37)
+    far = 0.5 * LN_2 * (p * tl.log2(tl.maximum(by * p, 1e-37)) + q * tl.log2(tl.maximum(by * q, 1e-37)))
     return tl.where(small, 0.5 * (p + q) * r2 * series, far)
 
 
@@ -132,7 +131,7 @@ def level_terms(z2, t2, e_q, e_p, by_q, by_p, METHOD: tl.constexpr):
     if METHOD == REVERSE:
         return e_q * by_q * apart_by(z2, t2)
     if METHOD == JSD:
-        return e_q * by_q * against_mean(e_q * by_q, e_p * by_p)
+        return e_q * by_q * against_mean(z2, by_q, e_q * by_q + e_p * by_p)
     return (e_q * by_q - e_p * by_p) * z2
 
 
@@ -150,7 +149,7 @@ def divergence_terms(
             return exact_jsd(x, p, q)
         return exact_kl(x, p, q)
     if METHOD == JSD:
-        return e_p * by_p * against_mean(e_p * by_p, e_q * by_q)
+        return e_p * by_p * against_mean(t2, by_p, e_q * by_q + e_p * by_p)
     return e_p * tl.maximum(t2 - z2, ABSENT)  # where the teacher's logit is −inf 0, not 0·−inf
 
 
@@ -175,7 +174,7 @@ def gradient(
     if METHOD == REVERSE:
         g = b * e_q * (apart_by(z2, t2) - level) - even
     elif METHOD == JSD:
-        g = b * e_q * (against_mean(e_q * by_q, e_p * by_p) - level) - even
+        g = b * e_q * (against_mean(z2, by_q, e_q * by_q + e_p * by_p) - level) - even
     elif SMOOTH:
         g = b * e_q - (d * e_p + even)
     else:

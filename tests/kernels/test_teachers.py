@@ -1,5 +1,9 @@
 """What a loss takes as its teacher: the stored labels of a batch as one object, or any logits without hard labels."""
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +34,24 @@ def test_one_object_may_carry_the_stored_labels_of_a_batch():
         ccd_loss(*students.chunk(2), pairs)
     with pytest.raises(ValueError, match="decoder: expected 9 classes, got 10"):
         ccd_loss(*students[:, :9].chunk(2), pairs, target)
+
+
+def test_the_lines_of_the_readme_are_pytorchs_own_loss():
+    """As printed, on a student and stored labels at hand."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(from kernels import kd_loss\n.*?)```", readme, re.DOTALL)
+    assert len(lines.split("\n\n")) == 2 and len(lines.split()) < 20
+    keys = torch.arange(4)
+    codec = codecs.make("fp16", classes=10)
+    plane = codec.encode(np.random.default_rng(0).normal(size=(4, 2, 10)).astype(np.float32), keys.numpy().view("u8"))
+    teacher = kernels.EncodedPairs(torch.from_numpy(plane), keys, Decoder("fp16", 10))
+    student = torch.randn(4, 10, requires_grad=True)
+    names = {"student_o": student, "batch": SimpleNamespace(teacher=teacher)}
+    exec(lines, names)
+    log_q, p = (student / 4).log_softmax(1), (teacher.logits()[:, 0] / 4).softmax(1)
+    expected = 16 * nn.KLDivLoss(reduction="batchmean")(log_q, p)
+    torch.testing.assert_close(names["loss"], expected)
+    torch.testing.assert_close(student.grad, torch.autograd.grad(expected, student)[0])
 
 
 @pytest.mark.parametrize("views", [(), (2,)])

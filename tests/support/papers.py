@@ -82,6 +82,16 @@ def paper_dist(z, t, target, temperature, weight, beta=1.0, gamma=1.0):
     return beta * inter + gamma * statistics.fmean(intra)
 
 
+def paper_reverse(z, t, target, temperature, weight):
+    return [divergence(softmax(a, temperature), softmax(b, temperature)) for a, b in zip(z, t, strict=True)]
+
+
+def paper_jsd(z, t, target, temperature, weight):
+    rows = [(softmax(a, temperature), softmax(b, temperature)) for a, b in zip(z, t, strict=True)]
+    means = [[(x + y) / 2 for x, y in zip(q, p, strict=True)] for q, p in rows]
+    return [(divergence(p, m) + divergence(q, m)) / 2 for (q, p), m in zip(rows, means, strict=True)]
+
+
 PER_SAMPLE = {"kd": paper_kd, "dkd": paper_dkd, "standardised": paper_standardised}
 
 

@@ -15,7 +15,9 @@ from support.papers import (
     logits,
     pairs,
     paper_dist,
+    paper_jsd,
     paper_mean,
+    paper_reverse,
     softmax,
     views,
     with_gradient,
@@ -38,6 +40,17 @@ def test_terms_of_one_sample_are_the_papers(name, batch, classes, seed, temperat
     z, t, target, weight = views(batch, classes, seed)
     expected = PER_SAMPLE[name](*lists(z, t, target), temperature, None)
     assert SOFT[name](z, t, target, temperature, weight).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name, paper", [("reverse", paper_reverse), ("jsd", paper_jsd)])
+@given(**SHAPES, temperature=TEMPERATURES)
+@settings(max_examples=15, deadline=None)
+def test_other_divergences_are_their_definitions(name, paper, batch, classes, seed, temperature):
+    """`kd_loss` has them, no --loss does."""
+    z, t, target, _ = views(batch, classes, seed)
+    found = reference.SOFT[name](z, t, target, temperature)
+    assert found.tolist() == pytest.approx(paper(*lists(z, t, target), temperature, None), rel=1e-9, abs=1e-12)
+    assert torch.autograd.gradcheck(lambda z: reference.SOFT[name](z, t, target, temperature), z.requires_grad_())
 
 
 @given(**SHAPES, temperature=TEMPERATURES, beta=st.floats(0, 3), gamma=st.floats(0, 3))
