@@ -34,12 +34,12 @@ class Requests:
         self.number = number
         signal.signal(number, self.before[number])
 
-    def now(self) -> int:
-        """After a step: the signal to end for, or 0. A collective call every so many steps."""
+    def now(self, *, agree: bool = False) -> int:
+        """After a step: the signal to end for, or 0. A collective call every so many steps, or with `agree`."""
         self._steps += 1
         if ranks.world() == 1:
             return self.number
-        if self._steps % _EVERY:
+        if self._steps % _EVERY and not agree:
             return 0
         wanted = torch.tensor([self.number])
         dist.all_reduce(wanted, op=dist.ReduceOp.MAX)

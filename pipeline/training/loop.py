@@ -53,7 +53,6 @@ def fit(job: Job) -> dict:
     device = devices.pick(config)
     with ExitStack() as stack:
         stack.enter_context(ranks.group(device))
-        asked = stack.enter_context(signals.requests())
         network = placed(job.network, device, devices.arithmetic(config.precision, device), replay.policy)
         val = _checked(config, replay.index)
         replay.least = _least(config, network, replay)
@@ -61,7 +60,10 @@ def fit(job: Job) -> dict:
         if config.dry_run:
             return dry_run.run(config, replay, job.objective, *prepare(config, network))
         run = _Run(job, network, stack)
-        with progress("train", config.epochs * run.steps, "steps", run.done, show=run.first) as advance:
+        with (
+            progress("train", config.epochs * run.steps, "steps", run.done, show=run.first) as advance,
+            signals.requests() as asked,  # from here on there is a state to save
+        ):
             for epoch in range(run.epoch, config.epochs):
                 run.trainee.module.train()
                 for step in range(run.step, run.steps):
@@ -74,6 +76,9 @@ def fit(job: Job) -> dict:
                         run.saver.wait()
                         signals.leave(signal, f"after step {step + 1} of epoch {epoch}")
                 run.close_epoch(epoch, val)
+                if signal := asked.now(agree=True):
+                    run.saver.wait()
+                    signals.leave(signal, f"after epoch {epoch}")
         return run.finish()
 
 

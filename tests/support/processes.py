@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cache.store.objects import Files
+from pipeline.training import loop
 
 FORK = multiprocessing.get_context("forkserver")
 # Children start at once. An optimizer imports torch._dynamo, which takes as long as torch itself.
@@ -27,7 +28,7 @@ def stopped(target, config, event: str, count: int, number: int = signal.SIGKILL
     """Run in a child that sends itself a signal at the `count`-th event; did it end of that?
 
     Events: "step" after a step of an optimizer, "rename" before a file gets its name, "put" before a store's object is
-    written.
+    written, "evaluate" before a run's evaluation.
     """
     child = FORK.Process(target=_stopping, args=(target, config, event, count, number))
     child.start()
@@ -48,6 +49,8 @@ def _stopping(target, config, event: str, count: int, number: int) -> None:
         register_optimizer_step_post_hook(lambda *_: happened())
     elif event == "rename":
         sys.addaudithook(lambda name, _: happened() if name == "os.rename" else None)
+    elif event == "evaluate":
+        loop.evaluate = before(loop.evaluate, happened)
     else:
         Files._put = before(Files._put, happened)
     target(config)

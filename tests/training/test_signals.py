@@ -27,6 +27,7 @@ UNTIMED = {"seconds", "times", "wait_share", "images_per_s"}
         pytest.param("step", 36, signal.SIGTERM, marks=pytest.mark.slow),  # the last one
         ("rename", 4, signal.SIGKILL),  # a first checkpoint is written whole, and has no name
         pytest.param("rename", 12, signal.SIGKILL, marks=pytest.mark.slow),
+        ("evaluate", 3, signal.SIGINT),  # after the last step of all
     ],
 )
 def test_signals_leave_no_trace_in_the_weights(whole, tmp_path, event, count, number):
@@ -58,7 +59,7 @@ def test_a_run_that_was_stopped_after_an_epochs_last_step_goes_on_with_the_next_
     run = dataclasses.replace(whole, out=tmp_path / "run", resume=True)
     with monkeypatch.context() as patch:
         asked = iter([None] * 11 + [signal.SIGINT])
-        patch.setattr(signals.Requests, "now", lambda self: next(asked))
+        patch.setattr(signals.Requests, "now", lambda self, **_: next(asked))
         with pytest.raises(SystemExit):
             train_student.run(run)
     state = torch.load(run.out / "checkpoint.pt", weights_only=True)
