@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bench import harness
-from bench.labels import sharing, simulated, storage
+from bench.labels import limits, sharing, simulated, storage
 from bench.labels.arms import ARMS, REFERENCE, Make, beside_bytes, weights
 from cache import UserError, philox
 from cache.codec.fidelity import TEMPERATURES, measure
@@ -77,6 +77,7 @@ def run(config: Bench) -> dict:
             "storage": storages["table"],
             "access": storages["access"],
             "sharing": sharing.compare(config.work),
+            "limits": _limits(sources, formats),
             "networks": _against_networks(sources),
         },
     )
@@ -84,6 +85,8 @@ def run(config: Bench) -> dict:
         mine = [row for row in formats if row["teacher"] == source]
         for title, columns in _TABLES.items():
             harness.show_table(title.format(source), [_shown({key: row[key] for key in columns}) for row in mine])
+    if found["tables"]["limits"]:
+        harness.show_table("unbiased codes of directions: bytes per vector", found["tables"]["limits"])
     harness.show_table("coding against networks on this machine", found["tables"]["networks"])
     harness.show_table("reading a view's labels, cold", storages["table"])
     harness.show_table("other access", storages["access"])
@@ -121,6 +124,17 @@ def compare(makes: dict[str, Make], fit: np.ndarray, held: np.ndarray) -> list[d
                 "pack/s": _rate(lambda c=coder, e=encoded: c.pack(e[:_PAIRS], stream[:_PAIRS]), _pairs(held)),
             }
         )
+    return rows
+
+
+def _limits(sources: dict, formats: list[dict]) -> list[dict]:
+    """What ours take, beside what they cannot do without (`bench.labels.limits`)."""
+    rows = []
+    for row in formats:
+        name, _, budget = row["format"].partition("-")
+        if name == "subspace" and budget in map(str, BUDGETS):
+            least = limits.least_bytes(sources[row["teacher"]][0], float(budget))
+            rows.append({key: row[key] for key in ("teacher", "format", "on disk")} | {"at least": least})
     return rows
 
 

@@ -1,0 +1,38 @@
+"""What no unbiased code of a teacher's directions can do without: a bound for `cache.codec.subspace`.
+
+A normal variable of variance s that is told without bias (the mean of what is decoded is the truth, whatever it is) and
+with errors of variance n takes at least ½ log2(1 + s/n) bits: the linear estimate of it from what was decoded errs by
+s n / (s + n) on average, and no estimate may err by less than the bits allow (Shannon's rate-distortion function). The
+bound adds this up over the directions, the augmented view's given the original's, with errors shared out at the least
+rate for the same KL as the code's. It says nothing about codes that see more than the second moments.
+"""
+
+import numpy as np
+
+from cache.codec import fitting
+from cache.codec.fidelity import TEMPERATURE
+
+
+def least_bytes(logits: np.ndarray, kl: float, temperature: float = TEMPERATURE) -> float:
+    """Bytes per vector of a teacher with these logits f32 (n, 2, C), for noise of `kl` nats to second order."""
+    cut = fitting.held_out(len(logits))
+    found = fitting._directions(logits[:cut], temperature)
+    moments = fitting._moments(fitting._coefficients(logits[cut:], found))
+    return least_bits(moments, found.felt, kl) / 16
+
+
+def least_bits(moments: np.ndarray, felt: np.ndarray, kl: float) -> float:
+    """Of a pair. `moments` f64 (3, d) as `cache.codec.fitting` has them; noise of variance v along a direction costs
+    `felt` (d,) times v nats of a vector."""
+    original, augmented, both = np.maximum(moments, [[1e-12], [1e-12], [-np.inf]])[:, :, None]
+    noise = np.exp(np.linspace(np.log(1e-4), np.log(1e4), 1200)) * (original + augmented) / 2
+    rest = np.maximum(augmented - both**2 / (original + noise), 0)
+    bits = (np.log2(1 + original / noise) + np.log2(1 + rest / noise)) / 2
+    cost, rows = felt[:, None] * noise, np.arange(len(felt))
+    low, high = 1e-12, 1e15  # bits per nat, by bisection
+    best = np.zeros(len(felt), np.int64)
+    for _ in range(100):
+        price = np.sqrt(low * high)
+        best = (bits + price * cost).argmin(axis=1)
+        low, high = (price, high) if cost[rows, best].sum() > kl else (low, price)
+    return float(bits[rows, best].sum())
