@@ -1,6 +1,7 @@
 """Label formats by name, ours and others', and what ours keep beside the labels."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -8,12 +9,15 @@ import numpy as np
 
 from bench.labels import peers
 from cache import codec
+from cache.codec import entropy
 from cache.codec.fidelity import TEMPERATURE
 from cache.store import beside
 
 REFERENCE = "exact"
 BUDGETS = (0.01, 0.03, 0.04, 0.05, 0.06, 0.1, 0.2, 0.21, 0.4, 1.0)
 """Nats."""
+CORRECTED = (0.05, 0.2)
+"""Budgets at which `Corrected` is tried."""
 PRUNED = 0.1
 """Share of the labels that `lpqld-int4` keeps."""
 _CRC_BYTES = 4  # of each chunk of w and of digests
@@ -31,8 +35,54 @@ class Coder(Protocol):
     def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes: ...
 
 
+@dataclass(frozen=True)
+class Corrected:
+    """Subspace labels without the bias that noise gives their softmax, to second order in the noise.
+
+    E[softmax((z + e) / T)]_c is softmax(z / T)_c times 1 + (s_c - 2 s_c p_c + …) / 2T², with s_c the variance of e_c
+    and … the same for all classes; errors of different classes are taken for uncorrelated. So s_c (p_c - 1/2) / T is
+    added to each logit, with p from the noisy logits themselves.
+    """
+
+    code: codec.Subspace
+    temperature: float
+
+    @property
+    def row_bytes(self) -> int:
+        return self.code.row_bytes
+
+    @property
+    def config(self) -> dict:
+        return self.code.config | {"corrected": self.temperature}
+
+    @property
+    def variance(self) -> np.ndarray:
+        """s f64 (C,)."""
+        beta = np.minimum(self.code.array("beta") / entropy.BETA_UNIT, 1)
+        noise = np.where(np.arange(len(beta)) < self.code.trellis, entropy.TRELLIS_NOISE, (1 - (1 - beta) ** 2) / 12)
+        return (self.code.synthesis.astype(np.float64) ** 2 * noise[:, None]).sum(axis=0)
+
+    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
+        return self.code.encode(logits, stream)
+
+    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
+        logits = self.code.decode(rows, stream)
+        p = np.exp((logits - logits.max(axis=2, keepdims=True)) / self.temperature)
+        p /= p.sum(axis=2, keepdims=True)
+        return (logits + self.variance / self.temperature * (p - 0.5)).astype(np.float32)
+
+    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes:
+        return self.code.pack(rows, stream)
+
+
 Make = Callable[[np.ndarray], Coder | None]
 """Of logits to fit to, f32 (n, 2, C): the codec, or None for labels as they are."""
+
+
+def _corrected(kl: float, temperature: float, logits: np.ndarray) -> Corrected:
+    code = codec.fit("subspace", logits, kl=kl, temperature=temperature)
+    assert isinstance(code, codec.Subspace)
+    return Corrected(code, temperature)
 
 
 def arms(temperature: float = TEMPERATURE) -> dict[str, Make]:
@@ -65,6 +115,8 @@ def arms(temperature: float = TEMPERATURE) -> dict[str, Make]:
     curve = partial(peers.DistillKit, temperature=temperature)
     found |= {"distillkit-50": of(curve), "distillkit-50-uniform": of(curve, tail="uniform")}
     found |= {f"rskd-{draws}": of(peers.Sampled, draws, temperature=temperature) for draws in (12, 100, 400)}
+    for kl in CORRECTED:
+        found[f"subspace-{kl}-corrected"] = partial(_corrected, kl, temperature)
     found[f"subspace-{codec.DEFAULT_BUDGET}-t4"] = partial(codec.fit, "subspace", kl=codec.DEFAULT_BUDGET)
     return found | {f"subspace-{kl}": partial(codec.fit, "subspace", kl=kl, temperature=temperature) for kl in BUDGETS}
 
