@@ -289,7 +289,7 @@ def _spread(value: float | None, digits: int = 2) -> str:
 
 
 def plot(found: dict, out: Path) -> None:
-    """What students are judged by against bytes all told, as OUT/codec-transfer.png and .svg."""
+    """Accuracy, or KL from a real teacher, against bytes all told, as OUT/codec-transfer.png and .svg."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -297,11 +297,12 @@ def plot(found: dict, out: Path) -> None:
     families: dict[str, list[tuple[str, dict]]] = {}
     for name, arm in found["arms"].items():
         families.setdefault(name.split("-")[0].rstrip("0123456789"), []).append((name, arm))
-    judged = found["arms"][found["reference"]]["judged_by"]
+    real = found["arms"][found["reference"]]["judged_by"] == "agreement"
+    shown = "kl" if real else "accuracy"
     for family, members in families.items():
         members.sort(key=lambda member: member[1]["all_bytes"])
-        x, y = ([arm["all_bytes"] for _, arm in members], [arm[judged]["mean"] for _, arm in members])
-        sd = [arm[judged]["sd"] or 0 for _, arm in members]
+        x, y = ([arm["all_bytes"] for _, arm in members], [arm[shown]["mean"] for _, arm in members])
+        sd = [arm[shown]["sd"] or 0 for _, arm in members]
         line = "-" if family == "subspace" else "none"
         axes.errorbar(x, y, sd, fmt="o", markersize=4, linestyle=line, capsize=2)
         for at, (name, _) in zip(zip(x, y, strict=True), members, strict=True):
@@ -310,13 +311,16 @@ def plot(found: dict, out: Path) -> None:
             axes.annotate(text, at, textcoords="offset points", xytext=place, fontsize=7)
         if family == "subspace":
             axes.annotate("subspace, by budget", (x[0], y[0]), textcoords="offset points", xytext=(10, 2), fontsize=8)
-    reference = found["arms"][found["reference"]][judged]["mean"]
+    reference = found["arms"][found["reference"]][shown]["mean"]
     axes.axhline(reference, color="gray", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
     axes.set_xlabel("bytes per vector, all told")
     options = found["options"]
     teacher = options["teacher"] or "simulated"
-    axes.set_ylabel(f"{judged} of the student, % (teacher {teacher}, T = {options['temperature']:g})")
+    what = "KL(teacher ‖ student), nats" if real else "accuracy of the student, %"
+    axes.set_ylabel(f"{what} (teacher {teacher}, T = {options['temperature']:g})")
+    if real:
+        axes.set_yscale("log")
     out.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         figure.savefig(out / f"codec-transfer.{kind}", dpi=150)
