@@ -58,7 +58,7 @@ def network(name: str) -> Network:
     if [value.shape for value in theirs] != [value.shape for value in ours.values()]:
         raise UserError(f"the weights of {name} are not those of tf_efficientnet_{name}", fix="install other versions")
     module.load_state_dict(dict(zip(ours, theirs, strict=True)))
-    config = module.pretrained_cfg
+    config: dict = module.pretrained_cfg  # pyright: ignore[reportAssignmentType]
     return Network(
         module,
         f"timm/tf_efficientnet_{name}",

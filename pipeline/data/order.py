@@ -54,7 +54,7 @@ def _windows(
         shards = np.sort(order[at : at + window])
         size = int((bounds[shards + 1] - bounds[shards]).sum())
         if skip < size:
-            positions = np.concatenate([np.arange(bounds[shard], bounds[shard + 1]) for shard in shards])
+            positions = np.concatenate([np.arange(*bounds[shard : shard + 2].tolist()) for shard in shards])
             words = _words(positions, seed, epoch, _SAMPLES)
             yield _taken(rows, positions[np.argsort(words, kind="stable")[skip:]])
         skip = max(skip - size, 0)
