@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from dataclasses import dataclass, field
@@ -172,7 +173,7 @@ class Index:
                 f"{path} is not a prepared data set", expected="index.npy in it", fix="run pipeline prepare"
             )
         meta = _read_meta(path)
-        shards = [shard if is_remote(shard) else str(path / shard) for shard in meta["shards"]]
+        shards = [shard if is_remote(shard) else os.path.join(path, shard) for shard in meta["shards"]]
         reader = Reader(cache, cache_bytes)
         records = checked(path, meta, shards, reader)
         names = None if meta["class_names"] is None else tuple(meta["class_names"])
