@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bench import harness
-from bench.labels import storage, store
+from bench.labels import sharing, storage, store
 from cache import UserError
 from pipeline.config import Bench
 
@@ -26,6 +26,8 @@ def teacher(tmp_path):
 
 def test_a_run_writes_figures_and_plots(teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store, "_against_networks", lambda sources: [{"cost": "none", "share %": 0.0}])
+    for name, value in dict(PROCESSES=(3,), SAMPLES=4000, _CLASSES=60, _DIRECTIONS=20, _BLOCK_ROWS=500).items():
+        monkeypatch.setattr(sharing, name, value)
     config = Bench(suite="store", logits=(teacher,), samples=20_000, rounds=1, work=tmp_path, out=tmp_path / "plots")
     found = store.run(Bench(**vars(config) | {"arms": "int8,fp16,subspace-0.05", "json": tmp_path / "found.json"}))
     assert json.loads((tmp_path / "found.json").read_text()) == found
@@ -35,6 +37,10 @@ def test_a_run_writes_figures_and_plots(teacher, tmp_path, monkeypatch, capsys):
     by_name = {row["format"]: row for row in found["tables"]["formats"]}
     assert by_name["int8"]["on disk"] == (2 * 8 + 2 * 12) / 2
     assert by_name["subspace-0.05"]["on disk"] < 6 and 0.02 < by_name["subspace-0.05"]["KL T=4"] < 0.08
+    assert by_name["subspace-0.05"]["all told"] > by_name["subspace-0.05"]["on disk"] + 3
+    (limit,), (shared,) = found["tables"]["limits"], found["tables"]["sharing"]
+    assert limit["format"] == "subspace-0.05" and 0 < limit["at least"] < by_name["subspace-0.05"]["on disk"]
+    assert shared["processes"] == 3 and shared["labels"] == "same" and 0.9 < shared["planes in memory"] < 1.1
     assert "subspace-0.05" in capsys.readouterr().out
 
 
