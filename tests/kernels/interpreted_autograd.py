@@ -224,3 +224,11 @@ def test_a_step_that_is_not_logged_has_the_same_gradient():
     assert none[0].isnan()
     for found in (none, exactly):
         torch.testing.assert_close(found[1:], plain[1:], rtol=0, atol=0)
+
+
+def test_a_label_that_is_no_class_makes_the_gradient_nan():
+    """So that a step whose loss nobody asked for does not pass silently; pairs that do not count may have any label."""
+    case = random_case(10, 3)
+    target, valid = torch.tensor([1, 10, -1]), torch.tensor([True, True, False])
+    _, grad, _ = call(case["logits"][:2], target, case["logits"][2:], valid=valid, report="none")
+    assert grad.isnan().all(1).tolist() == [False, True, False]

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow  # minutes, and not seen whole with these kernels yet
+pytestmark = pytest.mark.slow  # minutes
 
 CONTROL = "nothing is broken"
 SMALL = "test_every_size_meets_float64[{}-10]"
 MUTATIONS = {
     CONTROL: ("ccd", "", "", SMALL),
     "the mask of a row's end is dropped": (
-        *("terms", "mask=read, other=ABSENT).to(COMPUTE)", "mask=read, other=0.0).to(COMPUTE)"),
+        *("ends", "mask=read, other=ABSENT).to(COMPUTE)", "mask=read, other=0.0).to(COMPUTE)"),
         "test_every_size_meets_float64[{}-100]",
     ),
     "T² is forgotten": (
@@ -41,28 +41,33 @@ MUTATIONS = {
     ),
     "views are swapped": ("autograd", "teacher_o=teacher_o", "teacher_o=teacher_a", SMALL),
     "w weighs the wrong view": ("autograd", "WEIGHTED=len(students) - 1", "WEIGHTED=0", SMALL),
-    "w is missing from the gradient": ("row", "b, d = soft * w *", "b, d = soft *", SMALL),
-    "the cosine is of one view": ("terms", "units = t_o * by_o + t_a * by_a", "units = 2 * t_o * by_o", SMALL),
+    "w is missing from the gradient": ("ends", "b, d = soft * w *", "b, d = soft *", SMALL),
+    "the cosine is of one view": ("ends", "units = t_o * by_o + t_a * by_a", "units = 2 * t_o * by_o", SMALL),
     "a stride is off by one": (
         *("autograd", "STRIDE_STUDENT_A=student_a.stride(0)", "STRIDE_STUDENT_A=student_a.stride(0) - 1"),
         "test_every_size_meets_float64[{}-2]",
     ),
-    "a gradient forgets T": ("row", "soft * w * inverse_t * scaled * by_q,", "soft * w * scaled * by_q,", SMALL),
-    "the target is not in the gradient": ("row", "mask=live & known)", "mask=live & known & (row < 0))", SMALL),
+    "a gradient forgets T": ("ends", "soft * w * inverse_t * scaled * by_q,", "soft * w * scaled * by_q,", SMALL),
+    "the target is not in the gradient": (
+        "ends",
+        "element_ty), mask=wanted)",
+        "element_ty), mask=wanted & (label < 0))",
+        SMALL,
+    ),
     "the second view's offset is a byte short": (
         *("autograd", "(16, 16 + classes)", "(16, 15 + classes)"),
         "test_rows_are_decoded_in_registers[True-int8-5]",
     ),
     "the offset is the scale, which only a cosine of raw logits can tell": (
         *(
-            "terms",
+            "ends",
             "offset_o = header_field(header, row, live, STRIDE_HEADER, 2)",
             "offset_o = header_field(header, row, live, STRIDE_HEADER, 0)",
         ),
         "test_rows_are_decoded_in_registers[False-int8-5]",
     ),
     "dead pairs count": (
-        *("ccd", "if options.valid is None else options.valid.sum()", "if True else options.valid.sum()"),
+        *("finish", "+ tl.sum(rest, 0)", "+ batch"),
         "test_invalid_pairs_count_for_nothing_and_are_not_read[10]",
     ),
     "dead pairs have gradients": (
@@ -93,8 +98,32 @@ MUTATIONS = {
         "test_parts_are_the_terms_of_each_pair[10]",
     ),
     "smoothing is not in the gradient": (
-        *("row", "hard * scaled * smoothing / CLASSES", "hard * scaled * 0 / CLASSES"),
+        *("ends", "hard * scaled * smoothing / CLASSES", "hard * scaled * 0 / CLASSES"),
         "test_every_size_meets_float64[{'label_smoothing': 0.1, 'temperature': 2.0}-10]",
+    ),
+    "dkd keeps the target among the others": (
+        *("row", "tl.where(columns == label, ABSENT, z), tl.where(columns == label, ABSENT, t)", "z, t"),
+        "test_a_method_meets_float64[plain-dkd-10]",
+    ),
+    "the reverse divergence's gradient forgets its level": (
+        *("terms", "(apart_by(z2, t2) - level)", "apart_by(z2, t2)"),
+        "test_a_method_meets_float64[plain-reverse-10]",
+    ),
+    "half of JSD is lost": (
+        *("terms", "0.5 * LN_2 * (total + level)", "0.5 * LN_2 * total"),
+        "test_a_method_meets_float64[plain-jsd-10]",
+    ),
+    "z-scores are of the student alone": (
+        *("row", "scale * (by_t / by_z)", "scale / by_z"),
+        "test_a_method_meets_float64[plain-standardised-10]",
+    ),
+    "a label that is no class passes silently": (
+        *("ends", 'hard, float("nan"))', "hard, hard)"),
+        "test_a_label_that_is_no_class_makes_the_gradient_nan",
+    ),
+    "every part has the first one's dither": (
+        *("autograd", "keys[span]", "keys[: span.stop - span.start]"),
+        "test_a_batch_of_more_labels_than_fit_goes_by_parts",
     ),
     "backward ignores the incoming gradient": (
         *("finish", "wanted = factor != 1.0", "wanted = False"),
