@@ -27,7 +27,7 @@ def data_sets(draw) -> tuple[np.ndarray, np.ndarray]:
     return rows, shards
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(SEEDS, data_sets(), st.integers(1, 50), st.integers(1, 5), st.integers(0, 20), st.data())
 def test_every_sample_once_per_epoch_in_one_order_for_all_worlds(seed, data_set, batch, world, window, data):
     """Ranks take equal steps; their shares side by side are the order of one rank; a resumed run takes the rest."""
