@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.commands import command
 
@@ -52,6 +52,7 @@ def test_a_command_ends_in_one_place():
     }
 
 
+@settings(deadline=None, max_examples=40)
 @given(QUOTED, QUOTED, QUOTED, QUOTED)
 @example("a\nb", "\x1b[2J", "\udcff", "é")
 def test_a_line_is_short_and_printable_whatever_it_quotes(what, found, expected, fix):

@@ -11,6 +11,7 @@ from support.commands import command, refused
 import cache
 from cache import UserError
 from pipeline.config import PrecomputeTeacher
+from pipeline.data import prepare
 from pipeline.data.index import Index
 from pipeline.demo import POLICY
 from pipeline.labels import precompute
@@ -30,12 +31,19 @@ def vit(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def options(digits, vit, tmp_path_factory) -> PrecomputeTeacher:
+def options(vit, tmp_path_factory) -> PrecomputeTeacher:
     """Of a store that is made."""
-    place = tmp_path_factory.mktemp("store") / "labels.zarr"
-    data = digits / "val"
+    folder = tmp_path_factory.mktemp("store")
+    prepare.build("synthetic:12", folder / "data", classes=10)
     config = PrecomputeTeacher(
-        data=data, teacher=vit, store=str(place), views=1, policy=POLICY, codec="fp16", teacher_size=SIZE, device="cpu"
+        data=folder / "data",
+        teacher=vit,
+        store=str(folder / "labels.zarr"),
+        views=1,
+        policy=POLICY,
+        codec="fp16",
+        teacher_size=SIZE,
+        device="cpu",
     )
     precompute.run(config)
     return config
