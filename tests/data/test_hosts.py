@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from data.test_parquet import built, class_label, samples, tarred, write
 from support.commands import command
+from support.parquet_files import built, class_label, samples, tarred, write
 from support.prepared import quarantine, refuse
 from support.remote_servers import hurry, serve
 from support.sites import Signed, proxy, site, tls, wants

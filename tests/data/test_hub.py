@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from data.test_parquet import NAMES, built, class_label, samples, tarred, write
+from support.parquet_files import NAMES, built, class_label, samples, tarred, write
 from support.prepared import refuse
 from support.remote_servers import hurry
 from support.sites import hub

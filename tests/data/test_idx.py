@@ -9,23 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.idx_files import NAMES, packed
 from support.prepared import refuse
 
 from cache.errors import UserError
 from pipeline.data import prepare
 from pipeline.data.index import Index
 from pipeline.data.sources import idx
-
-NAMES = {
-    ("train", "images"): "train-images-idx3-ubyte", ("train", "labels"): "train-labels-idx1-ubyte",
-    ("val", "images"): "t10k-images-idx3-ubyte", ("val", "labels"): "t10k-labels-idx1-ubyte",
-}  # fmt: skip
-
-
-def packed(array: np.ndarray) -> bytes:
-    """As the format is described: two zeros, the type, the dimensions, their sizes in big-endian, the bytes."""
-    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
 
 
 def written(folder: Path, suffix: str = "", channels: tuple[int, ...] = ()) -> dict:

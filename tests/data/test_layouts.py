@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.test_idx import NAMES, packed
 from PIL import Image
+from support.idx_files import NAMES, packed
 from support.images import jpeg, tar
 from support.prepared import quarantine, refuse
 

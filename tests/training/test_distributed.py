@@ -144,6 +144,27 @@ def test_sigterm_ends_all_processes_with_their_state_saved(digits, labels, tmp_p
     assert (state["epoch"] * 6 + state["step"]) % 16 == 0  # when the processes agree
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(alone, digits, labels, tmp_path):
+    """Stopped after four steps of one process, ended by two: the losses of one process from beginning to end."""
+    out = tmp_path / "run"
+    job = subprocess.Popen(command(out, digits, labels, CALM), env=environment(), stderr=subprocess.PIPE, text=True)
+    log = out / "metrics.jsonl"
+    wait_for(lambda: job.poll() is not None or (log.exists() and len(log.read_text().splitlines()) > 3))
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=600)
+    assert job.returncode == 143, said[-2000:]
+    refused = subprocess.run(
+        command(out, digits, labels, CALM, "--resume", "--batch-size=16"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2 and "batch" in refused.stderr and "fix: " in refused.stderr, refused.stderr
+    found = run(out, digits, labels, CALM, "--resume", world=2)
+    np.testing.assert_allclose(losses(found), losses(records(alone)), rtol=1e-5)
+
+
 # Batch statistics
 
 
