@@ -20,7 +20,7 @@ from pipeline.views import policy as policies
 from pipeline.views.policy import Policy
 
 _UNKNOWN_KL = 0.05  # what a code may add where a store does not say
-_HARMFUL_KL = 0.3  # nats at the student's temperature; docs/results.md: 0.2 cost students 0.7 to 0.9 points, 0.5 1.3
+_HARMFUL_KL = 0.3  # nats at the student's temperature; docs/results.md: at T = 1 0.2 cost students 0.9 points, 0.5 1.3
 
 
 def run(config: TrainStudent) -> dict:
