@@ -34,7 +34,14 @@ from pipeline.system import machine as machines
 from pipeline.views import batch as batches
 from pipeline.views import on_gpu, plan
 
-STAGES = ("views drawn", "bytes fed", "images taken", "kernels planned", "arguments laid out", "all else")
+STAGES: tuple[str, ...] = (
+    "views drawn",
+    "bytes fed",
+    "images taken",
+    "kernels planned",
+    "arguments laid out",
+    "all else",
+)
 _BATCH = 256
 _WARM = 2
 _WORKERS = 2, 4, 16
@@ -45,7 +52,7 @@ class Stages:
     """CPU time of the calling thread by stage; what a stage calls that is one itself is not its own."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self._open: list[str] = []
         self._since = time.thread_time()
 

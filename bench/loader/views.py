@@ -131,8 +131,17 @@ def learning(job: Job, repeat: int, store: Path) -> Generator[int, None, None]:
     """The pairs of each batch, as a student gets them, with their labels gathered."""
     from pipeline.replay import Replay
 
-    options = {"batch_size": job.batch_size, "epochs": _EPOCHS, "seed": SEED, "threads": job.threads}
-    with Replay(job.data, str(store), repeat=repeat, device="cpu", **options) as replay:
+    replay = Replay(
+        job.data,
+        str(store),
+        batch_size=job.batch_size,
+        epochs=_EPOCHS,
+        seed=SEED,
+        device="cpu",
+        threads=job.threads,
+        repeat=repeat,
+    )
+    with replay:
         for batch in replay:
             assert batch.stored
             batch.stored.plane.gather(batch.made.rows)
