@@ -263,7 +263,17 @@ def test_all_but_decoding_works_without_dali():
 def test_engine_and_kernels_give_pillows_bytes_in_the_interpreter(images):
     """`interpreted_engine.py`, in a process whose kernels are interpreted."""
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "views" / "interpreted_engine.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-W",
+            "default",
+            "-p",
+            "no:cacheprovider",
+            TESTS / "views" / "interpreted_engine.py",
+        ],
         env=os.environ
         | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "ENGINE_IMAGES": str(images)},
         capture_output=True,
