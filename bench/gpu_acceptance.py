@@ -206,7 +206,7 @@ def _parts(out: Path, given: Path | None, new: Path, gpu: bool) -> list[Part]:
         return Part(call, name, (python, "-c", code), limit_s, paths[0], read_tables, needs)
 
     def step(call: str, name: str, limit_s: float, arms: str, rounds: int) -> Part:
-        sized = ("--batch-size", 256 if gpu else 4, "--rounds", rounds if gpu else 2)
+        sized = ("--batch-size", 256 if gpu else 4, "--rounds", rounds if gpu else 1)
         found = out / f"{name}.json"
         small = () if gpu else ("--student", "cifar/resnet8", "--teacher", "cifar/resnet8x4")
         more = ("--data", data, "--work", out, "--json", found, "--arms", arms, *sized, *small)

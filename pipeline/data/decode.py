@@ -38,7 +38,10 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def as_rgb(data: bytes) -> bytes:
-    """A CMYK image as PPM, converted by Pillow: DALI rounds that conversion differently."""
+    """A CMYK image as PPM, converted by Pillow: DALI rounds that conversion differently. Raises Undecodable."""
     converted = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").save(converted, "PPM")
+    try:
+        Image.open(io.BytesIO(data)).convert("RGB").save(converted, "PPM")
+    except Exception as error:  # of a damaged file Pillow raises nearly anything
+        raise Undecodable(f"Pillow: {error}") from None
     return converted.getvalue()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.data.decode import as_rgb
+from pipeline.data.decode import Undecodable, as_rgb
 from pipeline.data.index import BadSample, Index
 from pipeline.data.skipped import Skipped
 from pipeline.system import device as devices
@@ -92,7 +92,11 @@ def _read(index: Index, rows: list[int], skipped: Skipped) -> list[bytes | None]
         if row not in skipped:
             try:
                 data = index.read(row)
+                data = as_rgb(data) if index.records["cmyk"][row] else data
             except BadSample as error:
                 skipped.add(row, str(error))
-        found.append(as_rgb(data) if data and index.records["cmyk"][row] else data)
+            except Undecodable as error:
+                data = None
+                skipped.add(row, str(index.bad(row, f"cannot be decoded: {error}")))
+        found.append(data)
     return found

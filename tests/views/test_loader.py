@@ -176,6 +176,18 @@ def test_an_image_of_another_size_than_indexed_never_reaches_the_kernel(mixed, d
     assert "not of the indexed size" in loader.skipped.causes[row]
 
 
+def test_a_cmyk_image_that_pillow_no_longer_decodes_is_skipped_by_name(mixed, decoder, monkeypatch):
+    """It is converted where it is read, before either engine sees it."""
+    policy, read = roomy("cifar10"), Index.read
+    row = int(mixed.good[mixed.records["cmyk"][mixed.good] == 1][0])
+    rows = np.array([row, *mixed.good[mixed.good != row][:3]])
+    monkeypatch.setattr(Index, "read", lambda self, at: b"\xff\xd8\xff\xdb\0\x43" if at == row else read(self, at))
+    loader = Loader(mixed, policy, threads=2, decoder=decoder, max_bad=1.0)
+    (batch,) = loader.batches(plan(mixed, policy, rows, 4))
+    assert batch.rows.tolist() == rows[1:].tolist()
+    assert list(loader.skipped.causes) == [row] and "cannot be decoded: Pillow: " in loader.skipped.causes[row]
+
+
 def test_leaving_early_stops_the_threads(mixed, decoder):
     policy = roomy("cifar10")
     batches = Loader(mixed, policy, threads=2, decoder=decoder).batches(plan(mixed, policy, mixed.good, 4))
