@@ -116,7 +116,7 @@ class TrainStudent(Training):
     kd_warmup_epochs: Natural = 0
     """Epochs over which the teacher's term fades in: epoch n, from 1, has n / this of it. DKD's authors take 20 on
     CIFAR, 1 on ImageNet."""
-    student_views: Count | None = None
+    student_views: Annotated[int | None, Range(1)] = None
     """Take only the first so many of the store's views, by default all: epoch e takes view e mod this."""
     repeat: Annotated[int, Range(1, 64)] = 1
     """Steps in a row that a batch of samples is read and decoded for, each with other views and their labels; so many
