@@ -115,8 +115,8 @@ def _operators() -> list[dict]:
         }
 
     def ccd(o, a, t_o, t_a):
-        rows = (row.float() for row in (o, a, t_o, t_a))
-        return reference.ccd_loss(*rows, torch.arange(batch), **OPTIONS)
+        o, a, t_o, t_a = o.float(), a.float(), t_o.float(), t_a.float()
+        return reference.ccd_loss(o, a, t_o, t_a, torch.arange(batch), **OPTIONS)
 
     def kd(o, a, t_o, t_a):
         loss = torch.nn.KLDivLoss(reduction="batchmean")

@@ -136,7 +136,7 @@ def _spans(task: Task, batch: int) -> list[slice]:
     """Of the batch: one, unless its decoded labels take too much. Starts keep rows at multiples of 16 bytes."""
     pairs = batch
     if task.kind == "subspace":
-        pairs = max(task.temporaries // bytes_of_pair(Lean(*task.teacher[2:], task.unit)) // 16 * 16, 16)
+        pairs = max(task.temporaries // bytes_of_pair(Lean(task.teacher[2], task.teacher[3], task.unit)) // 16 * 16, 16)
     return [slice(start, min(start + pairs, batch)) for start in range(0, batch, pairs)]
 
 
@@ -322,10 +322,13 @@ def distillation_loss(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss, parts, and the gradients, empty unless `with_grad`; the rest is `Task.flat`."""
+    target, rows, weight, valid, count, loss_scale = tensors
+    same_weight, temperature, hard, soft, smoothing, unit, alpha, beta = numbers
     wide, cosine, report, noted, method, counted, temporaries = whole
-    task = Task(
-        teacher, kind, *tensors, *numbers, wide, bool(cosine), report, bool(noted), method, bool(counted), temporaries
-    )
+    optional = target, rows, weight, valid, count, loss_scale
+    factors = same_weight, temperature, hard, soft, smoothing, unit, alpha, beta
+    switches = wide, bool(cosine), report, bool(noted), method, bool(counted), temporaries
+    task = Task(teacher, kind, *optional, *factors, *switches)
     grads = gradients(students, task.loss_scale is not None, with_grad)
     loss, parts = forward(students, task, grads if with_grad else None)
     return loss, parts, grads

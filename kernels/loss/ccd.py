@@ -178,12 +178,12 @@ def _by_kernel(student_o, student_a, target, teacher: list[Tensor], options: Opt
     weight, cosine = options.weight, options.weight is None
     if encoded is None:
         teacher = _alike(*teacher)
-    dense = encoded is None or encoded.made is not None
+    stored = None if encoded is None or encoded.made is not None else encoded
     task = autograd.Task(
         teacher=teacher,
-        kind="dense" if dense else encoded.decoder.kind,
+        kind="dense" if stored is None else stored.decoder.kind,
         target=target.contiguous(),
-        rows=None if dense or encoded.rows is None else encoded.rows.contiguous(),
+        rows=None if stored is None or stored.rows is None else stored.rows.contiguous(),
         weight=weight.contiguous() if isinstance(weight, Tensor) else None,
         valid=None if options.valid is None else options.valid.contiguous(),
         count=count if isinstance(count, Tensor) else None,
