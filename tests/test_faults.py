@@ -120,6 +120,7 @@ def disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset's writer, half closed
 def test_a_full_disk_while_shards_a_copy_or_a_page_is_written(disk, digits, whole, tmp_path, capsys):
     """One line each; nothing is left in the way, and with room the same command does it."""
     folder, grow = disk
