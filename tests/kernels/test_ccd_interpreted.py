@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import interpreter
 
 TESTS = Path(__file__).parents[1]
 
@@ -14,7 +15,7 @@ TESTS = Path(__file__).parents[1]
 def test_the_kernels_meet_float64_in_the_interpreter(path):
     """A process a file, so that two of them run side by side under pytest -n."""
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *interpreter.WARNS, path],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support import engine, fake_dali
+from support import engine, fake_dali, interpreter
 from support.fake_dali import Pipeline, Torch
 from support.images import jpeg
 from support.tars import tar_of
@@ -268,8 +268,7 @@ def test_engine_and_kernels_give_pillows_bytes_in_the_interpreter(images):
             "-m",
             "pytest",
             "-q",
-            "-W",
-            "default",
+            *interpreter.WARNS,
             "-p",
             "no:cacheprovider",
             TESTS / "views" / "interpreted_engine.py",
