@@ -26,7 +26,7 @@ from pipeline.labels.epochs import decoder_of
 # Sizes and formats
 
 
-SIZES = {2: 2, 10: 17, 100: 2, 257: 2, 1001: 2, 8192: 1, 8193: 1, 21841: 1}  # classes: batch
+SIZES = {2: 5, 10: 17, 100: 2, 257: 2, 1001: 2, 8192: 1, 8193: 1, 21841: 1}  # classes: batch
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100, 257, 1001, 8193, *long_rows(8192, 21841)])
