@@ -5,6 +5,7 @@ draws the last number of a ticket writes the loss, and leaves slots and ticket a
 """
 
 # pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportAssignmentType=false
 # (Triton's annotations are those of Python, not of the language inside @triton.jit.)
 
 import triton

@@ -19,6 +19,7 @@ Other methods are these forms on other rows, or need one more sum, the `level`, 
 """
 
 # pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportAssignmentType=false
 # (Triton's annotations are those of Python, not of the language inside @triton.jit.)
 
 import triton

@@ -24,7 +24,8 @@ def keep_freed() -> bool:
         # Another malloc may have been loaded before it, which takes these calls for nothing, or has them otherwise.
         if ours != used:
             return False
-        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT) or libc.mallopt(_M_MMAP_THRESHOLD, _OLDER)
+        if not libc.mallopt(_M_MMAP_THRESHOLD, _KEPT):
+            libc.mallopt(_M_MMAP_THRESHOLD, _OLDER)
         return bool(libc.mallopt(_M_TRIM_THRESHOLD, _KEPT))
     except (OSError, AttributeError):  # not glibc
         return False
