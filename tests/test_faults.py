@@ -82,7 +82,7 @@ def whole(digits, teacher, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("number", "code"), SIGNALS[:2])  # SIGKILL: tests/labels/test_precompute.py
 def test_a_teacher_pass_stopped_between_blocks_and_run_again(digits, teacher, whole, tmp_path, capsys, number, code):
     store = tmp_path / "labels.zarr"
-    assert stopped(teacher_pass(digits, teacher, store), "put", 40, number) == code
+    assert stopped(teacher_pass(digits, teacher, store), "put", 20, number) == code
     missing = cache.open(store).missing_blocks()
     assert 0 < len(missing) < cache.open(whole).manifest.blocks * 2
     assert command(capsys, *teacher_pass(digits, teacher, store))[0] == 0
@@ -92,7 +92,7 @@ def test_a_teacher_pass_stopped_between_blocks_and_run_again(digits, teacher, wh
 def test_a_teacher_pass_goes_on_with_another_batch_size_and_threads(digits, teacher, whole, tmp_path, capsys):
     """Pixels are the same bit for bit; logits may differ in their last bits, and w with them."""
     store = tmp_path / "labels.zarr"
-    stopped(teacher_pass(digits, teacher, store), "put", 40, signal.SIGKILL)
+    stopped(teacher_pass(digits, teacher, store), "put", 20, signal.SIGKILL)
     options = ("--batch-size", 7, "--views-per-decode", 2)
     assert command(capsys, *teacher_pass(digits, teacher, store, *options))[0] == 0
     for view in range(2):

@@ -96,10 +96,10 @@ def test_rows_without_image_or_label_are_quarantined_and_all_are_accounted_for(t
 
 
 def test_a_row_group_is_not_held_in_memory(tmp_path):
-    """One row group of 64 MB of noise, which does not compress, is read with less than a quarter of it held."""
+    """One row group of 64 MB of noise, which does not compress, in pages of 1 MB: less than a quarter of it is held."""
     rng = np.random.default_rng(0)
     rows = [(f"k{i}.jpg", rng.bytes(1 << 18), 0) for i in range(256)]
-    write(tmp_path / "a.parquet", rows, class_label(), group=256)
+    write(tmp_path / "a.parquet", rows, class_label(), group=256, page=4)
     del rows
     before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
     pa.set_memory_pool(pool)

@@ -23,15 +23,21 @@ def samples(count: int = 12) -> list[tuple[str, bytes, int]]:
 
 
 def write(
-    path: Path, rows: list, features: dict | None = None, label: str = "label", group: int = 5, kind=None
+    path: Path,
+    rows: list,
+    features: dict | None = None,
+    label: str = "label",
+    group: int = 5,
+    kind=None,
+    page: int = 1024,
 ) -> Path:
-    """A file as `datasets` writes it: rows of (path, bytes, label), features in the metadata."""
+    """A file as `datasets` writes it: rows of (path, bytes, label), features in the metadata; rows per page at most."""
     images = pa.array([None if data is None else {"bytes": data, "path": name} for name, data, _ in rows], IMAGE)
     table = pa.table({"image": images, label: pa.array([row[2] for row in rows], kind)})
     if features is not None:
         info = {"info": {"features": {"image": {"_type": "Image"}, **features}}}
         table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-    parquet.write_table(table, path, row_group_size=group)
+    parquet.write_table(table, path, row_group_size=group, write_batch_size=page)
     return path
 
 

@@ -51,7 +51,7 @@ def test_every_view_of_every_sample_comes_once_with_its_labels_from_one_decode(l
         met[batch.epoch // 2].update((view, row) for row in rows.tolist())
         if batch.epoch < 2 and number % 2:
             assert rows.tolist() == batches[number - 1].made.rows.tolist()
-    good = made.rows.tolist()
+    good = list(made.rows)
     assert met[0] == Counter((view, row) for view in range(2) for row in good)
     assert met[1] == Counter((0, row) for row in good)
     assert len(decoded) == 2 * len(good)

@@ -164,7 +164,7 @@ def test_parts_of_a_step_make_its_gradient(whole):
         network = models.Network(module, "test", 10, None, None, "")
         trainee, forward = trainees.prepare(config, placed(network, torch.device("cpu"), "fp32", small))
         clock = Clock(torch.device("cpu"), False)
-        values = trainees.take_step(config, trainee, forward, CrossEntropy(), batch, False, clock)
+        values = trainees.take_step(config, trainee, forward, CrossEntropy(), batch, True, clock)
         found.append((module[1].weight.detach(), values[-1][1]["loss"]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 

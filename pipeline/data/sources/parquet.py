@@ -22,7 +22,8 @@ from pipeline.data.sources.rules import numbering
 
 _LABELS = ("label", "labels", "fine_label", "cls")
 _IMAGES = ("image", "img", "jpg", "png")
-_ROWS, _BUFFER_BYTES = 64, 4 << 20  # at once, and of a column
+_ROWS, _BATCH_BYTES = 64, 1 << 20  # at once, at most
+_BUFFER_BYTES = 4 << 20  # of a column
 _OPEN_THREADS = 16
 _SIGNS = {b"\x89PNG": "png", b"\xff\xd8": "jpg", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
 
@@ -217,7 +218,7 @@ def _opened(reader: Reader, shard: str, metadata: Any = None) -> Any:
 
 def _batches(reader: Reader, file: _File, columns: list[str]) -> Iterator[Any]:
     opened = _opened(reader, file.shard, file.metadata)
-    batches = opened.iter_batches(batch_size=_ROWS, columns=columns, use_threads=False)
+    batches = opened.iter_batches(batch_size=_rows(file.metadata), columns=columns, use_threads=False)
     while True:
         try:
             batch = next(batches, None)
@@ -228,6 +229,13 @@ def _batches(reader: Reader, file: _File, columns: list[str]) -> Iterator[Any]:
         if batch is None:
             return
         yield batch
+
+
+def _rows(metadata: Any) -> int:
+    """Rows to hold at once, by what they take in the row group with the largest: pyarrow holds them several times."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    largest = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1.0)
+    return int(min(max(_BATCH_BYTES / max(largest, 1.0), 1), _ROWS))
 
 
 def _damaged(shard: str, error: Exception) -> UserError:
