@@ -3,7 +3,7 @@
 Memory is bounded by blocks: one is read at a time, `_BLOCKS` at the most, and `_SAMPLED` rows are looked at in all.
 """
 
-import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +12,7 @@ import cache
 from cache import Store
 from pipeline.config import Inspect
 from pipeline.data.index import open_data
-from pipeline.labels import page
+from pipeline.labels import other_classes, page
 from pipeline.labels.epochs import numbered_alike, replayed
 from pipeline.labels.page import Looked, Pair, softmax
 from pipeline.networks import models
@@ -29,7 +29,7 @@ _SAMPLED = 20_000
 
 def run(config: Inspect) -> None:
     """Write the page. Raises UserError if store, data and teacher do not belong together, or a block is damaged."""
-    machine = dataclasses.replace(config, class_map=None) if config.teacher_classes else config
+    machine = other_classes.for_data(config)
     index = open_data(machine, config.data, "train")
     store = cache.open(config.store)
     manifest = store.manifest
@@ -39,9 +39,7 @@ def run(config: Inspect) -> None:
     teacher = None
     if config.teacher is not None:
         precision = manifest.versions.get("precision", "fp32")
-        network = models.trained(config.teacher, config.teacher_classes or index.class_list)
-        if config.teacher_classes:
-            network = models.narrowed(network, index.class_list, config.class_map)
+        network = other_classes.teacher(config, functools.partial(models.trained, config.teacher), index.class_list)
         teacher = Teacher(network, policy, devices.pick(config), precision, size=manifest.teacher_size)
         cache.check(manifest, teacher=teacher.name, teacher_weights=teacher.fingerprint)
     missing = set(store.missing_blocks())

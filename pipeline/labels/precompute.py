@@ -5,6 +5,7 @@ crosses a block, so a block's labels depend neither on where a killed run stoppe
 """
 
 import dataclasses
+import functools
 import json
 import platform
 import sys
@@ -26,7 +27,7 @@ from kernels.reference import cosine_weight
 from pipeline.config import PrecomputeTeacher
 from pipeline.data import dali, probes
 from pipeline.data.index import Index, matched, open_data
-from pipeline.labels import array
+from pipeline.labels import array, other_classes
 from pipeline.labels.calibrate import Calibration, calibrate
 from pipeline.labels.epochs import numbered_alike
 from pipeline.networks import called, models
@@ -55,29 +56,23 @@ def precompute(
     """
     spec = teacher if isinstance(teacher, str) else called.PREFIX
     config = PrecomputeTeacher(data=Path(data), teacher=spec, store=str(store), views=views, **options)
-    index = _opened(config)
-    classes = config.teacher_classes or index.class_list
-    network = models.trained(spec, classes) if isinstance(teacher, str) else models.of_callable(teacher, classes)
-    if config.teacher_classes:
-        network = models.narrowed(network, index.class_list, config.class_map)
-    _run(config, index, network)
+    index = open_data(other_classes.for_data(config), config.data, "train")
+    if isinstance(teacher, str):
+        made = functools.partial(models.trained, spec)
+    else:
+        made = functools.partial(models.of_callable, teacher)
+    _run(config, index, other_classes.teacher(config, made, index.class_list))
 
 
 def run(config: PrecomputeTeacher) -> dict:
     """Create, complete or extend a store; {"pairs", "pairs_per_s"} of this process. Raises UserError for anything in it
     that contradicts the options."""
-    index = _opened(config)
-    network = models.trained(config.teacher, config.teacher_classes or index.classes)
-    if config.teacher_classes:
-        return _run(config, index, models.narrowed(network, index.class_list, config.class_map))
-    index = matched(index, config, network.class_list or index.class_list, "--data", f"--teacher {config.teacher}")
+    machine = other_classes.for_data(config)
+    index = open_data(machine, config.data, "train")
+    classes = index.class_list if config.teacher_classes else index.classes  # names are compared below
+    network = other_classes.teacher(config, functools.partial(models.trained, config.teacher), classes)
+    index = matched(index, machine, network.class_list or index.class_list, "--data", f"--teacher {config.teacher}")
     return _run(config, index, network)
-
-
-def _opened(config: PrecomputeTeacher) -> Index:
-    """The data set; of a teacher of other classes a class map says what its outputs are, not what the data's are."""
-    machine = dataclasses.replace(config, class_map=None) if config.teacher_classes else config
-    return open_data(machine, config.data, "train")
 
 
 def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> dict:
@@ -173,9 +168,8 @@ def _fill(
             done += len(batch.rows)
             first = first or (time.perf_counter(), done)
             advance(len(batch.rows))
-    steady = (
-        (done - first[1]) / (time.perf_counter() - first[0]) if first else 0.0
-    )  # the first batch pays for the start
+    # The first batch pays for the start.
+    steady = (done - first[1]) / (time.perf_counter() - first[0]) if first else 0.0
     return blocks, done, outside, steady
 
 

@@ -18,7 +18,7 @@ findings: a store may be verified while it grows. The command exits with 0 if it
 with 2 for wrong options or a store that cannot be opened.
 """
 
-import dataclasses
+import functools
 import math
 import sys
 from collections import Counter, deque
@@ -33,6 +33,7 @@ from cache import Store, UserError
 from pipeline.config import Verify
 from pipeline.data.classes import Classes
 from pipeline.data.index import Index, open_data
+from pipeline.labels import other_classes
 from pipeline.labels.epochs import replayed
 from pipeline.labels.judge import DAMAGED, TEACHER, Judge
 from pipeline.networks import models
@@ -95,8 +96,7 @@ def run(config: Verify) -> None:
 
 def verify(config: Verify) -> Report:
     """Verify a store. Raises UserError for wrong options, or a store that cannot be opened or holds nothing yet."""
-    machine = dataclasses.replace(config, class_map=None) if config.teacher_classes else config
-    index = open_data(machine, config.data, "train")
+    index = open_data(other_classes.for_data(config), config.data, "train")
     store = cache.open(config.store)
     manifest, report = store.manifest, Report(index, store)
     if not _same_data(index, store, report):
@@ -183,10 +183,9 @@ def _judge(config: Verify, policy: Policy, report: Report) -> Judge | None:
     if config.precision not in ("auto", precision):
         fix = f"give --precision {precision}"
         raise UserError("the teacher pass had another precision", found=config.precision, expected=precision, fix=fix)
-    network = models.trained(config.teacher, config.teacher_classes or manifest.classes)
-    if config.teacher_classes:
-        listed = Classes.from_json(manifest.class_list, "the store's manifest")
-        network = models.narrowed(network, listed, config.class_map)
+    listed = config.teacher_classes and Classes.from_json(manifest.class_list, "the store's manifest")
+    made = functools.partial(models.trained, config.teacher)
+    network = other_classes.teacher(config, made, listed or manifest.classes)
     teacher = Teacher(network, policy, devices.pick(config), precision, size=manifest.teacher_size)
     made_by = {"teacher": teacher.name, "teacher_weights": teacher.fingerprint}
     try:
