@@ -18,7 +18,7 @@ import numpy as np
 
 import cache
 from bench import harness
-from cache import Manifest
+from bench.labels.storage import plain_manifest
 from cache import codec as codecs
 from cache.store.blocks import Store
 
@@ -84,24 +84,7 @@ def _written(path: Path) -> Store:
     mixed = rng.normal(size=(_DIRECTIONS, _CLASSES)).astype(np.float32)
     logits = rng.normal(size=(_BLOCK_ROWS, 2, _DIRECTIONS)).astype(np.float32) @ mixed
     codec = codecs.fit("subspace", logits[:1024], kl=0.05)
-    manifest = Manifest(
-        dataset="bench",
-        samples=SAMPLES,
-        classes=_CLASSES,
-        teacher="bench",
-        teacher_weights="bench",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        policy={},
-        base={},
-        seed=0,
-        views=1,
-        size=1,
-        decoder={},
-        codec=codec.config,
-        block_rows=_BLOCK_ROWS,
-        versions={},
-    )
+    manifest = plain_manifest(SAMPLES, _CLASSES, codec, _BLOCK_ROWS)
     store = cache.create(path, manifest, np.zeros(SAMPLES, np.uint8), np.arange(SAMPLES, dtype=np.uint64))
     for view, block in store.missing_blocks():
         at = np.arange(*store.block_range(block))

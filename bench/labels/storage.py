@@ -63,13 +63,12 @@ def compare(work: Path | None, rounds: int, samples: int) -> dict:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _written(path: Path, samples: int) -> tuple[Store, float]:
-    """A full store of one view, and bytes per second of writing it to the disk."""
-    codec = codecs.make("fp16", classes=_CLASSES)
-    manifest = Manifest(
+def plain_manifest(samples: int, classes: int, codec: codecs.Codec, block_rows: int) -> Manifest:
+    """Of a store of one view of nothing in particular."""
+    return Manifest(
         dataset="bench",
         samples=samples,
-        classes=_CLASSES,
+        classes=classes,
         teacher="bench",
         teacher_weights="bench",
         mean=(0.5, 0.5, 0.5),
@@ -81,9 +80,15 @@ def _written(path: Path, samples: int) -> tuple[Store, float]:
         size=1,
         decoder={},
         codec=codec.config,
-        block_rows=_BLOCK_ROWS,
+        block_rows=block_rows,
         versions={},
     )
+
+
+def _written(path: Path, samples: int) -> tuple[Store, float]:
+    """A full store of one view, and bytes per second of writing it to the disk."""
+    codec = codecs.make("fp16", classes=_CLASSES)
+    manifest = plain_manifest(samples, _CLASSES, codec, _BLOCK_ROWS)
     store = cache.create(path, manifest, np.zeros(samples, np.uint8), np.arange(samples, dtype=np.uint64))
     rng, seconds = np.random.default_rng(0), 0.0
     for view, block in store.missing_blocks():

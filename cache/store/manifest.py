@@ -29,6 +29,7 @@ _WHOLE = {  # field -> smallest and largest value
     "classes": (1, codecs.MAX_CLASSES),
     "views": (1, 1 << 16),
     "size": (1, _MAX_SIDE),
+    "teacher_size": (1, _MAX_SIDE),
     "block_rows": (1, 1 << 20),
 }
 _TEXTS = ("dataset", "teacher", "teacher_weights")
@@ -211,12 +212,11 @@ def _check_fields(attributes: dict, where: str) -> None:
             fix="make the store again with precompute-teacher",
         )
     for name, (low, high) in _WHOLE.items():
+        if name not in attributes:  # an optional one
+            continue
         value = attributes[name]
         if type(value) is not int or not low <= value <= high:
             raise _wrong(where, name, value, f"a whole number in [{low}, {high}]")
-    size = attributes.get("teacher_size", 1)
-    if type(size) is not int or not 1 <= size <= _MAX_SIDE:
-        raise _wrong(where, "teacher_size", size, f"a whole number in [1, {_MAX_SIDE}]")
     for name in _TEXTS:
         value = attributes[name]
         if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT:

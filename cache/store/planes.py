@@ -67,8 +67,4 @@ def _mapped(shape: tuple[int, int], folder: str | Path | None) -> np.ndarray:
             os.posix_fallocate(file.fileno(), 0, size)  # a hole that finds the disk full later would be a SIGBUS
             return np.asarray(np.memmap(file, np.uint8, "r+", shape=shape))
     except OSError as error:
-        raise UserError(
-            f"cannot map a plane in {folder or tempfile.gettempdir()}",
-            found=f"{error.strerror} ({size:,} bytes wanted)",
-            fix="choose a folder with room for two planes, on a disk that maps files",
-        ) from error
+        raise shared.no_room(folder or tempfile.gettempdir(), size, error) from error

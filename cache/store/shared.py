@@ -124,7 +124,7 @@ def _mapped(path: Path, size: int) -> _File:
         try:
             number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise _no_room(path.parent, size, error) from error
+            raise no_room(path.parent, size, error) from error
         try:
             if os.fstat(number).st_uid != os.getuid():
                 raise OSError(errno.EPERM, "a file of another user is in the way")
@@ -135,10 +135,11 @@ def _mapped(path: Path, size: int) -> _File:
             os.close(number)
         except OSError as error:
             os.close(number)
-            raise _no_room(path.parent, size, error) from error
+            raise no_room(path.parent, size, error) from error
 
 
-def _no_room(folder: Path, size: int, error: OSError) -> UserError:
+def no_room(folder: str | Path, size: int, error: OSError) -> UserError:
+    """A plane of so many bytes that cannot be mapped."""
     found = f"{error.strerror} ({size:,} bytes wanted)"
     return UserError(
         f"cannot map a plane in {folder}",

@@ -138,11 +138,12 @@ def _measure(config: Plan, index: Index, policy: Policy, device: torch.device, b
         advance(1, "student on stored labels")
         live = _quietly(lambda: train_student.run(alive))
         advance(1, "student beside a live teacher")
-    known = cache.open(str(store)) if "@" in config.teacher else None
+    known = cache.open(str(store)) if "@" in config.teacher else None  # random weights' labels are like no teacher's
     pairs = _VIEWS * len(index)
-    label_bytes, row_bytes = _simulated_bytes(index.classes)
     if known:
         label_bytes, row_bytes = known.label_bytes() / pairs, known.codec.row_bytes
+    else:
+        label_bytes, row_bytes = _simulated_bytes(index.classes)
     return Rates(
         teacher=teacher_of(config),
         student=config.student.partition("@")[0],

@@ -24,12 +24,11 @@ _PAGE_S = 120  # between pages; one takes seconds to draw
 
 def describe(network: Placed, about: dict) -> dict:
     """Facts of a run, JSON-safe: command, versions, machine, network."""
-    found = machine.describe()
     return {
         "command": ["pipeline", *sys.argv[1:]],
-        "versions": found.pop("versions"),
+        "versions": machine.versions(),
         "device": machine.hardware(network.device) if network.device.type == "cuda" else "cpu",
-        "machine": f"{found['cpu']}, {torch.get_num_threads()} threads",
+        "machine": f"{machine.processor()}, {torch.get_num_threads()} threads",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "world": ranks.world(),
         "parameters": sum(parameter.numel() for parameter in network.network.module.parameters()),

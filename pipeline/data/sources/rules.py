@@ -38,9 +38,8 @@ class Rules:
             return ()
         if self.label_key:
             return ("json",)
-        return (
-            ("cls", "json", "txt") if self.numbers else ("cls", "json")
-        )  # a text is a caption, unless it names a class
+        # A text is a caption, unless it names a class.
+        return ("cls", "json", "txt") if self.numbers else ("cls", "json")
 
     def keyed(self, key: str, shard: str) -> str:
         """The key of a sample whose own key is `key`."""
