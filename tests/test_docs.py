@@ -34,7 +34,7 @@ from pipeline.data.hub import __doc__ as hub_doc
 from pipeline.data.remote import __doc__ as remote_doc
 from pipeline.data.tokens import __doc__ as tokens_doc
 from pipeline.networks import models
-from pipeline.training import losses
+from pipeline.training import methods
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -278,7 +278,7 @@ def inside(folder: Path, page: Page) -> Iterator[Path]:
     for path in (ROOT / "pipeline" / "recipes").glob("*.yaml"):
         (recipes / path.name).write_text(page.replaced(path.read_text()))
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "SOFT", dict(losses.SOFT))  # a page may add to it
+        patch.setattr(methods, "METHODS", dict(methods.METHODS))  # a page may add to it
         yield folder
 
 

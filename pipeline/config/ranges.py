@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 from cache import UserError
 
@@ -40,9 +40,12 @@ NotNegative = Annotated[float, Range(0)]
 class Options:
     """What a command takes. Making one raises UserError for a field out of its range; None is in every one."""
 
+    flag: ClassVar[str] = "--"
+    """What stands before an option's name on the command line."""
+
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
-            _check(name, getattr(self, name), hint)
+            _check(self.flag + name.replace("_", "-"), getattr(self, name), hint)
 
 
 @cache
@@ -50,10 +53,9 @@ def _hints(schema: type) -> dict[str, Any]:
     return get_type_hints(schema, include_extras=True)
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
+def _check(flag: str, value: Any, hint: Any) -> None:
     values = value if isinstance(value, tuple) else () if value is None else (value,)
     for allowed in getattr(hint, "__metadata__", ()):
         if isinstance(allowed, Range) and (wrong := [each for each in values if each not in allowed]):
             # A number may have thousands of digits.
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} out of range", found=f"{wrong[0]!s:.20}", expected=str(allowed))
+            raise UserError(f"{flag} out of range", found=f"{wrong[0]!s:.20}", expected=str(allowed))

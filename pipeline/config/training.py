@@ -95,7 +95,11 @@ class TrainStudent(Training):
     """Network NAME, or NAME@WEIGHTS to start from."""
     loss: Loss = "ccd"
     """ce: labels only; kd: w ≡ 1; ccd: augmented views weighted by the teacher's agreement with itself; ccd-mean: all
-    weighted by the mean of that, its fair control; dkd, dist, standardised: see pipeline/training/losses.py."""
+    weighted by the mean of that, its fair control; all others: see
+    pipeline/training/methods."""
+    loss_option: tuple[str, ...] = ()
+    """Options of the loss as NAME=VALUE, several behind each other; its file in pipeline/training/methods has them with
+    their defaults, the authors'."""
     live_teacher: str | None = None
     """Teacher NAME@WEIGHTS that answers in the loop instead of the stored labels, on the store's views; the paper's
     online way."""

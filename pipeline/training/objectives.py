@@ -14,7 +14,7 @@ from pipeline.config import TrainStudent
 from pipeline.labels.epochs import Labels
 from pipeline.networks.teacher import Teacher
 from pipeline.system import device as devices
-from pipeline.training import losses
+from pipeline.training import methods
 from pipeline.views.batch import Batch
 
 _FRACTION = 0x0DE7  # counter word that keeps these draws apart from orders and views
@@ -89,12 +89,8 @@ def choice(fraction: float, seed: int, epoch: int) -> Callable[[Batch], np.ndarr
     return choose
 
 
-_METHODS = {"kd": "kd", "ccd": "kd", "ccd-mean": "kd", "dkd": "dkd", "standardised": "standardised"}
-"""What a loss puts in the place of KL, of `kernels.ccd_loss`; dist compares whole batches and is none of it."""
-
-
 class Distillation:
-    """A loss of `TrainStudent` on the pairs of an epoch."""
+    """A method of distillation on the pairs of an epoch."""
 
     def __init__(
         self,
@@ -107,8 +103,11 @@ class Distillation:
         """Learns from `labels`, or from the `teacher` as it answers now."""
         assert labels or teacher
         self._config, self._labels, self._teacher, self._checks = config, labels, teacher, checks
+        self._method = methods.make(config.loss, config.loss_option)
         self._choose = choice(config.augmented_fraction, config.seed, epoch)
-        self._same_weight = float(np.nanmean(labels.plane.weight)) if labels and config.loss == "ccd-mean" else 1.0
+        mean = labels and "mean agreement" in self._method.needs
+        self._same_weight = float(np.nanmean(labels.plane.weight)) if labels and mean else 1.0
+        self._each_weight = "agreement" in self._method.needs
         self._factors = _factors(config, epoch)
         self._encoded: EncodedPairs | None = None
 
@@ -128,8 +127,8 @@ class Distillation:
 
     def _by_pairs(self, chosen: np.ndarray, on_gpu: bool) -> bool:
         """Whether `ccd_loss` takes these views. On a CPU other methods than KL are faster without it, in float32."""
-        method = _METHODS.get(self._config.loss)
-        return bool(method and (method == "kd" or on_gpu) and (chosen[0] == chosen[1]).all())
+        kernel = self._method.kernel
+        return bool(kernel and (kernel == "kd" or on_gpu) and (chosen[0] == chosen[1]).all())
 
     def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         for check in self._checks:
@@ -144,8 +143,8 @@ class Distillation:
         student = logits.new_zeros((2, int(some.sum()), logits.shape[1]), dtype=torch.float32)
         valid = devices.put(chosen[:, some], logits.device)
         student = student.masked_scatter(valid[..., None], logits.float())
-        loss = losses.loss(
-            _METHODS.get(config.loss, config.loss),
+        loss = methods.loss(
+            self._method,
             student,
             teacher,
             devices.put(seen.batch.labels[torch.from_numpy(np.flatnonzero(some))], logits.device),
@@ -170,12 +169,13 @@ class Distillation:
             "count": seen.count / 2,
             **self._factors,
             "loss_scale": seen.loss_scale if device.type == "cuda" else None,
-            "method": _METHODS[config.loss],
+            "method": self._method.kernel,
+            **self._method.for_kernel,
             "parts": seen.logged,
             "report": "plain" if seen.logged else "none",
         }
         if encoded := self._encoded:
-            weight = encoded.weight if config.loss == "ccd" else self._same_weight
+            weight = encoded.weight if self._each_weight else self._same_weight
             found = ccd_loss(student_o, student_a, encoded, target, weight=weight, **options)
         else:
             teacher, weight = self._answers(seen.batch, some, device)
@@ -195,11 +195,10 @@ class Distillation:
             logits = self._teacher(batch)
             logits = logits if some.all() else logits[devices.put(np.flatnonzero(some), device)]
             w = reference.cosine_weight(logits[:, 0].double(), logits[:, 1].double()).float()
-            return logits, w if self._config.loss == "ccd" else 1.0
+            return logits, w if self._each_weight else 1.0
         assert self._labels
         rows = batch.rows[some]
-        ours = self._config.loss == "ccd"
-        weight = devices.put(self._labels.plane.weight[rows], device) if ours else self._same_weight
+        weight = devices.put(self._labels.plane.weight[rows], device) if self._each_weight else self._same_weight
         return self._labels.logits(rows), weight
 
 

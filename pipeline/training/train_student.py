@@ -13,8 +13,10 @@ from pipeline.networks.teacher import Teacher
 from pipeline.replay import Replay
 from pipeline.system import device as devices
 from pipeline.system import ranks
+from pipeline.training import methods
 from pipeline.training.checks import TeacherCheck
 from pipeline.training.loop import Job, fit
+from pipeline.training.methods import Method
 from pipeline.training.objectives import CrossEntropy, Distillation, Objective, choice
 from pipeline.views import policy as policies
 from pipeline.views.policy import Policy
@@ -25,12 +27,14 @@ _HARMFUL_KL = 0.3  # nats at the student's temperature; docs/results.md: at T = 
 
 def run(config: TrainStudent) -> dict:
     """Train a student; returns the last log record. Raises UserError if store, data and options disagree."""
+    method = methods.make(config.loss, config.loss_option)
     index = open_data(config, config.data, "train")
     store = cache.open(config.store) if config.store else None
-    _check(config, index, store)
+    _check(config, method, index, store)
     if store:
         index = numbered_alike(index, config, store.manifest)
-    from_store = store is not None and config.loss != "ce" and not config.live_teacher
+    taught = "logits" in method.needs
+    from_store = store is not None and taught and not config.live_teacher
     replay = Replay(
         index,
         store,
@@ -51,13 +55,13 @@ def run(config: TrainStudent) -> dict:
         check_share=config.check_share,
     )
     student = models.create(config.student, index.class_list, seed=config.seed)
-    spec = None if config.loss == "ce" else config.live_teacher or config.check_teacher
+    spec = config.live_teacher or config.check_teacher if taught else None
     # A live teacher's views are of any size; those that answered for the store were of one.
     size = store.manifest.teacher_size if store and not config.live_teacher else config.teacher_size
     teacher = _teacher(config, spec, index, replay.policy, size) if spec else None
 
     def objective(epoch: int, stored: Labels | None) -> Objective:
-        if config.loss == "ce":
+        if not taught:
             return CrossEntropy(config.label_smoothing, choice(config.augmented_fraction, config.seed, epoch))
         if not stored:
             return Distillation(config, epoch, teacher=teacher)
@@ -98,10 +102,11 @@ def _check_temperature(config: TrainStudent, store: Store) -> None:
     print(f"warning: {what}", file=sys.stderr)
 
 
-def _check(config: TrainStudent, index: Index, store: Store | None) -> None:
+def _check(config: TrainStudent, method: Method, index: Index, store: Store | None) -> None:
     """Raise UserError unless the options suit each other, and what they know of the store is in its manifest."""
+    taught = "logits" in method.needs
     if not store:
-        if config.loss != "ce" and not config.live_teacher:
+        if taught and not config.live_teacher:
             what = f"--loss {config.loss} needs soft labels"
             raise UserError(what, found="neither", expected="--store or --live-teacher")
         if config.teacher_size and not config.live_teacher:
@@ -121,16 +126,17 @@ def _check(config: TrainStudent, index: Index, store: Store | None) -> None:
                 if "@" in spec:
                     expected["teacher_weights"] = teacher.fingerprint
         cache.check(store.manifest, **expected)
-        if config.loss != "ce" and not config.live_teacher:
+        if taught and not config.live_teacher:
             _check_temperature(config, store)
     if index.class_list.unlabelled:
-        if config.loss in ("ce", "dkd"):
+        if "labels" in method.needs:
             found = "data prepared with --unlabelled"
             raise UserError(f"--loss {config.loss} needs labels", found=found, fix="take kd or ccd")
         if config.alpha:
             what, fix = "--alpha is the share of the hard loss", "give --alpha 0"
             raise UserError(what, found=f"{config.alpha:g} and data without labels", expected=0, fix=fix)
-    if config.loss == "dkd" and index.classes < 2:
-        raise UserError("--loss dkd needs two classes", found=index.classes, fix="take another --loss, or more classes")
-    if config.live_teacher and config.loss == "ccd-mean":
-        raise UserError("--loss ccd-mean needs the stored w of all samples", fix="leave --live-teacher out")
+    if "two classes" in method.needs and index.classes < 2:
+        fix = "take another --loss, or more classes"
+        raise UserError(f"--loss {config.loss} needs two classes", found=index.classes, fix=fix)
+    if config.live_teacher and "mean agreement" in method.needs:
+        raise UserError(f"--loss {config.loss} needs the stored w of all samples", fix="leave --live-teacher out")

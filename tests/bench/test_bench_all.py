@@ -19,7 +19,7 @@ from bench.whole import end_to_end
 from bench.whole import page as all_page
 from pipeline.config import Bench
 from pipeline.system import machine as machines
-from pipeline.training.losses import loss
+from pipeline.training.methods import loss, make
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_the_peers_labels_are_decoded_as_the_peer_does():
     student = torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(1))
     options: dict[str, Any] = {"temperature": 4.0, "alpha": 0.5, "kd_weight": 2.0}
     one, other = (
-        loss("kd", student, teacher, torch.arange(3), torch.ones(3), **options)
+        loss(make("kd"), student, teacher, torch.arange(3), torch.ones(3), **options)
         for teacher in (top.logits(rows), expected)
     )
     assert one.item() == pytest.approx(other.item(), rel=1e-5)

@@ -6,7 +6,10 @@ import statistics
 import numpy as np
 import torch
 
-from pipeline.training.losses import loss
+from pipeline.training.methods import METHODS, View, loss
+
+NAMES = sorted({kind.term: name for name, kind in reversed(METHODS.items()) if "logits" in kind.needs}.values())
+"""A method for each term; ccd is kd with weights."""
 
 
 def logits(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -33,8 +36,16 @@ def with_gradient(function, student, *arguments, **options):
     return value.detach(), *torch.autograd.grad(value.sum(), student)
 
 
+def term(name, student, teacher, target, temperature, weight, **options):
+    """A method's soft term of one view."""
+    view = View(student=student, teacher=teacher, target=target, weight=weight, temperature=temperature)
+    return METHODS[name](**options).term(view)
+
+
 def combined(name, student, *arguments, **options):
-    return with_gradient(lambda z, *rest, **more: loss(name, z, *rest, **more), student, *arguments, **options)
+    return with_gradient(
+        lambda z, *rest, **more: loss(METHODS[name](), z, *rest, **more), student, *arguments, **options
+    )
 
 
 # The papers' formulas: lists of floats, probabilities as they stand, no care for extremes

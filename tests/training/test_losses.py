@@ -1,7 +1,10 @@
-"""The soft terms of `pipeline.training.losses` against the papers' formulas, `papers.py`."""
+"""The terms of `pipeline.training.methods` against the papers' formulas, `papers.py`."""
 
 import math
+import re
 import statistics
+from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.papers import (
+    NAMES,
     PER_SAMPLE,
     combined,
     lists,
@@ -19,16 +23,18 @@ from support.papers import (
     paper_mean,
     paper_reverse,
     softmax,
+    term,
     views,
     with_gradient,
 )
 from torch.nn import functional as F
 
+from cache import UserError
 from kernels import reference
-from pipeline.training.losses import SOFT, loss
+from pipeline.config import Loss
+from pipeline.training.methods import METHODS, loss, make
 
 DEFAULTS = {"temperature": 4.0, "alpha": 0.5, "kd_weight": 2.0}
-NAMES = list(SOFT)
 SHAPES = {"batch": st.integers(1, 6), "classes": st.integers(2, 12), "seed": st.integers(0, 2**31)}
 TEMPERATURES = st.floats(0.7, 10)
 
@@ -39,7 +45,7 @@ TEMPERATURES = st.floats(0.7, 10)
 def test_terms_of_one_sample_are_the_papers(name, batch, classes, seed, temperature):
     z, t, target, weight = views(batch, classes, seed)
     expected = PER_SAMPLE[name](*lists(z, t, target), temperature, None)
-    assert SOFT[name](z, t, target, temperature, weight).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert term(name, z, t, target, temperature, weight).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("name, paper", [("reverse", paper_reverse), ("jsd", paper_jsd)])
@@ -58,7 +64,7 @@ def test_other_divergences_are_their_definitions(name, paper, batch, classes, se
 def test_weighted_mean_of_dist_is_the_papers(batch, classes, seed, temperature, beta, gamma):
     """|r| is known to 2e-16 times its condition, σ over mean, at worst some 1e5 for these logits."""
     z, t, target, weight = views(batch, classes, seed)
-    found = SOFT["dist"](z, t, target, temperature, weight, beta=beta, gamma=gamma)
+    found = term("dist", z, t, target, temperature, weight, beta=beta, gamma=gamma)
     expected = paper_dist(*lists(z, t, target), temperature, weight.numpy(), beta=beta, gamma=gamma)
     assert float((found * weight).sum() / weight.sum()) == pytest.approx(expected, abs=1e-9)
 
@@ -68,16 +74,16 @@ def test_dist_of_equal_weights_is_the_mean_of_numpys_correlations():
     q, p = ((row / 4).softmax(1).numpy() for row in (z, t))
     both = np.corrcoef(q, p)[:9, 9:].diagonal(), np.corrcoef(q, p, rowvar=False)[:5, 5:].diagonal()
     for options, expected in (({"gamma": 0}, 1 - both[0].mean()), ({"beta": 0}, 1 - both[1].mean())):
-        assert float(SOFT["dist"](z, t, target, 4.0, torch.ones(9), **options).mean()) == pytest.approx(expected)
+        assert float(term("dist", z, t, target, 4.0, torch.ones(9), **options).mean()) == pytest.approx(expected)
 
 
 @given(**SHAPES, temperature=TEMPERATURES)
 @settings(max_examples=25, deadline=None)
 def test_kd_decouples_into_dkd_as_the_paper_says(batch, classes, seed, temperature):
     z, t, target, weight = views(batch, classes, seed)
-    tckd, nckd = (SOFT["dkd"](z, t, target, temperature, weight, alpha=a, beta=1 - a) for a in (1, 0))
+    tckd, nckd = (term("dkd", z, t, target, temperature, weight, alpha=a, beta=1 - a) for a in (1, 0))
     rest = 1 - (t / temperature).softmax(1).gather(1, target[:, None]).squeeze(1)
-    torch.testing.assert_close(tckd + rest * nckd, SOFT["kd"](z, t, target, temperature, weight))
+    torch.testing.assert_close(tckd + rest * nckd, term("kd", z, t, target, temperature, weight))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,7 @@ def test_kd_decouples_into_dkd_as_the_paper_says(batch, classes, seed, temperatu
 )
 def test_defaults_are_the_papers(name, defaults):
     z, t, target, weight = views(7, 5)
-    plain, spelt = (SOFT[name](z, t, target, 4.0, weight, **options) for options in ({}, defaults))
+    plain, spelt = (term(name, z, t, target, 4.0, weight, **options) for options in ({}, defaults))
     assert torch.equal(plain, spelt)
 
 
@@ -96,11 +102,11 @@ def test_defaults_are_the_papers(name, defaults):
 def test_gradients_are_those_of_finite_differences(name):
     z, t, target, weight = views(4, 5, seed=2)
     z.requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: SOFT[name](z, t, target, 2.0, weight), z)
+    assert torch.autograd.gradcheck(lambda z: term(name, z, t, target, 2.0, weight), z)
     student, teacher, target, weight = pairs(4, 5, seed=3)
     valid = torch.tensor([True, True, False, True])
     assert torch.autograd.gradcheck(
-        lambda z: loss(name, z, teacher, target, weight, valid=valid, **DEFAULTS), student.requires_grad_()
+        lambda z: loss(METHODS[name](), z, teacher, target, weight, valid=valid, **DEFAULTS), student.requires_grad_()
     )
 
 
@@ -111,8 +117,8 @@ def test_a_shift_of_teacher_or_student_changes_nothing(name, batch, classes, see
     """Logits of some 10 shifted by some 100 keep 13 digits; a gradient row, being along the shift, sums to 0."""
     z, t, target, weight = views(batch, classes, seed)
     shift_z, shift_t = logits(2, batch, 1, seed=seed, scale=100.0)
-    here = with_gradient(SOFT[name], z, t, target, temperature, weight)
-    there = with_gradient(SOFT[name], z + shift_z, t + shift_t, target, temperature, weight)
+    here = with_gradient(partial(term, name), z, t, target, temperature, weight)
+    there = with_gradient(partial(term, name), z + shift_z, t + shift_t, target, temperature, weight)
     torch.testing.assert_close(here, there, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(here[1].sum(1), torch.zeros_like(weight), rtol=0, atol=1e-8)
 
@@ -120,9 +126,9 @@ def test_a_shift_of_teacher_or_student_changes_nothing(name, batch, classes, see
 def test_the_size_of_logits_is_nothing_to_the_standardised_term():
     """Invariant to a factor on either side; so its gradient is orthogonal to the student's logits too."""
     z, t, target, weight = views(5, 8)
-    here = with_gradient(SOFT["standardised"], z, t, target, 2.0, weight)
+    here = with_gradient(partial(term, "standardised"), z, t, target, 2.0, weight)
     factors = torch.tensor([0.01, 0.3, 1.0, 7.0, 90.0])[:, None]
-    there = with_gradient(SOFT["standardised"], z * factors, t * factors.flip(0), target, 2.0, weight)
+    there = with_gradient(partial(term, "standardised"), z * factors, t * factors.flip(0), target, 2.0, weight)
     torch.testing.assert_close(here[0], there[0])
     torch.testing.assert_close(here[1], there[1] * factors)
     torch.testing.assert_close((here[1] * z).sum(1), torch.zeros(5, dtype=torch.float64))
@@ -131,9 +137,9 @@ def test_the_size_of_logits_is_nothing_to_the_standardised_term():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(name):
     _, t, target, weight = views(6, 9)
-    value, gradient = with_gradient(SOFT[name], t, t, target, 4.0, weight)
+    value, gradient = with_gradient(partial(term, name), t, t, target, 4.0, weight)
     assert float((value * weight).sum()) == pytest.approx(0, abs=1e-12)
-    weighted = with_gradient(lambda z: SOFT[name](z, t, target, 4.0, weight) * weight, t)[1]
+    weighted = with_gradient(lambda z: term(name, z, t, target, 4.0, weight) * weight, t)[1]
     for rows in (weighted, gradient) if name != "dist" else (weighted,):  # of DIST only the mean has a minimum there
         torch.testing.assert_close(rows, torch.zeros_like(t), rtol=0, atol=1e-12)
 
@@ -142,7 +148,7 @@ def test_dist_lies_between_0_and_2_for_each_relation():
     t = torch.tensor([[4.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
     for z, expected in ((3 * t, 0.0), (-3 * t, 2.0)):
         for options in ({"gamma": 0}, {"beta": 0}):
-            value = SOFT["dist"](z, t, torch.zeros(2), 1.0, torch.ones(2), **options)
+            value = term("dist", z, t, torch.zeros(2), 1.0, torch.ones(2), **options)
             assert value.tolist() == pytest.approx([expected] * 2, abs=1e-12)
 
 
@@ -181,7 +187,7 @@ def test_extreme_logits_have_finite_losses_and_gradients(name, case, dtype):
     z, t, target = extremes()[case]
     for temperature in (1.0, 4.0):
         found = with_gradient(
-            SOFT[name], z.to(dtype), t.to(dtype), target, temperature, torch.ones(len(z), dtype=dtype)
+            partial(term, name), z.to(dtype), t.to(dtype), target, temperature, torch.ones(len(z), dtype=dtype)
         )
         assert all(tensor.isfinite().all() for tensor in found)
         size = found[1].abs().sum(1).clamp(min=8 * 6)
@@ -193,7 +199,7 @@ def test_dkd_sees_the_other_classes_of_a_teacher_that_is_certain():
     t = torch.tensor([[300.0, 1.0, 2.0, 3.0]])
     z = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
     expected = reference.kl_divergence(z[:, 1:], t[:, 1:], 1.0)
-    found = SOFT["dkd"](z, t, torch.tensor([0]), 1.0, torch.ones(1), alpha=0.0, beta=1.0)
+    found = term("dkd", z, t, torch.tensor([0]), 1.0, torch.ones(1), alpha=0.0, beta=1.0)
     torch.testing.assert_close(found, expected)
 
 
@@ -208,9 +214,9 @@ def test_an_undecided_student_is_not_thrown(name, value):
     t = logits(8, 7).float()
     t[0] = value  # a teacher without an opinion
     z, target = torch.full((8, 7), value), torch.zeros(8)
-    found = with_gradient(SOFT[name], z, t, target, 1.0, torch.ones(8))[1]
+    found = with_gradient(partial(term, name), z, t, target, 1.0, torch.ones(8))[1]
     if name == "dist":
-        found = with_gradient(lambda z: SOFT[name](z, t, target, 1.0, torch.ones(8)).mean(), z)[1]
+        found = with_gradient(lambda z: term(name, z, t, target, 1.0, torch.ones(8)).mean(), z)[1]
         assert 0 < found.norm() <= 1 / math.sqrt(8 * 7)
     else:
         assert 0 < found.norm(dim=1).max() <= math.sqrt(2)
@@ -220,8 +226,10 @@ def test_an_undecided_student_is_not_thrown(name, value):
 def test_float32_meets_float64(name):
     """Logits of some 10 in float32 are wrong by 1e-6, and so, by factors of a few (8 in DKD), are these."""
     z, t, target, weight = views(32, 100, seed=4)
-    exact = with_gradient(SOFT[name], z.float().double(), t.float().double(), target, 4.0, weight.float().double())
-    found = with_gradient(SOFT[name], z.float(), t.float(), target, 4.0, weight.float())
+    exact = with_gradient(
+        partial(term, name), z.float().double(), t.float().double(), target, 4.0, weight.float().double()
+    )
+    found = with_gradient(partial(term, name), z.float(), t.float(), target, 4.0, weight.float())
     for actual, true in zip(found, exact, strict=True):
         assert (actual - true).abs().max() <= 1e-5 * true.abs().max()
 
@@ -260,7 +268,7 @@ def test_with_kd_it_is_the_reference(
 
 def test_kd_is_the_reference_to_the_bit():
     z, t, target, weight = views(5, 9)
-    assert torch.equal(SOFT["kd"](z, t, target, 3.0, weight), reference.kl_divergence(z, t, 3.0))
+    assert torch.equal(term("kd", z, t, target, 3.0, weight), reference.kl_divergence(z, t, 3.0))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -274,7 +282,9 @@ def test_it_is_the_sum_of_its_papers(name, batch, classes, seed, temperature, al
     soft_a = paper_mean(name, z_a, t_a, y, temperature, weight.numpy()) * float(weight.mean())
     expected = kd_weight * (alpha * hard + (1 - alpha) * temperature**2 * (soft_o + soft_a) / 2)
     options = {"temperature": temperature, "alpha": alpha, "kd_weight": kd_weight}
-    assert float(loss(name, student, teacher, target, weight, **options)) == pytest.approx(expected, rel=1e-7, abs=1e-7)
+    assert float(loss(METHODS[name](), student, teacher, target, weight, **options)) == pytest.approx(
+        expected, rel=1e-7, abs=1e-7
+    )
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
@@ -332,9 +342,17 @@ def test_a_pair_of_weight_0_leaves_no_trace_in_the_augmented_term(name):
 @pytest.mark.parametrize("name", ["kd", "dkd", "standardised"])
 def test_shares_of_a_batch_with_its_count_add_up_to_it(name):
     student, teacher, target, weight = pairs(7, 5)
-    whole = loss(name, student, teacher, target, weight, **DEFAULTS)
+    whole = loss(METHODS[name](), student, teacher, target, weight, **DEFAULTS)
     parts = [
-        loss(name, student[:, part], teacher[part], target[part], weight[part], count=torch.tensor(7), **DEFAULTS)
+        loss(
+            METHODS[name](),
+            student[:, part],
+            teacher[part],
+            target[part],
+            weight[part],
+            count=torch.tensor(7),
+            **DEFAULTS,
+        )
         for part in (slice(0, 3), slice(3, 7))
     ]
     torch.testing.assert_close(sum(parts), whole)
@@ -344,7 +362,7 @@ def test_shares_of_a_batch_with_its_count_add_up_to_it(name):
 def test_only_the_student_learns(name):
     *learners, target, weight = pairs(4, 5)
     learners = [tensor.requires_grad_() for tensor in (*learners, weight)]
-    value = loss(name, *learners[:2], target.int(), weight, **DEFAULTS)
+    value = loss(METHODS[name](), *learners[:2], target.int(), weight, **DEFAULTS)
     found = torch.autograd.grad(value, learners, allow_unused=True)
     assert [gradient is not None for gradient in found] == [True, False, False]
 
@@ -354,6 +372,33 @@ def test_options_reach_the_term(name):
     """Its loss is linear in beta."""
     student, teacher, target, weight = pairs(4, 5)
     none, one, two = (
-        float(loss(name, student, teacher, target, weight, **DEFAULTS, beta=beta)) for beta in (0.0, 1.0, 2.0)
+        float(loss(METHODS[name](beta=beta), student, teacher, target, weight, **DEFAULTS)) for beta in (0.0, 1.0, 2.0)
     )
     assert one > none and two - one == pytest.approx(one - none)
+
+
+# By name
+
+
+def test_each_method_is_a_choice_of_the_command_line():
+    assert set(METHODS) == set(get_args(Loss)) and all(kind.name == name for name, kind in METHODS.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dkd", ["beta=0.5", "alpha=nan"], "--loss-option alpha out of range; found nan, expected 0 to"),
+        ("dkd", ["beta=x"], "--loss-option beta; found x, expected a number"),
+        ("dkd", ["betta=1"], "--loss dkd has no option betta; found betta=1; fix: did you mean beta?"),
+        ("dkd", ["beta=1", "beta=2"], "--loss-option beta is given twice; found beta=2"),
+        ("dkd", ["0.5"], "--loss dkd has no option 0.5"),
+        ("kd", ["beta=1"], "--loss kd has no option beta; found beta=1; fix: leave --loss-option out"),
+    ],
+)
+def test_options_that_a_method_has_not_are_refused(name, options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        make(name, options)
+
+
+def test_options_of_the_command_line_reach_the_method():
+    assert make("dkd", ["beta=0.5"]) == METHODS["dkd"](alpha=1.0, beta=0.5)

@@ -1,0 +1,54 @@
+"""What a method of distillation is: one a file beside this one."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from pipeline.config import Options
+
+Need = Literal["logits", "agreement", "mean agreement", "labels", "two classes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What a term compares: one view of each of B samples, C classes, in float32 or float64."""
+
+    student: Tensor
+    """Logits (B, C), differentiable."""
+    teacher: Tensor
+    """Logits (B, C), up to a shift of each row."""
+    target: Tensor
+    """Integer (B,)."""
+    weight: Tensor
+    """(B,), how much each sample counts. Rows of weight 0, whose content is any finite value, must leave no trace in
+    those of other rows."""
+    temperature: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Options):
+    """A method; its fields are what --loss-option sets, with the authors' defaults."""
+
+    flag: ClassVar[str] = "--loss-option "
+    name: ClassVar[str]
+    """Of --loss."""
+    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
+    """logits: what a teacher says of each view; without them there is no teacher. agreement: w weighs the augmented
+    views; mean agreement: its mean over an epoch's stored labels does. labels: those of the data set."""
+    kernel: ClassVar[str | None] = None
+    """Which `method` of `kernels.ccd_loss` is this term, for pairs."""
+
+    @property
+    def for_kernel(self) -> dict[str, Any]:
+        """What else `kernels.ccd_loss` takes for it."""
+        return {}
+
+    def term(self, view: View) -> Tensor:
+        """The soft loss of each sample (B,), without T²; differentiable in `view.student`.
+
+        It does not see a shift of a row of the teacher, which a store need not keep, nor of the student, so that each
+        row of the gradient sums to 0. Of a method that compares the samples of a batch only the mean, by `view.weight`,
+        means anything.
+        """
+        raise NotImplementedError
