@@ -231,11 +231,20 @@ def _pointwise(code, m, v):
 
 @pixels.jit
 def _histogram(source, histogram):
-    histogram[:] = 0
-    for y in range(source.shape[0]):
-        for x in range(source.shape[1]):
-            for c in range(3):
-                histogram[c, source[y, x, c]] += 1
+    """Of each channel, i64 (3, 256)."""
+    # A table for each of four pixels' bytes: counts in one and the same place wait for each other, and neighbours are
+    # alike. Unsigned indices, as in `pixels`.
+    tables = np.zeros((12, 256), np.uint32)
+    values = source.reshape(source.size)
+    whole = np.uint64(source.size // 12)
+    for k in range(whole):
+        for i in range(12):
+            tables[i, values[np.uint64(12) * k + np.uint64(i)]] += np.uint32(1)
+    for i in range(source.size % 12):
+        tables[i, values[12 * (source.size // 12) + i]] += np.uint32(1)
+    for c in range(3):
+        for v in range(256):
+            histogram[c, v] = np.int64(tables[c, v]) + tables[c + 3, v] + tables[c + 6, v] + tables[c + 9, v]
 
 
 @pixels.jit
