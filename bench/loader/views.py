@@ -42,8 +42,10 @@ def run(config: Bench) -> dict:
             raise UserError(f"unknown arm {name}", expected=", ".join(ARMS), fix=did_you_mean(name, ARMS))
     index = arms.opened(config.data) if config.data else suite._synthetic(config.work)
     job = Job(index.path, config.batch_size, config.threads or len(os.sched_getaffinity(0)))
-    # So many batches are on their way, and leave by the request: whole requests are timed, with all behind them.
-    warm, timed = TOGETHER * (AHEAD + 2), TOGETHER * -(-config.pairs // (TOGETHER * job.batch_size))
+    # So many batches are on their way, and leave by the request. What an epoch costs beside its batches (labels read,
+    # the first batch's pixels compared) comes every so many batches with --repeat: whole groups of epochs are timed.
+    group = TOGETHER * -(-len(index.good) // job.batch_size)
+    warm, timed = TOGETHER * (AHEAD + 2), group * -(-config.pairs // (group * job.batch_size))
     machine = machines.describe()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=_made(config))))
