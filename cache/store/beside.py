@@ -10,6 +10,8 @@ import zlib
 import numpy as np
 from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue] - it is compiled
 
+ENERGY_STEP = 2.0**-8
+"""Of the stored energy, a number of some 10 that is compared with others of its kind."""
 WEIGHT_STEP = 2.0**-20
 """Of the stored w; half of it and float32's rounding, 5.4e-7, is what w is off by at most."""
 BESIDE_BYTES = 7
@@ -19,9 +21,9 @@ BLOSC = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "typesize": 4, "
 _HEADER = 16
 
 
-def rounded(weight: np.ndarray) -> np.ndarray:
-    """w f32 (n,) to whole steps; NaN stays."""
-    return (np.rint(weight.astype(np.float64) / WEIGHT_STEP) * WEIGHT_STEP).astype(np.float32)
+def rounded(values: np.ndarray, step: float) -> np.ndarray:
+    """f32 to whole steps; NaN stays."""
+    return (np.rint(values.astype(np.float64) / step) * step).astype(np.float32)
 
 
 def pair_digest(digests: np.ndarray) -> np.ndarray:

@@ -10,6 +10,8 @@ array        shape             chunk     content
 ``status``   (N,)              16 blocks u8, 0 good, else quarantined; written with the store
 ``key_hash`` (N,)              16 blocks u64, hash of each sample's key; written with the store
 ``fidelity`` (V, blocks, 2)    one entry f32, what the codec was seen to lose, see `Block`
+``energy``   (V, N, 2)         one block f32, −logsumexp of each view's raw logits, in steps of
+                                         2⁻⁸; only in stores that were made with it
 ``commit``   (V, blocks)       one entry u64, 2³² + CRC-32C of a block, see `Store._commit_of`
 ``codec/…``  the code's own    ≤ 64 MB   its fitted arrays
 ============ ================= ========= =======================================================
@@ -65,6 +67,8 @@ class Block(NamedTuple):
     """u32 (n,), of pairs."""
     fidelity: np.ndarray
     """f32 (2,): mean KL of decoded labels in nats, and their slope, as measured by the writer; NaN: not."""
+    energy: np.ndarray
+    """f32 (n, 2); (n, 0) in a store without."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +110,19 @@ class Store:
         weight: np.ndarray,
         digest: np.ndarray,
         fidelity: tuple[float, float] = (math.nan, math.nan),
+        energy: np.ndarray | None = None,
     ) -> None:
-        """Write and commit one block: `rows` u8 (n, row_bytes), `weight` f32 (n,), `digest` u32 (n, 2).
+        """Write and commit one block: `rows` u8 (n, row_bytes), `weight` f32 (n,), `digest` u32 (n, 2), where the store
+        keeps it `energy` f32 (n, 2).
 
-        `weight` is rounded to steps of 2⁻²⁰. `digest` is the CRC-32 of each view's pixels, or, (n,), what `read_block`
-        gave. `fidelity` is kept for information, see `Block`. Killed or failing at any moment it leaves a block without
-        a commit. Raises UserError if it cannot be written.
+        `weight` is rounded to steps of 2⁻²⁰, `energy` of 2⁻⁸. `digest` is the CRC-32 of each view's pixels, or, (n,),
+        what `read_block` gave. `fidelity` is kept for information, see `Block`. Killed or failing at any moment it
+        leaves a block without a commit. Raises UserError if it cannot be written.
         """
         start, stop = self.block_range(block)
-        given, like = Block(rows, weight, digest, np.array(fidelity, np.float32)), self._stored(stop - start)
+        energy = np.empty((stop - start, 0), np.float32) if energy is None else energy
+        given = Block(rows, weight, digest, np.array(fidelity, np.float32), energy)
+        like = self._stored(stop - start)
         if self.manifest.format > 2 and digest.dtype == np.uint32 and digest.shape == (stop - start, 2):
             given = given._replace(digest=beside.pair_digest(digest))
         for name, array, wanted in zip(layout.BLOCK, given, like, strict=True):
@@ -122,9 +130,10 @@ class Store:
                 raise ValueError(f"{name}: expected {wanted.dtype} {wanted.shape}, got {array.dtype} {array.shape}")
         given = given._replace(rows=np.ascontiguousarray(rows))
         if self.manifest.format > 2:
-            given = given._replace(weight=beside.rounded(weight))
+            given = given._replace(weight=beside.rounded(weight, beside.WEIGHT_STEP))
+            given = given._replace(energy=beside.rounded(energy, beside.ENERGY_STEP))
         self.files.delete(self.key("commit", view, block))
-        for name, array in zip(layout.BLOCK, given, strict=True):
+        for name, array in zip(self.block_arrays, given, strict=False):
             self.files.put_chunk(self.key(name, view, block), self._chunk(name, view, block, array))
         commit = self._commit_of(_crc(given.rows), view, block, given)
         self.files.put_chunk(self.key("commit", view, block), commit.to_bytes(8, "little"))
@@ -158,7 +167,22 @@ class Store:
             for count, _ in enumerate(done, 1):
                 if progress:
                     progress(count, blocks)
-        return Plane(view, plane.rows, plane.weight, plane.digest, self.status == 0)
+        return self.as_plane(view, plane)
+
+    def as_plane(self, view: int, filled: Block) -> Plane:
+        """A view's arrays of all samples."""
+        energy = filled.energy if self.energies else None
+        return Plane(view, filled.rows, filled.weight, filled.digest, self.status == 0, energy)
+
+    @property
+    def energies(self) -> int:
+        """Of a pair, that are kept: 2 or 0."""
+        return 2 if self.manifest.energy else 0
+
+    @property
+    def block_arrays(self) -> tuple[str, ...]:
+        """The arrays that make a block, in the order of `Block`."""
+        return tuple(name for name in layout.BLOCK if name in self._arrays)
 
     @property
     def workers(self) -> int:
@@ -174,7 +198,8 @@ class Store:
         """Fill a block's part of a view's arrays, all but fidelity, checked. Raises UserError as `read_block` does."""
         rows = slice(*self.block_range(block))
         fidelity = np.empty(2, np.float32)
-        self._read_into(view, block, Block(plane.rows[rows], plane.weight[rows], plane.digest[rows], fidelity))
+        part = Block(plane.rows[rows], plane.weight[rows], plane.digest[rows], fidelity, plane.energy[rows])
+        self._read_into(view, block, part)
 
     def label_bytes(self) -> int:
         """What the encoded rows of all blocks take on disk."""
@@ -201,7 +226,8 @@ class Store:
 
     def _empty(self, count: int, rows: np.ndarray | None = None) -> Block:
         rows = np.empty((count, self.codec.row_bytes), np.uint8) if rows is None else rows
-        return Block(rows, np.empty(count, np.float32), np.empty(count, np.uint32), np.empty(2, np.float32))
+        energy = np.empty((count, self.energies), np.float32)
+        return Block(rows, np.empty(count, np.float32), np.empty(count, np.uint32), np.empty(2, np.float32), energy)
 
     def _stored(self, count: int, like: Block | None = None) -> Block:
         """A block's arrays as the store has them; those of `like` where they are the same."""
@@ -215,12 +241,12 @@ class Store:
             crc = self._unpack(view, block, out.rows)
         else:
             crc = self._read_chunk("pairs", view, block, out.rows)
-        for name, array in zip(layout.BLOCK[1:], stored[1:], strict=True):
+        for name, array in zip(self.block_arrays[1:], stored[1:], strict=False):
             self._read_chunk(name, view, block, array)
         commit = np.empty(1, np.uint64)
         self._read_chunk("commit", view, block, commit)
         if commit[0] != self._commit_of(crc, view, block, stored):
-            names = f"{', '.join(layout.BLOCK)}, or the samples' status or key_hash"
+            names = f"{', '.join(self.block_arrays)}, or the samples' status or key_hash"
             raise self._damaged(names, view, block, "what its commit does not vouch for")
         if stored is not out:
             out.digest[:] = beside.pair_digest(stored.digest)

@@ -18,8 +18,8 @@ from cache.store import beside
 from cache.store.manifest import Manifest
 from cache.store.zarr_codecs import PACKED, PAIRS
 
-BLOCK = ("pairs", "weight", "digest", "fidelity")
-"""What makes a block, besides its commit; in the order in which it is written."""
+BLOCK = ("pairs", "weight", "digest", "fidelity", "energy")
+"""What makes a block, besides its commit, in the order in which it is written; not every store has all of it."""
 SAMPLES = ("status", "key_hash")
 """What is there from the beginning."""
 CODEC = "codec/"
@@ -56,11 +56,13 @@ def arrays(manifest: Manifest, codec: Codec) -> dict[str, Array]:
     else:
         weight = Array("<f4", by_view, (views, samples), (1, rows), "blosc")
         digest = Array("<u4", by_view, (views, samples), (1, rows))
+    energy = {"energy": Array("<f4", (*by_view, "image"), (views, samples, 2), (1, rows, 2), "blosc")}
     return {
         "pairs": Array("<u1", (*by_view, "byte"), (views, samples, width), (1, rows, width), packed),
         "weight": weight,
         "digest": digest,
         "fidelity": Array("<f4", ("view", "block", "measure"), (views, manifest.blocks, 2), (1, 1, 2)),
+        **(energy if manifest.energy else {}),
         "status": Array("<u1", ("sample",), (samples,), some),
         "key_hash": Array("<u8", ("sample",), (samples,), some),
         "commit": Array("<u8", ("view", "block"), (views, manifest.blocks), (1, 1)),

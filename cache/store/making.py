@@ -81,7 +81,7 @@ def extend(store: Store, manifest: Manifest, status: np.ndarray, key_hash: np.nd
         return store
     files = store.files
     if new.samples > old.samples and old.samples % old.block_rows:
-        for name, view in product(("commit", *layout.BLOCK), range(old.views)):
+        for name, view in product(("commit", *store.block_arrays), range(old.views)):
             files.delete(store.key(name, view, old.blocks - 1))
     for key, data in _initial(layout.arrays(new, store.codec), {"status": status, "key_hash": key_hash}, old.samples):
         files.put(key, data)

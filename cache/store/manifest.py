@@ -33,7 +33,7 @@ _WHOLE = {  # field -> smallest and largest value
     "block_rows": (1, 1 << 20),
 }
 _TEXTS = ("dataset", "teacher", "teacher_weights")
-_OPTIONAL = {"class_list", "teacher_size"}
+_OPTIONAL = {"class_list", "teacher_size", "energy"}
 _MAPPINGS = ("policy", "base", "decoder", "codec", "versions", "fidelity")
 
 _ELSEWHERE = "or run precompute-teacher into another store"
@@ -53,6 +53,7 @@ _FIXES = {  # the fields that are compared; `versions` and `fidelity` are for in
     "views": f"give the store's --views, {_ELSEWHERE}",
     "decoder": f"decode as the store's maker did (--decoder), {_ELSEWHERE}",
     "codec": f"give the store's --codec, {_ELSEWHERE}",
+    "energy": "run precompute-teacher --energy into another store",
     "block_rows": f"give the store's --block-rows, {_ELSEWHERE}",
 }
 
@@ -97,6 +98,8 @@ class Manifest:
     """Names of the classes and what numbered them, as who made the store keeps them; old stores have none."""
     teacher_size: int | None = None
     """Side in pixels that the teacher saw each view resized to; None: as it is."""
+    energy: bool | None = None
+    """True: the energies of the teacher's logits are kept beside w; None: they are not."""
     format: int = FORMAT
 
     @property
@@ -226,6 +229,8 @@ def _check_fields(attributes: dict, where: str) -> None:
             raise _wrong(where, name, attributes[name], "a mapping")
         if name != "codec" and (size := len(json.dumps(attributes[name]))) > _MAX_MAPPING:
             raise _wrong(where, name, f"{size} characters", f"at most {_MAX_MAPPING}")
+    if attributes.get("energy", True) is not True or ("energy" in attributes and attributes["format"] == 2):
+        raise _wrong(where, "energy", attributes["energy"], "true, in a store of format 3, or nothing")
     listed = attributes.get("class_list")
     if "class_list" in attributes and not isinstance(listed, dict):
         raise _wrong(where, "class_list", listed, "a mapping")

@@ -41,7 +41,7 @@ def copy(store: Store, to: str | Path, progress: Progress | None = None) -> Stor
             return
         store.read_block(*block)
         target.delete(store.key("commit", *block))
-        for name in layout.BLOCK:
+        for name in store.block_arrays:
             key = store.key(name, *block)
             target.put(key, store.raw(key))
         target.put(store.key("commit", *block), commit)

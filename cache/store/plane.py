@@ -16,6 +16,8 @@ class Plane:
     """u32 (N,), `cache.pair_digest` of the CRC-32s of the pixels that the teacher saw."""
     good: np.ndarray
     """bool (N,); a quarantined sample has no labels."""
+    energy: np.ndarray | None = None
+    """f32 (N, 2), −logsumexp of the teacher's raw logits, original and augmented, where the store keeps it."""
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Encoded pairs u8 (B, row_bytes) and weights f32 (B,) of index rows i64 (B,)."""

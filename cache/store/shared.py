@@ -63,20 +63,23 @@ def load(store: Store, view: int, share: Share, progress: Progress | None = None
     """
     store.require(view)
     blocks, samples = store.manifest.blocks, store.manifest.samples
-    at = np.cumsum([-(-(blocks + share.world) // _PAGE) * _PAGE, 4 * samples, 4 * samples + -8 * samples % _PAGE])
+    beside = 4 * samples * (2 + store.energies)
+    at = np.cumsum([-(-(blocks + share.world) // _PAGE) * _PAGE, 4 * samples, 4 * samples])
+    at = [*at, at[0] + beside + -beside % _PAGE]
     name = f"{_ours(share)}{store.origin:08x}-{samples}-{view}"
     _sweep(share)
-    file = _mapped(share.folder / name, int(at[-1]) + samples * store.codec.row_bytes)
+    file = _mapped(share.folder / name, int(at[3]) + samples * store.codec.row_bytes)
     whole = np.frombuffer(file.map, np.uint8)
     done, here = whole[:blocks], whole[blocks : blocks + share.world]
     here[share.rank] = 1
     if here.all():
         (share.folder / name).unlink(missing_ok=True)
     plane = Block(
-        whole[at[2] :].reshape(samples, -1),
+        whole[at[3] :].reshape(samples, -1),
         whole[at[0] : at[1]].view(np.float32),
         whole[at[1] :][: 4 * samples].view(np.uint32),
         np.empty(2, np.float32),
+        whole[at[2] :][: 4 * samples * store.energies].view(np.float32).reshape(samples, -1),
     )
 
     def unpack(block: int, wait: bool) -> int | None:
@@ -109,7 +112,7 @@ def load(store: Store, view: int, share: Share, progress: Progress | None = None
             order = left
     finally:
         os.close(file.number)  # the mapping holds the file, and its lock, open
-    return Plane(view, plane.rows, plane.weight, plane.digest, store.status == 0)
+    return store.as_plane(view, plane)
 
 
 @dataclass(frozen=True)

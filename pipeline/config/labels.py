@@ -39,6 +39,8 @@ class PrecomputeTeacher(Machine):
     temperature: Annotated[float | None, Range(0, above=True)] = None
     """The lowest temperature that students will distil at: the code is fitted for it; by default 4, or that of an
     existing store."""
+    energy: bool = False
+    """Also keep the energy of each view, −logsumexp of its raw logits, which a student's --loss energy needs."""
     dry_run: bool = False
     """Measure codec, size and time on some pairs, print them and write nothing."""
     seed: Seed = 0

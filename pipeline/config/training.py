@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 from pipeline.config.machine import Machine, Precision
 from pipeline.config.ranges import Count, Natural, NotNegative, Part, Positive, Range, Seed, Share
 
-Loss = Literal["ce", "kd", "ccd", "ccd-mean", "dkd", "dist", "standardised"]
+Loss = Literal[
+    "ce", "kd", "ccd", "ccd-mean", "dkd", "dist", "standardised", "energy", "dytkd", "triplet", "ida", "calibrated"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

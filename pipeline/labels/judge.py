@@ -26,6 +26,7 @@ _UNIT = {"fp32": 2.0**-18, "bf16": 2.0**-13}  # sqrt(4096) roundings of 2^-24; f
 _TF32 = 2.0**-10  # of convolutions on a GPU, which the teacher pass may have had, or this run
 _MARGIN = 4.0  # on the largest difference of two runs: a third may differ more
 _ULPS = 2.0**-20  # a step of the stored w, twice what rounding to it may be off by
+_ENERGY_STEP = 2.0**-8  # of the stored energy, twice what rounding to it may be off by
 _GAP = 16.0  # between the largest w that moved with the others' and one that moved alone
 _PROBES = 64
 _NEAR = 0.25  # of the code's own error: one coefficient of a hundred that is rounded the other way
@@ -43,6 +44,8 @@ _SEEN = np.dtype(
         ("far", "?"),  # further than rounding can be
         ("error", "f8"),  # rms between the stored labels and the teacher's answer
         ("own", "f8"),  # rms between what the code makes of the teacher's answer, and the answer
+        ("energy", "f4"),  # by how much the stored energy of either view is off; 0 in a store without
+        ("energy_noise", "f4"),  # of it, between two runs
         ("kl", "f8"),  # at T = 4, of the stored labels from the teacher's, nats; NaN: they are no numbers
     ]
 )
@@ -63,8 +66,9 @@ class Judge:
         self._noise = 0.0  # of a logit
         self._sums: defaultdict[str, float] = defaultdict(float)
 
-    def look(self, view: int, batch: Batch, encoded: np.ndarray, weight: np.ndarray) -> None:
-        """Enter rows: their pixels, whose digests agree, and their stored pairs u8 (B, row_bytes) and w f32 (B,).
+    def look(self, view: int, batch: Batch, encoded: np.ndarray, weight: np.ndarray, energy: np.ndarray) -> None:
+        """Enter rows: their pixels, whose digests agree, their stored pairs u8 (B, row_bytes), w f32 (B,) and energy
+        f32 (B, 2), or (B, 0) in a store without.
 
         Raises UserError for a teacher whose logits no code takes.
         """
@@ -73,6 +77,9 @@ class Judge:
         seen = np.empty(len(batch.rows), _SEEN)
         seen["view"], seen["row"], seen["stored"], seen["now"] = view, batch.rows, weight, _w(logits)
         seen["noise"] = np.abs(seen["now"] - _w(again))
+        now, then = (_energy(said)[:, : energy.shape[1]] for said in (logits, again))
+        seen["energy"] = np.abs(now - energy).max(axis=1, initial=0)
+        seen["energy_noise"] = np.abs(now - then).max(axis=1, initial=0)
         self._noise = max(self._noise, float(np.abs(logits - again).max()))
         true = _centred(logits)
         expected, moved = (_centred(codec.decode(codec.encode(said, stream), stream)) for said in (logits, again))
@@ -114,6 +121,10 @@ class Judge:
             if moved:
                 return
         yield from self._compare_labels(seen[~differs])
+        floor = _MARGIN * float(seen["energy_noise"].max(initial=0)) + _ENERGY_STEP
+        for one in seen[~differs & ~(seen["energy"] <= floor)]:
+            what = f"w agrees, but the energy is off by {one['energy']:.3g}, and the noise {floor:.2g}"
+            yield DAMAGED, what, int(one["view"]), int(one["row"])
 
     def facts(self) -> dict:
         """For the summary."""
@@ -199,6 +210,11 @@ def _w(logits: np.ndarray) -> np.ndarray:
     """f32 (B,), as the teacher pass computes it."""
     pair = torch.from_numpy(logits).double()
     return cosine_weight(pair[:, 0], pair[:, 1]).float().numpy()
+
+
+def _energy(logits: np.ndarray) -> np.ndarray:
+    """f64 (B, 2)."""
+    return -torch.from_numpy(logits).double().logsumexp(2).numpy()
 
 
 def _centred(logits: np.ndarray) -> np.ndarray:

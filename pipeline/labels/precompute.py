@@ -217,6 +217,8 @@ class _Block:
         self.weight = np.zeros(stop - self.start, np.float32)
         self.weight[rows - self.start] = np.nan
         self.digest = np.zeros((stop - self.start, 2), np.uint32)
+        self.energy = np.zeros((stop - self.start, store.energies), np.float32)
+        self.energy[rows - self.start] = np.nan
         self._sample: list[tuple[np.ndarray, np.ndarray]] = []  # rows and their logits, of the first pairs
 
     def put(self, batch: Batch, logits: torch.Tensor) -> None:
@@ -224,6 +226,8 @@ class _Block:
         at = batch.rows - self.start
         assert batch.digests is not None
         self.weight[at] = cosine_weight(logits[:, 0].double(), logits[:, 1].double()).float().cpu().numpy()
+        if self.store.energies:
+            self.energy[at] = -logits.double().logsumexp(2).float().cpu().numpy()
         answers = logits.cpu().numpy()
         self.pairs[at] = self.store.codec.encode(answers, self.store.stream(self.view, batch.rows))
         self.digest[at] = batch.digests
@@ -242,7 +246,9 @@ class _Block:
             found = drift(
                 self.store.codec, answers, self.pairs[rows - self.start], stream, self.store.manifest.temperature
             )
-        self.store.write_block(self.view, self.block, self.pairs, self.weight, self.digest, (found.kl, found.slope))
+        lost = found.kl, found.slope
+        energy = self.energy if self.store.energies else None
+        self.store.write_block(self.view, self.block, self.pairs, self.weight, self.digest, lost, energy)
         if complaint := found.beyond(self.store.manifest.fidelity.get("budget")):
             outside.append(f"view {self.view}, block {self.block}: {complaint}")
             print(f"labels beyond the budget: {outside[-1]}", file=sys.stderr)
@@ -274,6 +280,8 @@ def _open_or_create(config, index: Index, policy: Policy, teacher: Teacher) -> N
     if probes.decoder_of(made.decoder) == probes.decoder_of(wanted.decoder):
         probes.check(made.decoder, made.versions)
         wanted = dataclasses.replace(wanted, decoder=made.decoder)  # a store from before there were probes has none
+    if not config.energy:
+        wanted = dataclasses.replace(wanted, energy=made.energy)
     if config.codec not in ("auto", made.codec["name"]):
         raise UserError(
             "the store has another codec",
@@ -308,6 +316,7 @@ def _manifest(config, index: Index, policy: Policy, teacher: Teacher, codec: dic
         | {"device": str(teacher.device), "precision": teacher.precision},
         fidelity=fidelity,
         class_list=index.class_list.to_json(),
+        energy=config.energy or None,
     )
 
 

@@ -126,7 +126,7 @@ def verify(config: Verify) -> Report:
             tally["rows"] += len(batch.rows)
             group, batch = _compare_pixels(group, batch, report)
             if judge and len(batch.rows):
-                judge.look(group.view, batch, group.encoded, group.weight)
+                judge.look(group.view, batch, group.encoded, group.weight, group.energy)
     for finding in judge.conclude() if judge else ():
         report.add(*finding)
     good = int((store.status == 0).sum()) * manifest.views
@@ -220,12 +220,13 @@ class _Group(NamedTuple):
     encoded: np.ndarray
     weight: np.ndarray
     digest: np.ndarray
+    energy: np.ndarray
     blocks: dict[int, np.ndarray]
     """Block -> the digests of all its rows."""
 
     def take(self, at: np.ndarray | slice) -> "_Group":
         """Some of the rows."""
-        arrays = (self.rows[at], self.encoded[at], self.weight[at], self.digest[at])
+        arrays = (self.rows[at], self.encoded[at], self.weight[at], self.digest[at], self.energy[at])
         return _Group(self.view, *arrays, self.blocks)
 
 
@@ -264,7 +265,8 @@ def _read(view: int, number: int, chosen: np.ndarray, report: Report, tally: Cou
     tally.update(blocks=1, bytes=sum(array.nbytes for array in block[1:]), skipped=int((~labelled).sum()))
     rows = rows[labelled]
     at = rows - start
-    return _Group(view, rows, block.rows[at], block.weight[at], block.digest[at], {number: block.digest})
+    arrays = block.rows[at], block.weight[at], block.digest[at], block.energy[at]
+    return _Group(view, rows, *arrays, {number: block.digest})
 
 
 def _joined(parts: list[_Group]) -> _Group:
@@ -274,6 +276,7 @@ def _joined(parts: list[_Group]) -> _Group:
         np.concatenate([part.encoded for part in parts]),
         np.concatenate([part.weight for part in parts]),
         np.concatenate([part.digest for part in parts]),
+        np.concatenate([part.energy for part in parts]),
         {number: digest for part in parts for number, digest in part.blocks.items()},
     )
 

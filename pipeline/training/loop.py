@@ -39,6 +39,8 @@ class Job:
     network: models.Network
     objective: Callable[[int, Labels | None], Objective]
     """What is minimised in an epoch, given its labels."""
+    beside: torch.nn.Module | None = None
+    """What that has of its own from epoch to epoch."""
     about: dict = field(default_factory=dict)
     """Facts for the run's report."""
 
@@ -58,7 +60,7 @@ def fit(job: Job) -> dict:
         replay.least = _least(config, network, replay)
         stack.enter_context(replay)
         if config.dry_run:
-            return dry_run.run(config, replay, job.objective, *prepare(config, network))
+            return dry_run.run(config, replay, job.objective, *prepare(config, network, job.beside))
         run = _Run(job, network, stack)
         with (
             progress("train", config.epochs * run.steps, "steps", run.done, show=run.first) as advance,
@@ -131,7 +133,7 @@ class _Run:
             }
             checkpoint.open_run(config, sources)
         ranks.after_first("run")
-        self.trainee, self.forward = prepare(config, network)
+        self.trainee, self.forward = prepare(config, network, job.beside)
         self.epoch, self.step, sums = 0, 0, None
         if (config.resume or ranks.restarted()) and (state := checkpoint.load(config.out)):
             self.trainee.restore(state)

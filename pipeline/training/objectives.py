@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import philox
+from cache import Plane, philox
 from kernels import EncodedPairs, ccd_loss, reference
 from pipeline.config import TrainStudent
 from pipeline.labels.epochs import Labels
 from pipeline.networks.teacher import Teacher
 from pipeline.system import device as devices
+from pipeline.system import ranks
 from pipeline.training import methods
 from pipeline.views.batch import Batch
 
@@ -99,14 +100,19 @@ class Distillation:
         labels: Labels | None = None,
         teacher: Teacher | None = None,
         checks: tuple[Callable[[Batch], None], ...] = (),
+        kept: torch.nn.Module | None = None,
     ):
-        """Learns from `labels`, or from the `teacher` as it answers now."""
+        """Learns from `labels`, or from the `teacher` as it answers now; `kept` is what the method keeps."""
         assert labels or teacher
         self._config, self._labels, self._teacher, self._checks = config, labels, teacher, checks
         self._method = methods.make(config.loss, config.loss_option)
         self._choose = choice(config.augmented_fraction, config.seed, epoch)
         mean = labels and "mean agreement" in self._method.needs
         self._same_weight = float(np.nanmean(labels.plane.weight)) if labels and mean else 1.0
+        self._kept = kept
+        self._energies = (
+            _shares_below(labels.plane) if labels and not teacher and "energy" in self._method.needs else None
+        )
         self._each_weight = "agreement" in self._method.needs
         self._factors = _factors(config, epoch)
         self._encoded: EncodedPairs | None = None
@@ -135,6 +141,8 @@ class Distillation:
             check(seen.batch)
         config, chosen = self._config, seen.chosen
         if not len(logits):
+            if self._kept is not None:  # what others of the job are told
+                self._method.observe(self._kept, ranks.total(logits.new_zeros(())))
             return logits.sum() * 0.0, {}
         if self._by_pairs(chosen, logits.is_cuda):
             return self._by_kernel(logits.unflatten(0, (2, -1)), seen)
@@ -143,6 +151,7 @@ class Distillation:
         student = logits.new_zeros((2, int(some.sum()), logits.shape[1]), dtype=torch.float32)
         valid = devices.put(chosen[:, some], logits.device)
         student = student.masked_scatter(valid[..., None], logits.float())
+        energy = self._energy(seen.batch.rows[some], teacher) if "energy" in self._method.needs else None
         loss = methods.loss(
             self._method,
             student,
@@ -153,6 +162,8 @@ class Distillation:
             label_smoothing=config.label_smoothing,
             valid=valid,
             count=seen.count / 2,
+            energy=energy,
+            kept=self._kept,
             **self._factors,
         )
         return loss, _agreement(student, teacher, valid) if seen.logged else {}
@@ -200,6 +211,21 @@ class Distillation:
         rows = batch.rows[some]
         weight = devices.put(self._labels.plane.weight[rows], device) if self._each_weight else self._same_weight
         return self._labels.logits(rows), weight
+
+    def _energy(self, rows: np.ndarray, logits: Tensor) -> Tensor:
+        """The share (B, 2) of the epoch's labels of lower energy, or of the batch's if a teacher answers live."""
+        if self._energies is not None:
+            return devices.put(self._energies[rows], logits.device)
+        order = logits.logsumexp(2).flatten().argsort(descending=True)
+        places = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+        return (places / len(order)).unflatten(0, (-1, 2))
+
+
+def _shares_below(plane: Plane) -> np.ndarray:
+    """f32 (N, 2): the share of a plane's labels whose energy is lower."""
+    assert plane.energy is not None
+    known = np.sort(plane.energy[plane.good & ~np.isnan(plane.weight)], axis=None)
+    return (np.searchsorted(known, plane.energy) / max(len(known), 1)).astype(np.float32)
 
 
 def _factors(config: TrainStudent, epoch: int) -> dict[str, float]:

@@ -60,19 +60,21 @@ def run(config: TrainStudent) -> dict:
     size = store.manifest.teacher_size if store and not config.live_teacher else config.teacher_size
     teacher = _teacher(config, spec, index, replay.policy, size) if spec else None
 
+    kept = method.keeps(config)
+
     def objective(epoch: int, stored: Labels | None) -> Objective:
         if not taught:
             return CrossEntropy(config.label_smoothing, choice(config.augmented_fraction, config.seed, epoch))
         if not stored:
-            return Distillation(config, epoch, teacher=teacher)
+            return Distillation(config, epoch, teacher=teacher, kept=kept)
         checks = ()
         if teacher and store:
             expected = store.manifest.fidelity.get("kl", {}).get("4", _UNKNOWN_KL)
             checks = (TeacherCheck(stored, teacher, config.check_steps, expected),)
-        return Distillation(config, epoch, labels=stored, checks=checks)
+        return Distillation(config, epoch, labels=stored, checks=checks, kept=kept)
 
     about = {"store": config.store, "teacher": config.live_teacher or (store.manifest.teacher if store else None)}
-    return fit(Job(config, replay, student, objective, about))
+    return fit(Job(config, replay, student, objective, kept, about))
 
 
 def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy, size: int | None) -> Teacher:
@@ -126,6 +128,9 @@ def _check(config: TrainStudent, method: Method, index: Index, store: Store | No
                 if "@" in spec:
                     expected["teacher_weights"] = teacher.fingerprint
         cache.check(store.manifest, **expected)
+        if "energy" in method.needs and not config.live_teacher and not store.manifest.energy:
+            fix = "run precompute-teacher --energy into another store, or give --live-teacher"
+            raise UserError(f"--loss {config.loss} needs the teacher's energies", found="a store without them", fix=fix)
         if taught and not config.live_teacher:
             _check_temperature(config, store)
     if index.class_list.unlabelled:

@@ -28,13 +28,17 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
     average: AveragedModel | None
+    beside: torch.nn.Module | None = None
+    """What the method keeps beside the network."""
 
     def state(self) -> dict:
+        beside = {"beside": self.beside.state_dict()} if self.beside else {}
         return {
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict() if self.average else None,
+            **beside,
         }
 
     def restore(self, state: dict) -> None:
@@ -43,6 +47,8 @@ class Trainee:
         self.scaler.load_state_dict(state["scaler"])
         if self.average:
             self.average.load_state_dict(state["average"])
+        if self.beside:
+            self.beside.load_state_dict(state["beside"])
 
     def pace(self, rate: float) -> None:
         """Set the learning rate."""
@@ -55,14 +61,15 @@ class Trainee:
         return self.average.module if self.average else self.module
 
 
-def prepare(config: Training, network: Placed) -> tuple[Trainee, Placed]:
-    """The network with its optimiser, and what to call with images."""
+def prepare(config: Training, network: Placed, beside: torch.nn.Module | None = None) -> tuple[Trainee, Placed]:
+    """The network, and what learns beside it, with their optimiser, and what to call with images."""
     module, device = network.module, network.device
     many = ranks.world() > 1
     if many and config.sync_bn:
         module = batch_norm.synchronise(module, device)
+    beside = beside.to(device) if beside else None
     optimizer = torch.optim.SGD(
-        module.parameters(),
+        [*module.parameters(), *(beside.parameters() if beside else ())],
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -79,7 +86,7 @@ def prepare(config: Training, network: Placed) -> tuple[Trainee, Placed]:
         )
     if config.compile:
         wrapped = torch.compile(wrapped)
-    return Trainee(module, optimizer, scaler, average), replace(network, module=wrapped)
+    return Trainee(module, optimizer, scaler, average, beside), replace(network, module=wrapped)
 
 
 def learning_rate(config: Training, epoch: float) -> float:
@@ -132,6 +139,10 @@ def take_step(
         loss_sum = loss_sum + loss.detach()
         if logged and len(logits):
             found.append((float(mine.sum()), terms | {"student_entropy": entropy(logits)}))
+    if trainee.beside and ranks.world() > 1:  # DDP sees to the network's alone
+        for weights in trainee.beside.parameters():
+            own = torch.zeros_like(weights) if weights.grad is None else weights.grad
+            weights.grad = ranks.total(own) / ranks.world()
     if config.clip:
         scaler.unscale_(trainee.optimizer)
         torch.nn.utils.clip_grad_norm_(trainee.module.parameters(), config.clip)

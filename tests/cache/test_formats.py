@@ -141,7 +141,7 @@ def test_w_is_kept_to_a_millionth_in_fewer_than_three_bytes(thousand):
     np.testing.assert_allclose(kept, weight, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(np.isnan(kept), np.isnan(weight))
     spread = np.clip(1.6 + 0.2 * np.random.default_rng(1).normal(size=8192), 0, 2).astype(np.float32)
-    assert len(beside.squeezed(beside.rounded(spread).tobytes())) < 2.7 * 8192
+    assert len(beside.squeezed(beside.rounded(spread, beside.WEIGHT_STEP).tobytes())) < 2.7 * 8192
 
 
 def test_a_pair_costs_its_label_w_a_digest_of_four_bytes_and_little_else(tmp_path):

@@ -8,8 +8,8 @@ import torch
 
 from pipeline.training.methods import METHODS, View, loss
 
-NAMES = sorted({kind.term: name for name, kind in reversed(METHODS.items()) if "logits" in kind.needs}.values())
-"""A method for each term; ccd is kd with weights."""
+NAMES = ["kd", "dkd", "dist", "standardised"]
+"""The terms that are alike in what they hold; the others have tests of their own."""
 
 
 def logits(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:

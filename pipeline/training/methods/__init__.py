@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
 
 from cache.errors import UserError, did_you_mean
-from pipeline.training.methods import ce, dist, dkd, kd, standardised
+from pipeline.training.methods import calibrated, ce, dist, dkd, dytkd, energy, ida, kd, standardised, triplet
 from pipeline.training.methods.base import Method, View
 from pipeline.training.methods.combined import loss
 
@@ -22,6 +22,11 @@ METHODS: dict[str, type[Method]] = {
         dkd.Decoupled,
         dist.Dist,
         standardised.Standardised,
+        energy.Energy,
+        dytkd.MovingTemperature,
+        triplet.Triplet,
+        ida.Isotonic,
+        calibrated.Calibrated,
     )
 }
 """By --loss."""

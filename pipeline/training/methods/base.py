@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.config import Options
+from pipeline.config import Options, TrainStudent
 
-Need = Literal["logits", "agreement", "mean agreement", "labels", "two classes"]
+Need = Literal["logits", "agreement", "mean agreement", "energy", "labels", "two classes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,10 @@ class View:
     """(B,), how much each sample counts. Rows of weight 0, whose content is any finite value, must leave no trace in
     those of other rows."""
     temperature: float
+    energy: Tensor | None = None
+    """(B,) in [0, 1]: the share of the epoch's labels whose teacher energy is lower."""
+    kept: nn.Module | None = None
+    """What `Method.keeps` gave at the beginning of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,8 @@ class Method(Options):
     """Of --loss."""
     needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
     """logits: what a teacher says of each view; without them there is no teacher. agreement: w weighs the augmented
-    views; mean agreement: its mean over an epoch's stored labels does. labels: those of the data set."""
+    views; mean agreement: its mean over an epoch's stored labels does. energy: −logsumexp of the teacher's raw logits.
+    labels: those of the data set."""
     kernel: ClassVar[str | None] = None
     """Which `method` of `kernels.ccd_loss` is this term, for pairs."""
 
@@ -43,6 +48,16 @@ class Method(Options):
     def for_kernel(self) -> dict[str, Any]:
         """What else `kernels.ccd_loss` takes for it."""
         return {}
+
+    def keeps(self, config: TrainStudent) -> nn.Module | None:
+        """What there is beside the student from the first step to the last: buffers, and parameters that learn with it.
+
+        Checkpoints have it, so that a run that is resumed goes on with it.
+        """
+        return None
+
+    def observe(self, kept: nn.Module, hard: Tensor) -> None:
+        """Told before each batch's terms are asked for: the mean hard loss, a scalar, the same in all processes."""
 
     def term(self, view: View) -> Tensor:
         """The soft loss of each sample (B,), without T²; differentiable in `view.student`.

@@ -1,9 +1,10 @@
 """The loss of a batch of pairs of views by any method, in plain PyTorch: what combines its terms with the hard loss."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import reference
+from pipeline.system import ranks
 from pipeline.training.methods.base import Method, View
 
 
@@ -20,6 +21,8 @@ def loss(
     label_smoothing: float = 0.0,
     valid: Tensor | None = None,
     count: Tensor | float | None = None,
+    energy: Tensor | None = None,
+    kept: nn.Module | None = None,
 ) -> Tensor:
     """`reference.ccd_loss` with another soft term than KL -> scalar, differentiable in `student`.
 
@@ -31,6 +34,7 @@ def loss(
     them; `target`: integer (B,). `weight`: w (B,) or one for all. `valid`: bool, pairs (B,) or views (2, B) that count;
     what stands in the others, NaN too, touches neither loss nor gradient, and they are not part of a batch that a
     method compares. `count`: the number of pairs, or half that of views, that means divide by; None: those that count.
+    `energy`: (B, 2), and `kept`, as `View` has them.
     """
     teacher, ones = teacher.detach(), torch.ones_like(student[..., 0])
     weight = weight.detach().to(ones.dtype) if isinstance(weight, Tensor) else ones[1] * weight
@@ -42,9 +46,13 @@ def loss(
     if count is None:
         count = ones.sum().clamp(min=1) / 2
     hard = soft = student.new_zeros(())
-    for z, t, one, w in zip(student, teacher.unbind(1), ones, weight, strict=True):
-        view = View(student=z, teacher=t, target=target, weight=w, temperature=temperature)
+    for z, one in zip(student, ones, strict=True):
         hard = hard + (one * reference.cross_entropy(z, target, label_smoothing)).sum()
-        soft = soft + (w * method.term(view)).sum()
+    if kept is not None:
+        method.observe(kept, ranks.total(hard.detach() / (2 * count * ranks.world())))
+    for view, (z, t, w) in enumerate(zip(student, teacher.unbind(1), weight, strict=True)):
+        of_view = None if energy is None else energy[:, view]
+        seen = View(student=z, teacher=t, target=target, weight=w, temperature=temperature, energy=of_view, kept=kept)
+        soft = soft + (w * method.term(seen)).sum()
     hard_factor, soft_factor = reference.coefficients(temperature, alpha, kd_weight)
     return (hard_factor * hard + soft_factor * soft) / (2 * count)
