@@ -24,10 +24,11 @@ def sign_flip_p(differences: Iterable[float]) -> float:
 
 
 def compared(contrast: Contrast, results: Mapping[Setting, list[dict]]) -> dict:
-    """Mean, standard error, 95 % interval by Student's t, and p of a contrast of top-1 in points, over seeds."""
+    """Mean, standard error, 95 % interval by Student's t, and p of a contrast of top-1 in points, over the seeds that
+    all its settings have."""
     seeds = [
         sum(sign * top1 for sign, top1 in zip((s for _, s in contrast), each, strict=True))
-        for each in zip(*(_top1(results[which]) for which, _ in contrast), strict=True)
+        for each in zip(*(_top1(results[which]) for which, _ in contrast), strict=False)
     ]
     sd = _deviation(seeds)
     se = None if sd is None else sd / math.sqrt(len(seeds))

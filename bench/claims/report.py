@@ -16,9 +16,9 @@ def show(found: dict) -> None:
         f"validate on, {options['epochs']} epochs; {found['date']}, commit {found['commit'] or 'none'}",
         highlight=False,
     )
-    harness.show_table("teachers", [row | {"top1": f"{row['top1']:.2f}"} for row in tables["teachers"]])
     for name, rows in tables.items():
-        if name == "teachers":
+        if name in ("teachers", "stores"):
+            harness.show_table(name, rows)
             continue
         if "comparison" in rows[0]:
             shown = [

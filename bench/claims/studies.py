@@ -14,9 +14,11 @@ FULL, ROTATE, NEAR, ONLY = "full", "rotate 30°", "near", "only "
 operations of `FAR`; `ONLY` and the name of one operation, which fires half the time."""
 FAR = ("invert", "solarize", "posterize")
 """Operations that make an image no camera would take; with them go rotations beyond 15°."""
+FEW = 3
+"""Seeds of what is not at the centre."""
 TEMPERATURES = (1.0, 2.0, 4.0)
 TIMES = (1, 3, 10)
-PROBABILITIES = (0.0, 0.1, 0.3, 0.6)
+PROBABILITIES = (0.0, 0.15, 0.3, 0.5)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -67,7 +69,7 @@ def setting(loss: str, **changes) -> Setting:
     return dataclasses.replace(made, teacher=PLAIN, temperature=4.0) if loss == "ce" else made
 
 
-Contrast = tuple[tuple[Setting, int], ...]
+Contrast = tuple[tuple[Setting, float], ...]
 """Settings with their signs: what is tested is the signed sum of their accuracies, seed by seed."""
 
 
@@ -80,33 +82,45 @@ def more(one: Contrast, other: Contrast) -> Contrast:
     return one + tuple((which, -sign) for which, sign in other)
 
 
+def mean(contrasts: Iterable[Contrast]) -> Contrast:
+    every = list(contrasts)
+    return tuple((which, sign / len(every)) for contrast in every for which, sign in contrast)
+
+
 @dataclass(frozen=True)
 class Study:
     settings: tuple[Setting, ...]
     contrasts: Mapping[str, Contrast]
+    centre: bool = False
+    """Whether its settings get all seeds; those of other studies get `FEW`."""
 
 
-def losses(both: bool) -> Study:
+def losses() -> Study:
     names = ("ce", "kd", "ccd", "ccd-mean")
-    settings, contrasts = [setting("ce")], {}
-    for trained in (PLAIN, JDA)[: 1 + both]:
-        ce, kd, ccd, mean = (setting(name, teacher=trained) for name in names)
-        settings += [kd, ccd, mean]
-        for name, contrast in (
-            ("kd − ce", less(kd, ce)),
-            ("ccd − ce", less(ccd, ce)),
-            ("ccd − kd", less(ccd, kd)),
-            ("ccd − ccd-mean", less(ccd, mean)),
-        ):
-            contrasts[f"{name}, teacher {trained}"] = contrast
-    if both:
-        for name in names[1:]:
-            pair = less(setting(name, teacher=JDA), setting(name))
-            contrasts[f"{name}, teacher {JDA} − {PLAIN}"] = pair
-    for name in names:  # without augmented views every kind of KD is kd
-        settings.append(plain := setting(name, fraction=0.0))
-        contrasts[f"{name} with JDA − originals alone"] = less(setting(name), plain)
-    settings = list(dict.fromkeys(settings))
+    ce, kd, ccd, fair = (setting(name) for name in names)
+    contrasts = {
+        "kd − ce": less(kd, ce),
+        "ccd − ce": less(ccd, ce),
+        "ccd − kd": less(ccd, kd),
+        "ccd − ccd-mean": less(ccd, fair),
+    }
+    plain = {name: setting(name, fraction=0.0) for name in names}  # every kind of KD is then kd
+    contrasts["kd − ce, originals alone"] = less(plain["kd"], plain["ce"])
+    contrasts |= {f"{name} with JDA − originals alone": less(setting(name), plain[name]) for name in names}
+    return Study(tuple(dict.fromkeys((ce, kd, ccd, fair, *plain.values()))), contrasts, centre=True)
+
+
+def teacher() -> Study:
+    """A teacher that was trained with JDA, against one that was not."""
+    settings, contrasts, pairs = [], {}, []
+    for name in ("kd", "ccd", "ccd-mean"):
+        without, with_ = setting(name), setting(name, teacher=JDA)
+        settings += [without, with_]
+        pairs.append(less(with_, without))
+        contrasts[f"{name}, teacher {JDA} − {PLAIN}"] = pairs[-1]
+    contrasts[f"mean of the three, teacher {JDA} − {PLAIN}"] = mean(pairs)
+    ccd, kd = setting("ccd", teacher=JDA), setting("kd", teacher=JDA)
+    contrasts[f"ccd − kd, teacher {JDA}"] = less(ccd, kd)
     return Study(tuple(settings), contrasts)
 
 
@@ -142,22 +156,25 @@ def few_shot() -> Study:
 
 def policy(probability: float) -> Study:
     """`probability` is the full policy's own."""
-    none = setting("ccd", fraction=0.0)
+    none, rotated, near = setting("ccd", fraction=0.0), setting("ccd", policy=ROTATE), setting("ccd", policy=NEAR)
     by_p = {p: setting("ccd", policy=FULL if p == probability else f"p = {p:g}") for p in PROBABILITIES}
     by_p[probability] = full = setting("ccd")
-    rotated = setting("ccd", policy=ROTATE)
+    crops = by_p[0.0]
     contrasts = {
         "full − originals alone": less(full, none),
-        "full − two crops (p = 0)": less(full, by_p[0.0]),
+        "full − two crops (p = 0)": less(full, crops),
         "full − rotation": less(full, rotated),
         "rotation − originals alone": less(rotated, none),
-        "rotation − two crops (p = 0)": less(rotated, by_p[0.0]),
-        "two crops (p = 0) − originals alone": less(by_p[0.0], none),
+        "rotation − two crops (p = 0)": less(rotated, crops),
+        "two crops (p = 0) − originals alone": less(crops, none),
+        "near − originals alone": less(near, none),
+        "near − two crops (p = 0)": less(near, crops),
+        "near − full": less(near, full),
     }
     for p, mine in by_p.items():
         if 0 < p != probability:
             contrasts[f"p = {p:g} − full"] = less(mine, full)
-    return Study((none, rotated, *(by_p[p] for p in sorted(by_p))), contrasts)
+    return Study((none, rotated, near, *(by_p[p] for p in sorted(by_p))), contrasts)
 
 
 def others() -> Study:
@@ -174,24 +191,22 @@ def others() -> Study:
 def views(epochs: int) -> Study:
     """Few views that come again and again, against one per epoch, at equal steps."""
     settings, contrasts = [], {}
-    counts = [2**k for k in range(epochs.bit_length()) if 2**k < epochs]
-    for name in ("kd", "ccd"):
-        whole = setting(name)
-        for count in counts:
+    for count in (2**k for k in range(epochs.bit_length()) if 2**k < epochs):
+        pairs = []
+        for name in ("kd", "ccd"):
             settings.append(few := setting(name, views=count))
-            contrasts[f"{name}, {count} − {epochs} views"] = less(few, whole)
-        settings.append(whole)
-    return Study(tuple(settings), contrasts)
+            pairs.append(less(few, setting(name)))
+            contrasts[f"{name}, {count} − {epochs} views"] = pairs[-1]
+        contrasts[f"mean of both, {count} − {epochs} views"] = mean(pairs)
+    return Study((*settings, setting("kd"), setting("ccd")), contrasts, centre=True)
 
 
 def operations(names: Iterable[str]) -> Study:
-    """Which operations of the policy help: without those that leave the domain, and each by itself."""
-    full, crops = setting("ccd"), setting("ccd", policy="p = 0")
-    near = setting("ccd", policy=NEAR)
-    contrasts = {"near − full": less(near, full), "near − two crops (p = 0)": less(near, crops)}
+    """Which operations of the policy help: each by itself."""
+    crops = setting("ccd", policy="p = 0")
     alone = [setting("ccd", policy=ONLY + name) for name in dict.fromkeys(names)]
-    contrasts |= {f"{which.policy} − two crops (p = 0)": less(which, crops) for which in alone}
-    return Study((full, crops, near, *alone), contrasts)
+    contrasts = {f"{which.policy} − two crops (p = 0)": less(which, crops) for which in alone}
+    return Study((crops, *alone), contrasts)
 
 
 def temperature() -> Study:
@@ -220,24 +235,35 @@ def time() -> Study:
 
 
 STUDIES: tuple[str, ...] = (
-    "losses", "fraction", "few-shot", "policy", "others", "views", "operations", "temperature", "time"
+    "losses", "views", "policy", "few-shot", "temperature", "teacher", "others", "fraction", "time", "operations"
 )  # fmt: skip
+"""In the order of their worth: what is cut short has whole studies."""
 
 
 def studies(names: Iterable[str], policy_: Policy, epochs: int, both: bool) -> dict[str, Study]:
     """By name; `epochs` of a student, `both`: whether there is a teacher trained with JDA."""
     makes: dict[str, Callable[[], Study]] = {
-        "losses": lambda: losses(both),
-        "fraction": fraction,
-        "few-shot": few_shot,
-        "policy": lambda: policy(policy_.probability),
-        "others": others,
+        "losses": losses,
         "views": lambda: views(epochs),
-        "operations": lambda: operations(op.name for op in policy_.table),
+        "policy": lambda: policy(policy_.probability),
+        "few-shot": few_shot,
         "temperature": temperature,
+        "teacher": teacher,
+        "others": others,
+        "fraction": fraction,
         "time": time,
+        "operations": lambda: operations(op.name for op in policy_.table),
     }
-    return {name: makes[name]() for name in names}
+    return {name: makes[name]() for name in names if both or name != "teacher"}
+
+
+def seeds_of(chosen: Mapping[str, Study], seeds: int) -> dict[Setting, int]:
+    """How many seeds each setting gets, in the order of the studies."""
+    counts: dict[Setting, int] = {}
+    for study in chosen.values():
+        for which in study.settings:
+            counts[which] = max(counts.get(which, 0), seeds if study.centre else min(seeds, FEW))
+    return counts
 
 
 def policy_of(chosen: str, full: Policy) -> Policy:

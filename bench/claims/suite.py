@@ -1,25 +1,32 @@
 """`pipeline bench claims`: what the paper claims, tried on small students over seeds.
 
-    losses     ce, kd, ccd and its fair control ccd-mean, of a teacher trained without JDA and one trained with it (b)
-    fraction   the share of augmented views (c)
-    few-shot   the share of the training samples (d)
-    policy     originals alone, two crops without an operation, a rotation, JDA of several probabilities (a)
-    others     dkd, dist and standardised, with JDA pairs and on originals alone (e)
-    views      1, 2, 4 … views that come again, against one per epoch
-    operations the policy without operations that leave the domain, and each operation by itself
-    temperature, time   T of 1, 2 and 4; 1, 3 and 10 times the epochs on a quarter of the samples
+    losses      ce, kd, ccd and its fair control ccd-mean, with JDA and on originals alone (a)
+    views       1, 2, 4 … views that come again, against one per epoch
+    policy      originals alone, two crops, a rotation, JDA of several probabilities, and near: without operations that
+                leave the domain (a)
+    few-shot    the share of the training samples (d)
+    temperature T of 1, 2 and 4
+    teacher     one that was trained with JDA, against one without (b)
+    others      dkd, dist and others, with JDA pairs and on originals alone (e)
+    fraction    the share of augmented views (c)
+    time        1, 3 and 10 times the epochs, on a quarter of the samples
+    operations  each operation of the policy by itself
 
 Letters are those of the paper's claims. A setting that does not say otherwise has the teacher without JDA, the whole
 policy, all samples and as many augmented views as original ones. All students of a seed share initial weights; those
-of as many samples also order and number of steps. A setting that several studies ask for is trained once.
+of as many samples also order and number of steps. A setting that several studies ask for is trained once. `losses` and
+`views` get all seeds, the other studies at most three. They run in the order in which they are asked for.
+
+Without `--data` it is Fashion-MNIST where Debian's package `dataset-fashion-mnist` is installed, else the digits;
+`bench.claims.data` has what is chosen for each. `--samples` is how many images students train on.
 
 Differences are taken within a seed. Their test is exact: p is the share of the 2^n choices of their signs whose mean is
 as far from 0 (two-sided, not corrected for the number of comparisons). With five seeds it is at least 2^(1-n) = 0.0625.
 
-What seeds do not vary: the teachers (one each), the views and labels (one store each) and the samples to validate on.
-A difference of two teachers is therefore one of these two. Teachers have seen all samples, in few-shot runs too, and
-few-shot students take fewer steps. Where half the views are augmented the network sees two per sample and step, at
-other shares fewer, and one at 0 % and 100 %; "two crops" tells what that alone does.
+What seeds do not vary: the teachers (one each), the views and labels (one store each), which samples, and those to
+validate on. A difference of two teachers is therefore one of these two. Teachers have seen all samples, and few-shot
+students take fewer steps. Where half the views are augmented the network sees two per sample and step, at other shares
+fewer, and one at 0 % and 100 %; "two crops" tells what that alone does. Labels are made for the lowest T tried.
 
 Finished students are kept in WORK/claims/students.json under a hash of all they depend on; an interrupted one resumes.
 Students run side by side in processes with one thread of torch each, whatever the machine.
@@ -33,26 +40,29 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import cache
 from bench import harness
+from bench.claims.cost import expected
+from bench.claims.data import Trial, pool, prepared, trial
 from bench.claims.differences import arm, compared
 from bench.claims.report import plot, show
-from bench.claims.studies import FULL, JDA, PLAIN, STUDIES, Setting, policy_of, studies
+from bench.claims.studies import FULL, JDA, STUDIES, TEMPERATURES, Setting, policy_of, seeds_of, studies
 from cache import UserError
 from cache.errors import did_you_mean
-from pipeline import demo
 from pipeline.config import Bench, Evaluate, PrecomputeTeacher, TrainStudent, TrainTeacher
-from pipeline.data import prepare
 from pipeline.data.index import Index
 from pipeline.labels import precompute
 from pipeline.networks import models
@@ -60,16 +70,14 @@ from pipeline.networks.placed import placed
 from pipeline.system import device as devices
 from pipeline.system import machine as machines
 from pipeline.system.files import write_atomically
-from pipeline.system.terminal import progress
+from pipeline.system.terminal import console_out, counted, progress
 from pipeline.training import evaluate, train_student
 from pipeline.training import train_teacher as teacher
 from pipeline.views import policy as policies
-from pipeline.views.policy import Policy
 
-TEACHER_EPOCHS = 20
 _PROCESSES = 2
 _MOST_SEEDS = 20  # the test looks at every choice of signs
-_RECIPE = {"lr": 0.1, "schedule": "cosine", "warmup_epochs": 1, "eval_epochs": 0}
+_RECIPE = {"schedule": "cosine", "eval_epochs": 0}
 
 
 # --- running it
@@ -82,12 +90,11 @@ def run(config: Bench) -> dict:
         raise UserError("--seeds out of range", found=config.seeds, expected=f"1 to {_MOST_SEEDS}")
     machine = machines.describe()
     bench = Workbench.open(config)
-    chosen = studies(names, bench.policy, config.epochs, both="@" not in bench.teacher)
-    wanted = list(dict.fromkeys(setting for study in chosen.values() for setting in study.settings))
+    chosen = studies(names, bench.trial.policy, bench.trial.epochs, both="@" not in bench.trial.teacher)
+    wanted = seeds_of(chosen, config.seeds)
     with _pool() as pool:
-        results, teachers = bench.train(pool, wanted)
+        results, tables = bench.train(pool, wanted)
     arms = {str(which): dataclasses.asdict(which) | arm(results[which]) for which in wanted}
-    tables: dict[str, list[dict]] = {"teachers": teachers}
     for name, study in chosen.items():
         tables[name] = [{"setting": str(which)} | arms[str(which)]["top1"] for which in study.settings]
         tables[f"{name}: differences"] = [
@@ -98,7 +105,7 @@ def run(config: Bench) -> dict:
         machine=machine,
         options=vars(config) | bench.about(),
         unit="students",
-        reference=str(wanted[0]),
+        reference=str(next(iter(wanted))),
         arms=arms,
         tables=tables,
     )
@@ -116,158 +123,190 @@ class Workbench:
 
     config: Bench
     work: Path
+    trial: Trial
+    """As the options have it; its teacher is NAME, which is trained without and with JDA, or NAME@WEIGHTS."""
+    whole: Index
+    """What teachers learn from."""
     data: Index
+    """What students learn from."""
     val: Index
-    teacher: str
-    """NAME, which is trained without and with JDA, or NAME@WEIGHTS."""
-    student: str
-    policy: Policy
 
     @classmethod
     def open(cls, config: Bench) -> "Workbench":
         """Raises UserError unless the data set has a train and a val part and all names are known."""
         work = harness.work(config.work).absolute() / "claims"
-        data = config.data or work / "digits"
-        if not config.data and not data.exists():
-            prepare.build("digits", data)
-        index, val = Index.open(data, split="train"), Index.open(data, split="val")
-        if index.path == val.path:
-            raise UserError(f"{data} has no val part", expected=f"{data}/train and {data}/val", fix="prepare both")
-        student = config.student or demo.STUDENT
-        models.create(student, index.classes)
-        policy = policies.load(config.policy or demo.POLICY)
-        return cls(config, work, index, val, config.teacher or demo.TEACHER, student, policy)
+        chosen = trial(config)
+        folder = prepared(chosen, config, work)
+        whole, val = Index.open(folder, split="train"), Index.open(folder, split="val")
+        if whole.path == val.path:
+            raise UserError(
+                f"{folder} has no val part", expected=f"{folder}/train and {folder}/val", fix="prepare both"
+            )
+        models.create(chosen.student, whole.classes)
+        data = whole
+        if chosen.samples:
+            data = pool(whole, chosen.samples, work / f"pool-{whole.fingerprint[:16]}-{chosen.samples}")
+        return cls(config, work, chosen, whole, data, val)
 
     def about(self) -> dict:
-        return {
-            "data": self.data.path.parent,
-            "samples": len(self.data.good),
-            "val_samples": len(self.val.good),
-            "teacher": self.teacher,
-            "student": self.student,
-            "policy": self.policy.to_config(),
-            "teacher_epochs": None if "@" in self.teacher else TEACHER_EPOCHS,
-            **_RECIPE,
-        }
+        chosen = dataclasses.asdict(self.trial) | {"policy": self.trial.policy.to_config()}
+        if "@" in self.trial.teacher:
+            chosen["teacher_epochs"] = None
+        sizes = {"samples": len(self.data.good), "val_samples": len(self.val.good)}
+        return chosen | {"teacher_samples": len(self.whole.good)} | sizes | _RECIPE
 
     @property
     def machine(self) -> dict:
         """Of one process; the loader's threads do not change a pixel."""
         return {"threads": max((self.config.threads or len(os.sched_getaffinity(0))) // _PROCESSES, 1)}
 
-    def train(self, pool: Executor, wanted: list[Setting]) -> tuple[dict[Setting, list[dict]], list[dict]]:
-        """What every seed of every setting came to, and a row per teacher."""
+    def train(
+        self, pool: Executor, wanted: dict[Setting, int]
+    ) -> tuple[dict[Setting, list[dict]], dict[str, list[dict]]]:
+        """What every seed of every setting came to, and tables of the teachers and their stores."""
         finished = Finished(self.work / "students.json")
-        trained = [PLAIN, JDA] if any(which.teacher == JDA for which in wanted) else [PLAIN]
-        stores = list(dict.fromkeys((which.teacher, which.policy) for which in wanted))
-        stores += [(name, FULL) for name in trained if (name, FULL) not in stores]
-        runs = [(which, seed) for which in wanted for seed in range(self.config.seeds)]
-        with progress("claims", len(trained) + len(stores) + len(runs), "networks and stores") as advance:
-            specs, top1 = {}, {}
-            for name, (spec, found) in _each(pool, {name: self._teacher(name) for name in trained}):
-                specs[name], top1[name] = spec, found
-                advance(1, f"teacher {name}: {found:.2%}")
-            networks = {name: models.create(spec, self.data.classes).fingerprint for name, spec in specs.items()}
-            places, passes = {}, {}
-            for name, chosen in stores:
-                lowest = min((which.temperature for which in wanted if which.policy == chosen), default=4.0)
-                about = policy_of(chosen, self.policy).to_config(), self.config.epochs, lowest
-                key = self._key(networks[name], *about)
-                places[name, chosen] = key, str(self.work / f"labels-{key}.zarr")
-                passes[name, chosen] = self._pass(specs[name], chosen, places[name, chosen][1], lowest)
-            for which, _ in _each(pool, passes):
-                advance(1, f"labels of {which[1]}, teacher {which[0]}")
-            todo, keys = {}, {}
-            for which, seed in runs:
-                key, store = places[which.teacher, which.policy]
-                keys[which, seed] = key = self._student_key(which, seed, key)
-                if key not in finished.results:
-                    todo[which, seed] = _student, self._student(which, seed, store, key)
-            advance(len(runs) - len(todo), "students that were finished")
-            for at, result in _each(pool, todo):
-                finished.put(keys[at], result)
-                shutil.rmtree(self._folder(keys[at]))
-                advance(1, f"{at[0]}: {result['top1']:.2%}")
-        results = {w: [finished.results[keys[w, seed]] for seed in range(self.config.seeds)] for w in wanted}
-        rows = []
-        for name in trained:
-            weight = cache.open(places[name, FULL][1]).load_plane(0).weight
-            about = {"trained": "elsewhere" if "@" in self.teacher else name, "top1": 100 * top1[name]}
-            rows.append(about | {"mean w": float(np.nanmean(weight)), "sd of w": float(np.nanstd(weight))})
-        return results, rows
+        teachers: dict[str, Trained] = {}
+        keys: dict[tuple[Setting, int], str] = {}
+        jobs: dict[tuple, Job] = {}
+        for which, seeds in wanted.items():
+            trained, store = ("teacher", which.teacher), ("store", which.teacher, which.policy)
+            jobs.setdefault(trained, Job(partial(self._teacher, which.teacher)))
+            jobs.setdefault(store, Job(partial(self._pass, teachers, which.teacher, which.policy), (trained,)))
+            for seed in range(seeds):
+                make = partial(self._student, teachers, finished, keys, which, seed)
+                jobs["student", which, seed] = Job(make, (store,))
+        self._announce(jobs)
+        tables: dict[str, list[dict]] = {"teachers": [], "stores": []}
+        with progress("claims", len(jobs), "networks and stores") as advance:
+            for (kind, *what), result in _each(pool, jobs):
+                note = f"{kind} {what[0]}"
+                if kind == "teacher":
+                    teachers[what[0]] = result
+                    trained = "elsewhere" if "@" in self.trial.teacher else what[0]
+                    tables["teachers"].append({"trained": trained, "top1": 100 * result.top1})
+                elif kind == "store":
+                    tables["stores"].append({"policy": what[1], "teacher": what[0]} | result)
+                elif result:
+                    key = keys[what[0], what[1]]
+                    finished.put(key, result)
+                    shutil.rmtree(self._folder(key))
+                    note += f": {result['top1']:.2%}"
+                advance(1, note)
+        return {w: [finished.results[keys[w, seed]] for seed in range(n)] for w, n in wanted.items()}, tables
 
-    def _teacher(self, name: str) -> tuple[Callable, TrainTeacher | None, Evaluate]:
-        asked = Evaluate(**self.machine, data=self.val.path, model=self.teacher, policy=self._policy_file(FULL))
-        if "@" in self.teacher:
+    def _announce(self, jobs: Mapping[tuple, "Job"]) -> None:
+        counts = Counter(kind for kind, *_ in jobs)
+        whole, samples, val = (len(index.good) for index in (self.whole, self.data, self.val))
+        hours = expected(jobs, self.trial, whole, samples, val, self.data.classes) / 3600
+        kinds = ", ".join(counted(counts[kind], kind) for kind in ("teacher", "store", "student"))
+        console_out.print(f"{kinds}: {hours:.2g} hours of a core if none is there yet", highlight=False)
+
+    def _teacher(self, name: str) -> tuple:
+        spec, policy = self.trial.teacher, self._policy_file(FULL)
+        asked = Evaluate(**self.machine, data=self.val.path, model=spec, policy=policy)
+        if "@" in spec:
             return _trained, None, asked
-        recipe = {**_RECIPE, "epochs": TEACHER_EPOCHS, "batch_size": self.config.batch_size, "jda": name == JDA}
-        out = self.work / f"teacher-{self._key(self.teacher, self.policy.to_config(), recipe)}"
+        recipe = _RECIPE | {
+            "epochs": self.trial.teacher_epochs,
+            "batch_size": 64,
+            "lr": 0.1,
+            "warmup_epochs": 0.5,
+            "jda": name == JDA,
+        }
+        key = _key(self.whole.fingerprint, spec, self.trial.policy.to_config(), recipe)
+        out = self.work / f"teacher-{key}"
         config = TrainTeacher(
             **self.machine,
             **recipe,
-            data=self.data.path,
+            data=self.whole.path,
             val=self.val.path,
             out=out,
             resume=True,
-            teacher=self.teacher,
-            policy=self._policy_file(FULL),
+            teacher=spec,
+            policy=policy,
         )
-        return _trained, config, dataclasses.replace(asked, model=f"{self.teacher}@{out / 'model.safetensors'}")
+        return _trained, config, dataclasses.replace(asked, model=f"{spec}@{out / 'model.safetensors'}")
 
-    def _pass(self, spec: str, chosen: str, store: str, temperature: float) -> tuple[Callable, PrecomputeTeacher]:
+    def _store(self, teacher: "Trained", chosen: str) -> tuple[str, Path]:
+        """Key and folder of the labels."""
+        policy = policy_of(chosen, self.trial.policy).to_config()
+        key = _key(self.data.fingerprint, teacher.fingerprint, policy, self.trial.epochs)
+        return key, self.work / f"labels-{key}.zarr"
+
+    def _pass(self, teachers: Mapping[str, "Trained"], name: str, chosen: str) -> tuple:
         return _labelled, PrecomputeTeacher(
             **self.machine,
             data=self.data.path,
-            teacher=spec,
-            store=store,
-            temperature=temperature,
-            views=self.config.epochs,
+            teacher=teachers[name].spec,
+            store=str(self._store(teachers[name], chosen)[1]),
+            temperature=min(TEMPERATURES),
+            views=self.trial.epochs,
             policy=self._policy_file(chosen),
             block_rows=512,
         )
 
-    def _student(self, which: Setting, seed: int, store: str, key: str) -> TrainStudent:
-        return TrainStudent(
+    def _student(
+        self, teachers: Mapping[str, "Trained"], finished: "Finished", keys: dict, which: Setting, seed: int
+    ) -> tuple | None:
+        store, path = self._store(teachers[which.teacher], which.policy)
+        keys[which, seed] = key = self._student_key(which, seed, store)
+        if key in finished.results:
+            return None
+        return _student, TrainStudent(
             **self.machine,
             **self._recipe(which, seed),
             data=self.data.path,
             val=self.val.path,
             out=self._folder(key),
             resume=True,
-            store=store,
+            store=str(path),
         )
 
     def _recipe(self, which: Setting, seed: int) -> dict:
         return {
             **_RECIPE,
-            "student": self.student,
+            "student": self.trial.student,
             "loss": which.loss,
             "few_shot": which.share,
             "temperature": which.temperature,
             "augmented_fraction": which.fraction,
             "seed": seed,
-            "epochs": which.time * self.config.epochs,
-            "batch_size": self.config.batch_size,
+            "epochs": which.time * self.trial.epochs,
+            "batch_size": self.trial.batch_size,
+            "lr": self.trial.lr,
+            "warmup_epochs": self.trial.warmup_epochs,
             **({"student_views": which.views} if which.views else {}),
         }
 
     def _student_key(self, which: Setting, seed: int, store: str) -> str:
-        start = models.create(self.student, self.data.classes, seed=seed).fingerprint
-        return self._key(store, self.val.fingerprint, start, self._recipe(which, seed))
+        start = models.create(self.trial.student, self.data.classes, seed=seed).fingerprint
+        return _key(store, self.val.fingerprint, start, self._recipe(which, seed))
 
     def _folder(self, key: str) -> Path:
         return self.work / f"student-{key}"
 
     def _policy_file(self, chosen: str) -> str:
-        text = json.dumps(policy_of(chosen, self.policy).to_config(), indent=1)
-        path = self.work / f"policy-{self._key(text)}.yaml"
+        text = json.dumps(policy_of(chosen, self.trial.policy).to_config(), indent=1)
+        path = self.work / f"policy-{_key(text)}.yaml"
         self.work.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())
         return str(path)
 
-    def _key(self, *parts) -> str:
-        text = json.dumps([self.data.fingerprint, torch.__version__, *parts], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+def _key(*parts) -> str:
+    text = json.dumps([torch.__version__, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A teacher."""
+
+    spec: str
+    """NAME@WEIGHTS."""
+    fingerprint: str
+    top1: float
+    """A share."""
 
 
 class Finished:
@@ -306,21 +345,40 @@ def _start() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _each(pool: Executor, jobs: Mapping):
-    """(name, result) of every job (function, *arguments) as it ends, failed ones last; only what runs is handed out."""
-    running = {}
-    todo = iter(jobs.items())
-    while True:
-        while len(running) < _PROCESSES and (job := next(todo, None)):
-            name, (function, *arguments) = job
-            running[pool.submit(function, *arguments)] = name
-        if not running:
-            return
-        for future in sorted(wait(running, return_when=FIRST_COMPLETED).done, key=lambda f: f.exception() is not None):
+@dataclass(frozen=True)
+class Job:
+    """Something for another process."""
+
+    make: Callable[[], tuple | None]
+    """Called when it is due: function and arguments; None: it was done before."""
+    needs: tuple[tuple, ...] = ()
+    """Names of those to be done first."""
+
+
+def _each(pool: Executor, jobs: Mapping[tuple, Job]) -> Iterator[tuple[tuple, Any]]:
+    """(name, result) of every job as it ends, failed ones last. Of those that may run the first go first, and only
+    what runs is handed out."""
+    waiting, running, done = dict(jobs), {}, set()
+    while waiting or running:
+        for name, job in list(waiting.items()):
+            if len(running) == _PROCESSES:
+                break
+            if done.issuperset(job.needs):
+                del waiting[name]
+                if made := job.make():
+                    running[pool.submit(*made)] = name
+                else:
+                    done.add(name)
+                    yield name, None
+        ended = wait(running, return_when=FIRST_COMPLETED).done if running else ()
+        for future in sorted(ended, key=lambda f: f.exception() is not None):
+            name = running.pop(future)
             try:
-                yield running.pop(future), future.result()
+                result = future.result()
             except BrokenProcessPool:
                 raise UserError("a process was killed", fix="free memory; run again to go on") from None
+            yield name, result
+            done.add(name)
 
 
 @contextlib.contextmanager
@@ -330,20 +388,30 @@ def _quiet():
         yield
 
 
-def _trained(config: TrainTeacher | None, asked: Evaluate) -> tuple[str, float]:
-    """Train a teacher if it is not there; NAME@WEIGHTS and its top-1 as a share."""
+def _trained(config: TrainTeacher | None, asked: Evaluate) -> Trained:
+    """Train a teacher if it is not there."""
     with _quiet():
         if config and not (config.out / "model.safetensors").exists():
             teacher.run(config)
         index, policy = Index.open(asked.data), policies.load(asked.policy)
         network, device = models.create(asked.model, index.classes), devices.pick(asked)
         there = placed(network, device, "fp32", policy)
-        return asked.model, evaluate.evaluate(there, index, policy, asked.batch_size, asked)["top1"]
+        top1 = evaluate.evaluate(there, index, policy, asked.batch_size, asked)["top1"]
+        return Trained(asked.model, network.fingerprint, top1)
 
 
-def _labelled(config: PrecomputeTeacher) -> None:
+def _labelled(config: PrecomputeTeacher) -> dict:
+    """What the store's first view says of w, and the bytes on disk of a pair's labels."""
     with _quiet():
         precompute.run(config)
+    store = cache.open(config.store)
+    weight = store.load_plane(0).weight
+    pairs = store.manifest.samples * store.manifest.views
+    return {
+        "mean w": float(np.nanmean(weight)),
+        "sd of w": float(np.nanstd(weight)),
+        "bytes per pair": store.label_bytes() / pairs + cache.BESIDE_BYTES,
+    }
 
 
 def _student(config: TrainStudent) -> dict:

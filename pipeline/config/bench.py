@@ -34,7 +34,8 @@ class Bench(Options):
     gpu-acceptance: what a GPU machine has to show, in three calls; codec-transfer trains small students on each label
     format, claims tries what the paper claims."""
     data: Path | None = None
-    """Prepared data set; without it synthetic:512 (claims: the digits), prepared once and kept in WORK."""
+    """Prepared data set; without it synthetic:512 (claims: Fashion-MNIST if Debian's package is installed, else the
+    digits), prepared once and kept in WORK."""
     val: Path | None = None
     """codec-transfer: prepared data set that students of a real teacher are judged by."""
     work: Path | None = None
@@ -58,9 +59,10 @@ class Bench(Options):
     """store: teacher logits as .npz to compare formats on; without them the simulated teacher's. kernels: logits to
     find out on what float16 labels add to the KL of a subspace code."""
     samples: Natural = 0
-    """store: rows of the plane, by default as many as ImageNet-1k has; codec-transfer: pairs per view (40,000)."""
+    """store: rows of the plane, by default as many as ImageNet-1k has; codec-transfer: pairs per view (40,000);
+    claims: images that students learn from, of each class alike, by default 600 of Fashion-MNIST and all of others."""
     seeds: Count = 5
-    """codec-transfer, claims: students per format or setting."""
+    """codec-transfer, claims: students per format or setting; claims: at most 3 away from the centre."""
     steps: Count = 1000
     """codec-transfer: optimiser steps per student."""
     temperature: Annotated[float, Range(0, 100, above=True)] = 4.0
@@ -69,9 +71,9 @@ class Bench(Options):
     """claims: teacher as NAME@WEIGHTS; NAME is trained twice, without and with JDA. By default the demo's.
     codec-transfer: lite0, lite1 or lite2 on DATA and VAL, by default the simulated teacher."""
     student: str | None = None
-    """claims: student NAME, by default the demo's. codec-transfer with a real teacher: small, which sees pixels, or
-    head, which sees features of the teacher's."""
+    """claims: student NAME, by default one that suits the data. codec-transfer with a real teacher: small, which sees
+    pixels, or head, which sees features of the teacher's."""
     policy: str | None = None
-    """claims: imagenet, cifar10, cifar100 or a YAML file, by default the demo's."""
-    epochs: Annotated[int, Range(1, 10_000)] = 8
-    """claims: epochs of a student, each on views of its own."""
+    """claims: imagenet, cifar10, cifar100 or a YAML file, by default one that suits the data."""
+    epochs: Annotated[int | None, Range(1, 10_000)] = None
+    """claims: epochs of a student, each on views of its own; by default 24 on Fashion-MNIST and 8 on others."""

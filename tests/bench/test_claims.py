@@ -9,11 +9,27 @@ import numpy as np
 import pytest
 import torch
 
+from bench.claims import data as trials
 from bench.claims import suite as claims
 from bench.claims.differences import sign_flip_p
-from bench.claims.studies import FULL, JDA, NEAR, PLAIN, STUDIES, less, more, policy, policy_of, setting, studies
+from bench.claims.studies import (
+    FULL,
+    JDA,
+    NEAR,
+    PLAIN,
+    STUDIES,
+    less,
+    mean,
+    more,
+    policy,
+    policy_of,
+    seeds_of,
+    setting,
+    studies,
+)
 from cache import UserError
 from pipeline.config import Bench, TrainStudent
+from pipeline.data.index import Index
 from pipeline.demo import POLICY
 from pipeline.training import train_student
 from pipeline.views.policy import POLICIES
@@ -75,8 +91,19 @@ def test_differences_are_taken_within_a_seed():
     assert found["se"] == pytest.approx(1 / 3**0.5) and found["p"] == 0.25
     twice = claims.compared(more(less(b, a), less(c, d)), results)
     assert twice["seeds"] == pytest.approx([-1, -2, -2])
+    assert claims.compared(mean([less(b, a), less(d, c)]), results)["seeds"] == pytest.approx([-0.5, -1, -1])
+    results[b] = results[b][:2]  # seeds that both have
+    assert claims.compared(less(b, a), results)["seeds"] == pytest.approx([-1, -2])
     one = claims.compared(less(a, b), {which: values[:1] for which, values in results.items()})
     assert one["se"] is None and one["p"] == 1
+
+
+def test_the_centre_has_all_seeds_and_the_rest_three():
+    chosen = studies(("few-shot", "losses"), POLICIES["cifar100"], 8, both=False)
+    counts = seeds_of(chosen, 5)
+    assert counts[setting("kd")] == 5 and counts[setting("kd", share=0.25)] == 3
+    assert set(seeds_of(chosen, 2).values()) == {2}
+    assert list(counts)[: len(chosen["few-shot"].settings)] == list(chosen["few-shot"].settings)  # as asked for
 
 
 def test_a_study_compares_what_it_trains():
@@ -88,7 +115,7 @@ def test_a_study_compares_what_it_trains():
             assert len({str(which) for which in study.settings}) == len(study.settings)
             assert both or all(which.teacher == PLAIN for which in study.settings)
     # At its own probability the policy is the full one; another is a policy of its own.
-    assert len(policy(0.3).settings) + 1 == len(policy(0.5).settings)
+    assert len(policy(0.3).settings) + 1 == len(policy(0.2).settings)
 
 
 def test_a_student_takes_the_views_temperature_and_time_of_its_setting(options, taught):
@@ -103,7 +130,7 @@ def test_a_student_takes_the_views_temperature_and_time_of_its_setting(options, 
     assert {config.store for config in taught} == {taught[0].store}  # whatever its views, one store
     assert cache_of(taught[0].store).temperature == 1.0
     names = [row["comparison"] for row in found["tables"]["views: differences"]]
-    assert names == ["kd, 1 − 4 views", "kd, 2 − 4 views", "ccd, 1 − 4 views", "ccd, 2 − 4 views"]
+    assert names == [f"{who}, {count} − 4 views" for count in (1, 2) for who in ("kd", "ccd", "mean of both")]
 
 
 def test_a_near_policy_keeps_what_a_camera_could_see():
@@ -159,8 +186,9 @@ def test_processes_teach_students_and_the_document_says_how_they_did(options, tm
         assert len(shares) == 2 and shares == pytest.approx(shares.round())
     loss = {name: arm["cross_entropy"]["seeds"] for name, arm in found["arms"].items()}
     assert len({tuple(values) for values in loss.values()}) == 6 and loss["kd"][0] != loss["kd"][1]
-    teacher = found["tables"]["teachers"][0]
-    assert len(found["tables"]["teachers"]) == 1 and 0 < teacher["mean w"] < 2
+    assert [row["trained"] for row in found["tables"]["teachers"]] == ["elsewhere"]
+    (store,) = found["tables"]["stores"]
+    assert 0 < store["mean w"] < 2 and store["bytes per pair"] > 7
     text = capsys.readouterr().out
     assert "ccd − ccd-mean" in text and "at least 0.5" in text and "training" not in text
     work = tmp_path / "work" / "claims"
@@ -207,27 +235,75 @@ def test_an_interrupted_benchmark_continues_and_shares_what_is_finished(options,
     assert others["tables"]["losses"][0]["seeds"][:2] == first["tables"]["losses"][0]["seeds"]
 
     # Another recipe is another student.
-    claims.run(dataclasses.replace(options, batch_size=32, seeds=1))
+    claims.run(dataclasses.replace(options, student="cifar/resnet14", seeds=1))
     assert len(taught) == 12 + len(kinds) + 6
 
 
 def test_policies_have_stores_and_teachers_weights_of_their_own(options, taught, monkeypatch):
-    monkeypatch.setattr(claims, "TEACHER_EPOCHS", 1)
-    chosen = dataclasses.replace(options, teacher="cifar/resnet8", arms="losses,policy", seeds=1)
+    made = trials.trial(options)
+    monkeypatch.setattr(claims, "trial", lambda config: dataclasses.replace(made, teacher_epochs=1))
+    chosen = dataclasses.replace(options, teacher="cifar/resnet8", arms="teacher,policy", seeds=1)
+    made = dataclasses.replace(made, teacher="cifar/resnet8")
     found = claims.run(chosen)
     stores = {store: cache_of(store) for store in {config.store for config in taught}}
-    assert len(stores) == 6  # the whole policy with either teacher; rotation and p = 0, 0.1, 0.6 with one
+    assert len(stores) == 7  # the whole policy with either teacher; rotation, near and p = 0, 0.15, 0.5 with one
     weights = {manifest.teacher_weights for manifest in stores.values()}
     assert len(weights) == 2 and {manifest.views for manifest in stores.values()} == {1}
     rotation = [manifest.policy for manifest in stores.values() if manifest.policy["name"] == "rotate"]
     assert [(policy["probability"], policy["ops"]) for policy in rotation] == [(1.0, [["rotate", 30.0]])]
-    assert sorted(m.policy["probability"] for m in stores.values()) == [0.0, 0.1, 0.3, 0.3, 0.6, 1.0]
+    assert sorted(m.policy["probability"] for m in stores.values()) == [0.0, 0.15, 0.3, 0.3, 0.3, 0.5, 1.0]
     assert [row["trained"] for row in found["tables"]["teachers"]] == [PLAIN, JDA]
     trained = [json.loads(path.read_text()) for path in (options.work / "claims").glob("teacher-*/config.json")]
     assert sorted(config["jda"] for config in trained) == [False, True]
     differ = {key for key in trained[0] if trained[0][key] != trained[1][key]}
     assert differ == {"jda", "out"}
     assert FULL not in json.dumps([manifest.policy for manifest in stores.values()])
+
+
+def test_students_learn_from_a_few_images_and_teachers_from_all(options, taught, digits):
+    whole = Index.open(digits)
+    found = claims.run(dataclasses.replace(options, samples=40, seeds=1))
+    (path,) = {config.data for config in taught}
+    few = Index.open(path)
+    assert len(few) == 40 == found["options"]["samples"] and found["options"]["teacher_samples"] == len(whole)
+    of_class, of_few = (np.bincount(index.records["label"], minlength=10) for index in (whole, few))
+    assert np.abs(of_few - of_class * 40 / len(whole)).max() <= 0.5
+    there = {whole.key(row): whole.read(row) for row in range(len(whole))}
+    assert all(there[few.key(row)] == few.read(row) for row in range(len(few)))
+    assert cache_of(taught[0].store).samples == 40
+
+
+def test_fashion_is_taken_where_it_is_installed(monkeypatch, tmp_path):
+    asked = Bench(suite="claims", work=tmp_path)
+    monkeypatch.setattr(trials, "_IDX", tmp_path)
+    assert trials.trial(asked).source == f"idx:{tmp_path}" and trials.trial(asked).samples == 600
+    assert trials.trial(dataclasses.replace(asked, samples=6000, epochs=3)).epochs == 3
+    assert trials.trial(dataclasses.replace(asked, data=tmp_path)).name == "digits"
+    monkeypatch.setattr(trials, "_IDX", tmp_path / "nowhere")
+    assert trials.trial(asked).name == "digits"
+
+
+def test_what_is_done_first_goes_first_and_waits_for_what_it_needs():
+    order, made = [], []
+
+    def job(name, *needs, nothing=False):
+        def make():
+            made.append(name)
+            return None if nothing else (order.append, name)
+
+        return claims.Job(make, tuple((need,) for need in needs))
+
+    jobs = {
+        ("a",): job("a"),
+        ("b",): job("b", "a"),
+        ("skipped",): job("skipped", "b", nothing=True),
+        ("c",): job("c", "skipped"),
+        ("d",): job("d"),
+    }
+    with ThreadPoolExecutor(1) as pool:
+        names = [name for name, _ in claims._each(pool, jobs)]
+    assert set(names) == set(jobs) and sorted(order) == ["a", "b", "c", "d"]
+    assert made[:2] == ["a", "d"] and order.index("a") < order.index("b") < order.index("c")
 
 
 def cache_of(store: str):
