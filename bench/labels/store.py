@@ -219,7 +219,7 @@ def _digits(config: Bench) -> tuple[np.ndarray, np.ndarray]:
     rows = np.random.default_rng(_SEED).permutation(index.good)
     requests = plan.requests(index, policy, _SEED, plan.cut(0, rows, -(-len(rows) // 12)))
     batches = Loader(index, policy, threads=len(os.sched_getaffinity(0))).batches(requests)
-    logits = np.concatenate([said.numpy() for _, said in teacher.answers(batches)])
+    logits = np.concatenate([said.logits.numpy() for _, said in teacher.answers(batches)])
     cut = len(logits) * 3 // 4
     return logits[:cut], logits[cut:]
 

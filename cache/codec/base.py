@@ -9,6 +9,7 @@ import numpy as np
 from cache.errors import UserError
 
 MAX_CLASSES = 1 << 20
+FIX = "choose one of these, or read the store with the version that wrote it"
 MAX_LOGIT = 65504.0  # the largest finite float16; every codec refuses more, so that changing codecs is always safe
 
 
@@ -17,25 +18,39 @@ class Code(Protocol):
 
     @property
     def row_bytes(self) -> int: ...
-    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray: ...
+    def encode(self, given: np.ndarray, stream: np.ndarray, /) -> np.ndarray: ...
     def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray: ...
     def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes: ...
 
 
-def require_encodable(logits: np.ndarray, classes: int) -> None:
+def require_encodable(logits: np.ndarray, classes: int, what: str = "logit") -> None:
     """Raise UserError unless logits f32 (B, 2, C) are finite and within ±65504."""
     if logits.dtype != np.float32 or logits.ndim != 3 or logits.shape[1:] != (2, classes):
-        raise ValueError(f"expected logits f32 (B, 2, {classes}), got {logits.dtype} {logits.shape}")
+        raise ValueError(f"expected {what}s f32 (B, 2, {classes}), got {logits.dtype} {logits.shape}")
     if np.abs(logits).max(initial=0) <= MAX_LOGIT:  # NaN compares false
         return
     bad = ~(np.abs(logits) <= MAX_LOGIT)
     value = logits[bad][0]
     raise UserError(
-        f"a teacher's logit is {f'beyond ±{MAX_LOGIT:.0f}' if np.isfinite(value) else 'not finite'}",
+        f"a teacher's {what} is {f'beyond ±{MAX_LOGIT:.0f}' if np.isfinite(value) else 'not finite'}",
         found=f"{value} ({bad.any(axis=(1, 2)).sum()} of {len(logits)} samples of the batch)",
         expected=f"numbers in ±{MAX_LOGIT:.0f}",
         fix="check the teacher's weights and its input normalisation",
     )
+
+
+def require_keys(config: object, where: str, name: str, version: int, keys: tuple[str, ...]) -> dict:
+    """A config from outside as a mapping of the keys of this codec in this format. Raises UserError."""
+    if not isinstance(config, dict) or config.keys() != {"name", "format", *keys}:
+        found = sorted(map(str, config)) if isinstance(config, dict) else repr(config)
+        expected = f"a mapping of {', '.join(('name', 'format', *keys))}"
+        raise UserError(where, found=f"{found!s:.200}", expected=expected, fix=FIX)
+    if config["name"] != name:
+        raise UserError(f"{where}: unknown name", found=f"{config['name']!r:.80}", expected=name, fix=FIX)
+    found = config["format"]
+    if type(found) is not int or found != version:
+        raise UserError(f"{where}: unknown format of {name}", found=f"{found!r:.80}", expected=version, fix=FIX)
+    return config
 
 
 def checked_rows(rows: np.ndarray, codec: "Code") -> np.ndarray:

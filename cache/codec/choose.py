@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from cache.codec import fitting, subspace
-from cache.codec.base import MAX_CLASSES
+from cache.codec import features, fitting, subspace
+from cache.codec.base import FIX, MAX_CLASSES, require_keys
 from cache.codec.dense import Fp16, Int8
+from cache.codec.features import Features
 from cache.codec.fidelity import TEMPERATURE, drift
 from cache.codec.subspace import Subspace
 from cache.errors import UserError
@@ -23,12 +24,12 @@ DEFAULT_BUDGET = 0.05
 """Nats of KL per vector, at the temperature that the code is for."""
 
 
-Codec = Fp16 | Int8 | Subspace
+Codec = Fp16 | Int8 | Subspace | Features
 
 _PLAIN: dict[str, type[Fp16 | Int8]] = {"fp16": Fp16, "int8": Int8}
+_FITTED = {"subspace": subspace, "features": features}
 NAMES = (*_PLAIN, "subspace")
-_KEYS = {("subspace", 1): subspace.CONFIG_KEYS, ("subspace", 2): subspace.HEADER_KEYS}
-_FIX = "choose one of these, or read the store with the version that wrote it"
+"""Of the codes of logits; `features` is the one of features."""
 
 
 def make(name: str, **params) -> Codec:
@@ -42,12 +43,13 @@ def make(name: str, **params) -> Codec:
 def fit(name: str, logits: np.ndarray, **params) -> Codec:
     """The codec `name` for a teacher whose logits are f32 (n, 2, C) on pairs drawn at random from the data.
 
-    subspace takes `kl`, the mean KL in nats that its noise may cause at `temperature` (4). Raises UserError if the
-    logits do not suffice.
+    subspace takes `kl`, the mean KL in nats that its noise may cause at `temperature` (4). features takes features f32
+    (n, 2, F) in the place of logits, and the head's `weight` and `bias` with them. Raises UserError if what is given
+    does not suffice.
     """
-    if name != "subspace":
-        return make(name, classes=logits.shape[2], **params)
-    return fitting.fit(logits, **params)
+    if name == "features":
+        return features.fit(logits, **params)
+    return fitting.fit(logits, **params) if name == "subspace" else make(name, classes=logits.shape[2], **params)
 
 
 def auto(logits: np.ndarray, kl_budget: float = DEFAULT_BUDGET, temperature: float = TEMPERATURE) -> Codec:
@@ -81,49 +83,44 @@ def _candidates(logits: np.ndarray, kl: float, temperature: float) -> Iterator[C
 
 
 def split(config: Any) -> tuple[dict, dict[str, np.ndarray]]:
-    """A config as a store keeps it: a header, which is JSON, and arrays, which one codec has. Raises UserError."""
-    if not isinstance(config, dict) or config.get("name") != "subspace":
+    """A config as a store keeps it: a header, which is JSON, and arrays, which fitted codecs have. Raises UserError."""
+    if _name(config) not in _FITTED:
         return config, {}
     codec = from_config(config)
+    if isinstance(codec, Features):
+        return features.split(codec)
     assert isinstance(codec, Subspace)
     return subspace.split(codec)
 
 
 def array_shapes(header: object, where: str = "codec") -> dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """Of the arrays that go with a header from outside: name -> type, axes, shape. Raises UserError naming the key."""
-    if not isinstance(header, dict) or header.get("name") != "subspace":
+    if (name := _name(header)) not in _FITTED:
         return {}
-    return subspace.array_shapes(_checked(header, where, 2), where)
+    keys = _FITTED[name].HEADER_KEYS
+    return _FITTED[name].array_shapes(require_keys(header, where, name, 2, keys), where)
 
 
 def join(header: dict, arrays: dict[str, np.ndarray], where: str = "codec") -> dict:
     """The config of a header, and of arrays of the shapes that it asks for. Raises UserError as `from_config` does."""
-    return subspace.join(header, arrays, where) if header.get("name") == "subspace" else header
+    name = _name(header)
+    return _FITTED[name].join(header, arrays, where) if name in _FITTED else header
 
 
-def _checked(config: object, where: str, version: int) -> dict:
-    """A mapping of the keys of its codec in this format."""
+def _name(config: object) -> str:
     name = config.get("name") if isinstance(config, dict) else None
-    keys = _KEYS.get((name, version), ("classes",)) if isinstance(name, str) else ("classes",)
-    if not isinstance(config, dict) or config.keys() != {"name", "format", *keys}:
-        found = sorted(map(str, config)) if isinstance(config, dict) else repr(config)
-        expected = f"a mapping of {', '.join(('name', 'format', *keys))}"
-        raise UserError(where, found=f"{found!s:.200}", expected=expected, fix=_FIX)
-    if not isinstance(name, str) or name not in NAMES:
-        raise UserError(f"{where}: unknown name", found=f"{name!r:.80}", expected=" or ".join(NAMES), fix=_FIX)
-    found = config["format"]
-    if type(found) is not int or found != version:
-        raise UserError(f"{where}: unknown format of {name}", found=f"{found!r:.80}", expected=version, fix=_FIX)
-    return config
+    return name if isinstance(name, str) else ""
 
 
 def from_config(config: object, where: str = "codec") -> Codec:
     """The codec of a config from outside, every value checked. Raises UserError naming the key."""
-    config = _checked(config, where, 1)
-    name, classes = config["name"], config["classes"]
-    if name == "subspace":
-        return subspace.from_config(config, where)
+    if (name := _name(config)) in _FITTED:
+        return _FITTED[name].from_config(require_keys(config, where, name, 1, _FITTED[name].CONFIG_KEYS), where)
+    if isinstance(config, dict) and "name" in config and name not in _PLAIN:
+        found = f"{config['name']!r:.80}"
+        raise UserError(f"{where}: unknown name", found=found, expected=" or ".join((*_PLAIN, *_FITTED)), fix=FIX)
+    classes = require_keys(config, where, name, 1, ("classes",))["classes"]
     if type(classes) is not int or not 1 <= classes <= MAX_CLASSES:
         expected = f"a whole number in [1, {MAX_CLASSES}]"
-        raise UserError(f"{where}: classes", found=f"{classes!r:.80}", expected=expected, fix=_FIX)
+        raise UserError(f"{where}: classes", found=f"{classes!r:.80}", expected=expected, fix=FIX)
     return _PLAIN[name](classes)

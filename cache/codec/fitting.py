@@ -1,6 +1,7 @@
 """Fitting the `subspace` code to a teacher: directions, steps and entropy models for a budget of KL."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -42,80 +43,103 @@ def fit(logits: np.ndarray, kl: float, temperature: float = TEMPERATURE) -> Subs
     Raises UserError for a budget that is not positive or not reached, or fewer than `MIN_PAIRS` pairs.
     """
     require_budget(kl)
-    if len(logits) < MIN_PAIRS:
-        raise UserError(
-            "too few pairs to fit a subspace code",
-            found=len(logits),
-            expected=f"at least {MIN_PAIRS}",
-            fix="use --codec int8",
-        )
+    require_pairs(len(logits), "use --codec int8")
     require_encodable(logits, logits.shape[2])
-    cut = held_out(len(logits))
-    stream = np.arange(len(logits) - cut, dtype=np.uint64)
-    part = _directions(logits[:cut], temperature)
-    moments = _moments(_coefficients(logits[cut:], part))
-    nominal, tried = kl, []
+
+    def cost(code: Subspace, part: slice, stream: np.ndarray) -> float:
+        return measure(code, logits[part], stream, temperature=temperature).kl[temperature]
+
+    return search(_centred(logits), lambda part: _directions(logits[part], temperature), cost, kl)
+
+
+def require_pairs(pairs: int, fix: str) -> None:
+    """Raise UserError for fewer than `MIN_PAIRS`."""
+    if pairs < MIN_PAIRS:
+        raise UserError("too few pairs to fit a code", found=pairs, expected=f"at least {MIN_PAIRS}", fix=fix)
+
+
+def search(
+    vectors: np.ndarray,
+    find: Callable[[slice], "Directions"],
+    cost: Callable[[Subspace, slice, np.ndarray], float],
+    budget: float,
+) -> Subspace:
+    """The code of vectors f64 (n, 2, C), in random order, whose noise costs `budget` on held-out pairs.
+
+    `find` gives the directions of some pairs; `cost` the nats that a code's noise costs on some, with dither keys.
+    """
+    cut = held_out(len(vectors))
+    stream = np.arange(len(vectors) - cut, dtype=np.uint64)
+    part = find(slice(cut))
+    moments = _moments(_coefficients(vectors[cut:], part))
+    nominal, tried = budget, []
     for _ in range(_ROUNDS):
-        code = _code(part, moments, nominal)
-        found = measure(code, logits[cut:], stream, temperature=temperature).kl[temperature]
-        off = abs(found / (_MARGIN * kl) - 1)
-        tried.append((found > _MISSED * kl, off, found, nominal))
+        found = cost(_code(part, moments, nominal), slice(cut, None), stream)
+        off = abs(found / (_MARGIN * budget) - 1)
+        tried.append((found > _MISSED * budget, off, found, nominal))
         if found <= 0 or off < _TOLERANCE:
             break
-        nominal *= _MARGIN * kl / found
+        nominal *= _MARGIN * budget / found
     # Of few pairs the KL has jumps, over which the rounds may go to and fro: the best of them counts, not the last.
     missed, _, found, nominal = min(tried)
     if missed:
         raise UserError(
             "no subspace code keeps these logits within the KL budget",
             found=f"{found:.3g} nats",
-            expected=f"at most {kl:g}",
+            expected=f"at most {budget:g}",
             fix="use --codec int8",
         )
     # The more pairs, the better the directions: 4,096 vectors for 512 of them cost a byte less than 3,072. The moments
     # stay those of pairs that the directions were not fitted to, rank by rank: in the fitted pairs themselves the last
     # of 1000 directions have half the variance that they have in others.
-    whole = _directions(logits, temperature)
-    own = _moments(_coefficients(logits, whole))
+    whole = find(slice(None))
+    own = _moments(_coefficients(vectors, whole))
     own[:, : moments.shape[1]] = moments[:, : own.shape[1]]
     return _code(whole, own, nominal)
 
 
 @dataclass(frozen=True)
-class _Directions:
+class Directions:
     mean: np.ndarray
-    """f64 (C,) of the centred logits."""
+    """f64 (C,) of the vectors: centred logits."""
     basis: np.ndarray
     """f64 (d, C), orthonormal, by falling variance."""
     reach: np.ndarray
-    """f64 (d,), largest coefficient of the logits that they were found in."""
+    """f64 (d,), largest coefficient of the vectors that they were found in."""
     felt: np.ndarray
-    """f64 (d,), see `_sensitivity`."""
+    """f64 (d,), nats that noise of variance 1 along each costs; see `sensitivity`."""
 
 
-def _directions(logits: np.ndarray, temperature: float) -> _Directions:
-    classes = logits.shape[2]
-    centred = logits.astype(np.float64)
-    centred -= centred.mean(axis=2, keepdims=True)
-    mean = centred.mean(axis=(0, 1))
-    flat = (centred - mean).reshape(-1, classes)
-    if len(flat) < classes:  # the same directions from the smaller matrix of products
-        variance, vectors = np.linalg.eigh(flat @ flat.T / len(flat))
-        basis = vectors.T @ flat
+def principal(vectors: np.ndarray, felt: Callable[[np.ndarray], np.ndarray]) -> Directions:
+    """Of vectors f64 (n, 2, C); `felt` tells of directions f64 (d, C) what noise along them costs."""
+    length = vectors.shape[2]
+    mean = vectors.mean(axis=(0, 1))
+    flat = (vectors - mean).reshape(-1, length)
+    if len(flat) < length:  # the same directions from the smaller matrix of products
+        variance, found = np.linalg.eigh(flat @ flat.T / len(flat))
+        basis = found.T @ flat
         basis /= np.maximum(np.linalg.norm(basis, axis=1, keepdims=True), 1e-300)
     else:
-        variance, vectors = np.linalg.eigh(flat.T @ flat / len(flat))
-        basis = vectors.T
-    kept = np.flatnonzero(variance > _NEGLIGIBLE * max(variance.sum() / classes, 1e-12))[::-1][:MAX_DIMS]
-    basis = basis[kept] if len(kept) else np.eye(1, classes) - 1 / classes
-    return _Directions(mean, basis, np.abs(flat @ basis.T).max(axis=0), _sensitivity(logits, basis, temperature))
+        variance, found = np.linalg.eigh(flat.T @ flat / len(flat))
+        basis = found.T
+    kept = np.flatnonzero(variance > _NEGLIGIBLE * max(variance.sum() / length, 1e-12))[::-1][:MAX_DIMS]
+    basis = basis[kept] if len(kept) else np.eye(1, length) - 1 / length
+    return Directions(mean, basis, np.abs(flat @ basis.T).max(axis=0), felt(basis))
 
 
-def _coefficients(logits: np.ndarray, found: _Directions) -> np.ndarray:
-    """f64 (n, 2, d) of logits f32 (n, 2, C)."""
+def _directions(logits: np.ndarray, temperature: float) -> Directions:
+    return principal(_centred(logits), lambda basis: sensitivity(logits, basis, temperature))
+
+
+def _centred(logits: np.ndarray) -> np.ndarray:
     centred = logits.astype(np.float64)
     centred -= centred.mean(axis=2, keepdims=True)
-    return (centred - found.mean) @ found.basis.T
+    return centred
+
+
+def _coefficients(vectors: np.ndarray, found: Directions) -> np.ndarray:
+    """f64 (n, 2, d) of vectors f64 (n, 2, C)."""
+    return (vectors - found.mean) @ found.basis.T
 
 
 def _moments(coefficients: np.ndarray) -> np.ndarray:
@@ -124,7 +148,7 @@ def _moments(coefficients: np.ndarray) -> np.ndarray:
     return np.stack([(original**2).mean(0), (augmented**2).mean(0), (original * augmented).mean(0)])
 
 
-def _sensitivity(logits: np.ndarray, basis: np.ndarray, temperature: float) -> np.ndarray:
+def sensitivity(logits: np.ndarray, basis: np.ndarray, temperature: float) -> np.ndarray:
     """g f64 (d,): noise of variance v along direction i adds g_i v to KL at T, to second order in the noise.
 
     KL ≈ Var_p(e) / 2T² with e the error and p the teacher's probabilities at T.
@@ -221,7 +245,7 @@ def _allocate(spread: np.ndarray, felt: np.ndarray, kl: float) -> tuple[np.ndarr
     return step, choices.beta[best], choices.noise[best]
 
 
-def _code(found: _Directions, moments: np.ndarray, kl: float) -> Subspace:
+def _code(found: Directions, moments: np.ndarray, kl: float) -> Subspace:
     """The code of those directions whose noise is `kl` nats to second order; `moments` f64 (3, d)."""
     step, beta, noise = _allocate(np.sqrt(np.maximum(moments[:2].mean(axis=0), 1e-24)), found.felt, kl)
     margin = np.where(beta > 1, _JOINT_MARGIN, 0.5)  # dither and error

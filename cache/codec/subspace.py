@@ -127,17 +127,21 @@ class Subspace:
         spread, gain, beta = (self.array(name).astype(np.int64) for name in ("spread", "gain", "beta"))
         return spread, gain, beta
 
-    def project(self, logits: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C) -> coefficients in steps, f32 (B, 2, d)."""
-        centred = logits - logits.mean(axis=2, keepdims=True) - self.array("mean")
-        return (centred.reshape(-1, self.classes) @ self._analysis).reshape(len(logits), 2, self.dims)
+    def project(self, vectors: np.ndarray) -> np.ndarray:
+        """Centred logits f32 (B, 2, C) -> coefficients in steps, f32 (B, 2, d)."""
+        flat = (vectors - self.array("mean")).reshape(-1, self.classes)
+        return (flat @ self._analysis).reshape(len(vectors), 2, self.dims)
 
     def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
         """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes). Raises UserError for logits that no codec keeps."""
         require_encodable(logits, self.classes)
-        views = np.empty((len(logits), 2, self.segment), np.uint8)
+        return self.quantised(logits - logits.mean(axis=2, keepdims=True), stream)
+
+    def quantised(self, vectors: np.ndarray, stream: np.ndarray) -> np.ndarray:
+        """`encode` of vectors f32 (B, 2, C) as they are, centred or not."""
+        views = np.empty((len(vectors), 2, self.segment), np.uint8)
         key = keys(stream, len(views))
-        entropy.quantise(self.project(logits), key, self.trellis, self.wide, views)
+        entropy.quantise(self.project(vectors), key, self.trellis, self.wide, views)
         return self._rows(views, key)
 
     def decode(self, rows: np.ndarray, stream: np.ndarray | None = None) -> np.ndarray:
@@ -272,6 +276,19 @@ def _sizes(config: dict, where: str) -> dict[str, int]:
     return sizes
 
 
+def from_base64(text: object, size: int, where: str) -> bytes:
+    """So many bytes. Raises UserError."""
+    if type(text) is not str or len(text) != 4 * -(-size // 3):
+        raise _wrong(where, f"{len(text)} characters" if type(text) is str else type(text).__name__, f"{size} bytes")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise _wrong(where, error, f"{size} bytes in base64") from None
+    if len(data) != size:
+        raise _wrong(where, f"{len(data)} bytes", f"{size} bytes")
+    return data
+
+
 def from_config(config: dict, where: str) -> Subspace:
     """The codec of a config from outside, every value checked. Raises UserError naming the key."""
 
@@ -280,15 +297,8 @@ def from_config(config: dict, where: str) -> Subspace:
 
     fields: dict = _sizes(config, where)
     for name, (dtype, _, shape) in array_shapes(fields, where).items():
-        text, size = config[name], math.prod(shape) * np.dtype(dtype).itemsize
-        if type(text) is not str or len(text) != 4 * -(-size // 3):
-            raise wrong(name, f"{len(text)} characters" if type(text) is str else type(text).__name__, f"{size} bytes")
-        try:
-            fields[name] = base64.b64decode(text, validate=True)
-        except ValueError as error:
-            raise wrong(name, error, f"{size} bytes in base64") from None
-        if len(fields[name]) != size:
-            raise wrong(name, f"{len(fields[name])} bytes", f"{size} bytes")
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        fields[name] = from_base64(config[name], size, f"{where}: {name}")
     codec = Subspace(**fields)
     for name, low, high in _RANGES:
         values = codec.array(name).astype(np.float64)

@@ -116,8 +116,11 @@ def ccd_loss(
         expect("weight", encoded.weight, target.shape, student_o.device, floating=True)
         asked = replace(asked, weight=encoded.weight)
     decoder = encoded.decoder
-    if asked.weight is None and decoder.kind == "subspace":
-        raise ValueError("weight: expected the stored w, got None: logits of subspace rows are centred")
+    if asked.weight is None and decoder.kind in ("subspace", "features"):
+        raise ValueError("weight: expected the stored w, got None: that of decoded logits is another")
+    if decoder.kind == "features":  # no kernel knows their head
+        teacher_o, teacher_a = encoded.logits().unbind(1)
+        return ccd_loss(student_o, student_a, teacher_o, teacher_a, target, **{**options, "weight": asked.weight})
     if not by_triton(asked, student_o, student_a):
         teacher_o, teacher_a = encoded.logits().unbind(1)
         return _by_torch(student_o, student_a, teacher_o, teacher_a, target, asked)

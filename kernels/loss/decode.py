@@ -23,7 +23,7 @@ def has_streams(tensor: torch.Tensor) -> bool:
 @dataclass(frozen=True, eq=False)
 class Decoder:
     kind: str
-    """fp16, int8 or subspace."""
+    """fp16, int8, subspace, or features: a subspace code of features, decoded here alone, with the head."""
     classes: int
     wide: int = 0
     """subspace: coefficients of a whole byte."""
@@ -37,6 +37,8 @@ class Decoder:
     """subspace: a power of two that lets every coefficient be a float16."""
     mean: torch.Tensor | None = None
     """subspace: f32 (C,)."""
+    head: tuple[torch.Tensor, torch.Tensor] | None = None
+    """features: weight f32 (C, F) and bias f32 (C,); F then stands for C above."""
 
     @cached_property
     def lean(self) -> "Lean":
@@ -88,6 +90,12 @@ class EncodedPairs:
         """The teacher's logits f32 (B, 2, C)."""
         return decode(self.gathered(), self.dither_keys, self.decoder)
 
+    def features(self) -> torch.Tensor:
+        """The teacher's features f32 (B, 2, F). Raises ValueError if the store keeps none."""
+        if self.decoder.head is None:
+            raise ValueError(f"expected labels with features, got {self.decoder.kind}")
+        return _along(self.gathered(), self.dither_keys, self.decoder)
+
 
 def decode(rows: torch.Tensor, stream: torch.Tensor, decoder: Decoder) -> torch.Tensor:
     """Rows u8 (B, row_bytes) and their dither keys i64 (B,) (the bits of a u64) -> logits f32 (B, 2, C)."""
@@ -98,7 +106,17 @@ def decode(rows: torch.Tensor, stream: torch.Tensor, decoder: Decoder) -> torch.
         # Flat, as the header of a single row keeps the row's stride, which may be no multiple of 4.
         scale, offset = rows[:, :16].flatten().view(torch.float32).view(batch, 2, 2, 1).unbind(1)
         return rows[:, 16:].contiguous().view(torch.int8).view(batch, 2, decoder.classes) * scale + offset
-    assert decoder.kind == "subspace" and decoder.beta is not None
+    vectors = _along(rows, stream, decoder)
+    if decoder.head is None:
+        return vectors
+    weight, bias = decoder.head
+    return vectors @ weight.T + bias
+
+
+def _along(rows: torch.Tensor, stream: torch.Tensor, decoder: Decoder) -> torch.Tensor:
+    """The vectors f32 (B, 2, C), or features (B, 2, F), of a subspace code."""
+    batch = len(rows)
+    assert decoder.beta is not None
     assert decoder.basis is not None and decoder.scale is not None and decoder.mean is not None
     dims, wide = len(decoder.beta), decoder.wide
     half = (dims - wide + 1) // 2
@@ -107,7 +125,7 @@ def decode(rows: torch.Tensor, stream: torch.Tensor, decoder: Decoder) -> torch.
     narrow = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)[..., : dims - wide].to(torch.int8)
     q = torch.cat([segments[..., :wide].contiguous().view(torch.int8), (narrow ^ 8) - 8], dim=-1).float()
     steps = q - decoder.beta * dither(stream, dims)
-    along = decoder.basis[:, : decoder.classes] * (decoder.scale * decoder.unit)[:, None]
+    along = decoder.basis[:, : len(decoder.mean)] * (decoder.scale * decoder.unit)[:, None]
     return steps @ along + decoder.mean
 
 

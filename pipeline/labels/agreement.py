@@ -59,7 +59,7 @@ def look(teacher: Teacher, index: Index, policy: Policy, machine: Machine, batch
     decoder = devices.decoder("auto", teacher.device)
     loader = Loader(index, policy, threads=devices.threads(machine), decoder=decoder, max_bad=machine.max_bad)
     batches = loader.batches(plan.requests(index, policy, 0, plan.cut(None, rows, batch_size)), pairs=False)
-    answers = [(answer[:, 0].cpu().numpy(), batch.labels.numpy()) for batch, answer in teacher.answers(batches)]
+    answers = [(said.logits[:, 0].cpu().numpy(), batch.labels.numpy()) for batch, said in teacher.answers(batches)]
     if not answers:
         return None
     return agreement(*(np.concatenate(parts) for parts in zip(*answers, strict=True)))

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 import cache
 from cache import Manifest, Plane, Store, UserError
-from cache.codec import Codec, Subspace
+from cache.codec import Codec, Features, Subspace
 from kernels import EncodedPairs
 from kernels.loss.decode import Decoder
 from pipeline.config import Machine
@@ -52,6 +52,18 @@ def require_whole(store: Store, views: int) -> None:
             expected="all committed",
             fix="run precompute-teacher again, it resumes",
         )
+
+
+def features_of(store: Store, why: str) -> Features:
+    """The store's code. Raises UserError unless it keeps features, which `why` needs."""
+    if not isinstance(store.codec, Features):
+        raise UserError(
+            f"{why} needs the teacher's features",
+            found=f"a store of logits ({store.manifest.codec['name']})",
+            expected="a store with features",
+            fix="run precompute-teacher --features into another store",
+        )
+    return store.codec
 
 
 def labels_of(store: Store | None) -> dict[str, Any]:
@@ -99,6 +111,15 @@ class Labels:
             stream = self.store.stream(self.plane.view, rows)
             return torch.from_numpy(self.store.codec.decode(self.plane.gather(rows)[0], stream))
         return self.pairs(rows).logits()
+
+    def features(self, rows: np.ndarray) -> torch.Tensor:
+        """The teacher's features of index rows i64 (B,): f32 (B, 2, F) on the device, of a store that keeps them."""
+        codec = self.store.codec
+        assert isinstance(codec, Features), "features_of comes first"
+        if self.device.type == "cpu":
+            stream = self.store.stream(self.plane.view, rows)
+            return torch.from_numpy(codec.features(self.plane.gather(rows)[0], stream))
+        return self.pairs(rows).features()
 
     def pairs(self, rows: np.ndarray) -> EncodedPairs:
         """The encoded labels of index rows i64 (B,) with their w f32 (B,), NaN where there is none, on the device."""
@@ -172,6 +193,10 @@ def available_memory() -> int:
 
 def decoder_of(codec: Codec, device: torch.device) -> Decoder:
     """What kernels must know of a codec, on the device."""
+    if isinstance(codec, Features):
+        weight, bias = (torch.from_numpy(array.copy()).to(device) for array in codec.head)
+        inner = decoder_of(codec.code, device)
+        return replace(inner, kind="features", classes=codec.classes, head=(weight, bias))
     name = codec.config["name"]
     if not isinstance(codec, Subspace):
         return Decoder(name, codec.classes)

@@ -16,7 +16,7 @@ import torch
 from cache import Store
 from cache.codec.fidelity import divergences
 from kernels.reference import cosine_weight
-from pipeline.networks.teacher import Teacher
+from pipeline.networks.teacher import Said, Teacher
 from pipeline.views.batch import Batch
 
 DAMAGED, TEACHER, CODEC = "label row damaged", "teacher differs", "wrong codec"
@@ -64,6 +64,7 @@ class Judge:
         self._rng = np.random.default_rng(0)
         self._seen: list[np.ndarray] = []
         self._noise = 0.0  # of a logit
+        self._moved = 0.0  # what is coded, a logit or a feature
         self._sums: defaultdict[str, float] = defaultdict(float)
 
     def look(self, view: int, batch: Batch, encoded: np.ndarray, weight: np.ndarray, energy: np.ndarray) -> None:
@@ -73,7 +74,8 @@ class Judge:
         Raises UserError for a teacher whose logits no code takes.
         """
         codec, stream = self._store.codec, self._store.stream(view, batch.rows)
-        logits, again = self._teacher(batch).cpu().numpy(), self._again(batch).cpu().numpy()
+        said, noisy = self._teacher.said(batch), self._again(batch)
+        (logits, coded), (again, recoded) = ([part.cpu().numpy() for part in parts] for parts in (said, noisy))
         seen = np.empty(len(batch.rows), _SEEN)
         seen["view"], seen["row"], seen["stored"], seen["now"] = view, batch.rows, weight, _w(logits)
         seen["noise"] = np.abs(seen["now"] - _w(again))
@@ -81,8 +83,9 @@ class Judge:
         seen["energy"] = np.abs(now - energy).max(axis=1, initial=0)
         seen["energy_noise"] = np.abs(now - then).max(axis=1, initial=0)
         self._noise = max(self._noise, float(np.abs(logits - again).max()))
+        self._moved = max(self._moved, float(np.abs(coded - recoded).max()))
         true = _centred(logits)
-        expected, moved = (_centred(codec.decode(codec.encode(said, stream), stream)) for said in (logits, again))
+        expected, moved = (_centred(codec.decode(codec.encode(given, stream), stream)) for given in (coded, recoded))
         with np.errstate(all="ignore"):  # a damaged row may hold infinities
             stored = _centred(codec.decode(encoded, stream))
             seen["distance"], seen["error"] = _rms(stored - expected), _rms(stored - true)
@@ -100,7 +103,7 @@ class Judge:
             self._sums[name] += float(value)
         seen["far"] = ~(seen["distance"] <= self._near())
         for i in np.flatnonzero(seen["far"]):
-            seen["far"][i] = not self._explained(logits[i], stream[i], stored[i])
+            seen["far"][i] = not self._explained(coded[i], stream[i], stored[i])
         self._seen.append(seen)
 
     def conclude(self) -> Iterator[tuple[str, str, int, int]]:
@@ -168,13 +171,14 @@ class Judge:
                 what += "so are most rows'" if wrong else "those of most rows are right"
                 yield CODEC if wrong else DAMAGED, what, int(one["view"]), int(one["row"])
 
-    def _again(self, batch: Batch) -> torch.Tensor:
-        """The teacher's logits once more, as its arithmetic elsewhere might have them."""
+    def _again(self, batch: Batch) -> Said:
+        """What the teacher says once more, as its arithmetic elsewhere might have them."""
         images = batch.images.flip(1).float()
         noise = 2 * torch.rand(images.shape, generator=self._generator) - 1
         images = images * (1 + self._unit * noise.to(images.device))
         parts = images.split(len(batch.rows) // 3 + 1, dim=1)
-        return torch.cat([self._teacher(Batch(batch.rows, batch.labels, part, None)) for part in parts]).flip(0)
+        said = [self._teacher.said(Batch(batch.rows, batch.labels, part, None)) for part in parts]
+        return Said(*(torch.cat(part).flip(0) for part in zip(*said, strict=True)))
 
     def _floor(self, seen: np.ndarray) -> float:
         """What w may be off by."""
@@ -188,13 +192,13 @@ class Judge:
         """How far labels may be from what the code makes of the teacher's answer without being looked at closer."""
         return _NEAR * self._scale() + _MARGIN * math.sqrt(self._sums["flips"] / self._sums["rows"])
 
-    def _explained(self, logits: np.ndarray, stream: np.uint64, stored: np.ndarray) -> bool:
-        """Do logits f32 (2, C) within the noise of these lead to the stored ones?
+    def _explained(self, coded: np.ndarray, stream: np.uint64, stored: np.ndarray) -> bool:
+        """Do answers f32 (2, C or F) within the noise of these lead to the stored logits?
 
         A coefficient on the edge between two steps may be rounded either way; of few coefficients that is far.
         """
-        reach = _MARGIN * self._noise + float(np.spacing(np.abs(logits).max()))
-        near = (logits + self._rng.uniform(-reach, reach, (_PROBES, *logits.shape))).astype(np.float32)
+        reach = _MARGIN * self._moved + float(np.spacing(np.abs(coded).max()))
+        near = (coded + self._rng.uniform(-reach, reach, (_PROBES, *coded.shape))).astype(np.float32)
         streams = np.full(_PROBES, stream)
         decoded = _centred(self._store.codec.decode(self._store.codec.encode(near, streams), streams))
         with np.errstate(all="ignore"):

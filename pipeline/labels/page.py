@@ -50,6 +50,18 @@ class Pair(NamedTuple):
     """f32 (2, C), the teacher's."""
 
 
+def _described(codec: dict) -> dict:
+    """A codec's config with the sizes of its arrays."""
+    return {
+        name: _described(value)
+        if isinstance(value, dict)
+        else f"{len(value) * 3 // 4:,} bytes"
+        if isinstance(value, str) and name != "name"
+        else value
+        for name, value in codec.items()
+    }
+
+
 def render(store: Store, index: Index, there: list, looked: Looked, pairs: list[Pair]) -> bytes:
     """The page about a store of which the blocks (view, block) of `there` are committed.
 
@@ -57,8 +69,6 @@ def render(store: Store, index: Index, there: list, looked: Looked, pairs: list[
     """
     manifest = store.manifest
     fields = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
-    arrays = {name: f"{len(text) * 3 // 4:,} bytes" for name, text in manifest.codec.items() if isinstance(text, str)}
-    codec = {**manifest.codec, **arrays, "name": manifest.codec["name"]}
     sections = {
         "Size": _sizes(store, there),
         "What the code loses": _losses(manifest.fidelity, manifest.temperature),
@@ -69,7 +79,7 @@ def render(store: Store, index: Index, there: list, looked: Looked, pairs: list[
         )
         + _plots(manifest.fidelity.get("budget"), manifest.temperature, looked),
         "Samples without labels": _without_labels(index, looked),
-        "Manifest": _definitions({**fields, "codec": codec}),
+        "Manifest": _definitions({**fields, "codec": _described(manifest.codec)}),
     }
     about = (
         f"{manifest.samples:,} samples, {manifest.views:,} views, {manifest.classes:,} classes; "

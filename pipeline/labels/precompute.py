@@ -31,7 +31,7 @@ from pipeline.labels import array, other_classes
 from pipeline.labels.calibrate import Calibration, calibrate
 from pipeline.labels.epochs import numbered_alike
 from pipeline.networks import called, models
-from pipeline.networks.teacher import Teacher
+from pipeline.networks.teacher import Said, Teacher
 from pipeline.system import device as devices
 from pipeline.system import ranks
 from pipeline.system.terminal import counted, decimal, duration, progress, summary
@@ -80,7 +80,8 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> di
     device = devices.pick(config)
     policy = policies.load(config.policy)
     precision = devices.arithmetic(config.precision, device)
-    teacher = Teacher(network, policy, device, precision, config.compile, config.teacher_size)
+    features = _features_wanted(config)
+    teacher = Teacher(network, policy, device, precision, config.compile, config.teacher_size, features)
     if config.dry_run:
         found = calibrate(config, index, policy, teacher)
         _show_plan(config, index, found)
@@ -130,6 +131,20 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> di
     return result
 
 
+def _features_wanted(config) -> bool:
+    """Whether the store keeps features: as asked, or as it does already. Raises UserError where that is at odds."""
+    if config.features and config.codec != "auto":
+        fix = "leave --codec out, or --features"
+        raise UserError("--features has a code of its own", found=f"--codec {config.codec}", fix=fix)
+    if not cache.exists(config.store):
+        return config.features
+    kept = cache.open(config.store).manifest.codec["name"]
+    if config.features and kept != "features":
+        fix = "leave --features out, or run precompute-teacher into another store"
+        raise UserError("the store keeps no features", found=f"codec {kept}", expected="features", fix=fix)
+    return kept == "features"
+
+
 def _fill(
     config, loader: Loader, teacher: Teacher, store: Store, todo: array.Work, name: str
 ) -> tuple[int, int, list[str], float]:
@@ -161,7 +176,7 @@ def _fill(
         for batch in loader.batches(requests, digests=True):
             block, last = under_way.popleft()
             if len(batch.rows):
-                later(block.put, batch, teacher(batch))
+                later(block.put, batch, teacher.said(batch))
             if last:
                 later(block.finish, outside)
                 blocks += 1
@@ -221,15 +236,16 @@ class _Block:
         self.energy[rows - self.start] = np.nan
         self._sample: list[tuple[np.ndarray, np.ndarray]] = []  # rows and their logits, of the first pairs
 
-    def put(self, batch: Batch, logits: torch.Tensor) -> None:
-        """Code the logits f32 (B, 2, C) of a batch; w = 1 + cos of the raw ones, in float64."""
-        at = batch.rows - self.start
+    def put(self, batch: Batch, said: Said) -> None:
+        """Code what was said of a batch; w = 1 + cos of the raw logits, in float64."""
+        at, logits = batch.rows - self.start, said.logits
         assert batch.digests is not None
         self.weight[at] = cosine_weight(logits[:, 0].double(), logits[:, 1].double()).float().cpu().numpy()
         if self.store.energies:
             self.energy[at] = -logits.double().logsumexp(2).float().cpu().numpy()
         answers = logits.cpu().numpy()
-        self.pairs[at] = self.store.codec.encode(answers, self.store.stream(self.view, batch.rows))
+        coded = answers if said.coded is logits else said.coded.cpu().numpy()
+        self.pairs[at] = self.store.codec.encode(coded, self.store.stream(self.view, batch.rows))
         self.digest[at] = batch.digests
         if sum(len(rows) for rows, _ in self._sample) < _CHECKED:
             self._sample.append((batch.rows, answers))
@@ -334,10 +350,11 @@ def _announce(manifest: Manifest, found: Calibration) -> None:
 
 def _described(found: Calibration) -> str:
     kl = ", ".join(f"T = {temperature:g}: {value:.2g}" for temperature, value in found.fidelity.kl.items())
+    noise = "" if found.feature_noise is None else f", {found.feature_noise:.1%} noise in features"
     return (
         f"{found.codec.config['name']}, {found.fidelity.bytes_per_vector:.1f} bytes per vector on disk, "
         f"{found.fidelity.bytes_per_vector + _BESIDE / 2:.1f} with w and digest, "
-        f"{found.codec.row_bytes / 2:g} in memory; KL in nats at {kl}; slope {found.fidelity.slope:.4f}"
+        f"{found.codec.row_bytes / 2:g} in memory; KL in nats at {kl}; slope {found.fidelity.slope:.4f}{noise}"
     )
 
 

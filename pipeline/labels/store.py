@@ -4,6 +4,7 @@ import math
 
 import cache
 from cache import UserError
+from cache.codec import Features
 from pipeline.config import Store
 from pipeline.system.terminal import decimal, progress, summary
 
@@ -42,7 +43,8 @@ def _facts(store: cache.Store) -> dict:
         "views": f"{manifest.views} of policy {manifest.policy.get('name', '?')}, {manifest.size} px",
         "seed": manifest.seed,
         "code": f"{manifest.codec['name']} for T = {manifest.temperature:g}"
-        + (f", {budget:g} nats" if isinstance(budget, float) else ""),
+        + (f", {budget:g} nats" if isinstance(budget, float) else "")
+        + (f"; {store.codec.width:,} features and their head" if isinstance(store.codec, Features) else ""),
         "blocks": f"{blocks - missing:,} of {blocks:,} of {manifest.block_rows:,} rows",
         **{name: decimal(size) for name, size in sizes.items() if size},
         "all told": f"{decimal(whole)}, {whole / vectors if vectors else math.nan:.1f} bytes per vector",

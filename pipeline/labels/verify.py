@@ -186,7 +186,8 @@ def _judge(config: Verify, policy: Policy, report: Report) -> Judge | None:
     listed = config.teacher_classes and Classes.from_json(manifest.class_list, "the store's manifest")
     made = functools.partial(models.trained, config.teacher)
     network = other_classes.teacher(config, made, listed or manifest.classes)
-    teacher = Teacher(network, policy, devices.pick(config), precision, size=manifest.teacher_size)
+    size, features = manifest.teacher_size, manifest.codec["name"] == "features"
+    teacher = Teacher(network, policy, devices.pick(config), precision, size=size, features=features)
     made_by = {"teacher": teacher.name, "teacher_weights": teacher.fingerprint}
     try:
         cache.check(manifest, **made_by, mean=teacher.mean, std=teacher.std)

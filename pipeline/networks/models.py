@@ -113,10 +113,13 @@ def of_callable(function: Callable[[Tensor], Any], classes: int | Classes, *, na
     return Network(module, name, wanted.count, mean, std, identity, wanted)
 
 
-class _Chosen(nn.Module):
+class Chosen(nn.Module):
+    """Some of a network's outputs, i64 (C,), in this order."""
+
     def __init__(self, module: nn.Module, outputs: np.ndarray):
         super().__init__()
         self.module = module
+        self.outputs: Tensor
         self.register_buffer("outputs", torch.from_numpy(outputs), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -131,7 +134,7 @@ def narrowed(network: Network, classes: Classes, class_map: Path | None) -> Netw
     names = class_lists.read_map(class_map) if class_map else {}
     outputs = class_lists.outputs(classes, network.class_list or Classes(network.classes), names)
     identity = hashlib.sha256(network.fingerprint.encode() + outputs.astype("<i8").tobytes()).hexdigest()
-    module = _Chosen(network.module, outputs)
+    module = Chosen(network.module, outputs)
     return Network(module, network.name, classes.count, network.mean, network.std, identity, classes)
 
 

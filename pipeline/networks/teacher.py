@@ -2,15 +2,25 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pipeline.data.index import Index
+from pipeline.networks.features import Head, head, tapped
 from pipeline.networks.models import Network
 from pipeline.networks.placed import placed
 from pipeline.views.batch import Batch
 from pipeline.views.policy import Policy
+
+
+class Said(NamedTuple):
+    """What a teacher answers to B pairs of views."""
+
+    logits: torch.Tensor
+    """f32 (B, 2, C)."""
+    coded: torch.Tensor
+    """What a store's code is given: the logits, or features f32 (B, 2, F)."""
 
 
 class Teacher:
@@ -24,16 +34,22 @@ class Teacher:
         precision: str,
         compile: bool = False,
         size: int | None = None,
+        features: bool = False,
     ) -> None:
         """`compile` hands the network to torch.compile. It sees each view resized to `size` pixels, if that is given.
+        With `features` it tells these as well.
 
-        Raises UserError if the network cannot take images of that size, or else of the policy's.
+        Raises UserError if the network cannot take images of that size, or else of the policy's, or has no `features`.
         """
         self.name, self.fingerprint = network.name, network.fingerprint
         self.device, self.precision = device, precision
         self.size = None if size == policy.base.size else size
         self._answer = placed(network, device, precision, policy, size, "--teacher-size")
         self._answer.module.eval()
+        self.head: Head | None = None
+        if features:
+            made = tapped(network, size or policy.base.size, "--teacher")
+            self._answer, self.head = dataclasses.replace(self._answer, module=made.eval()), head(made)
         if compile:
             self._answer = dataclasses.replace(self._answer, module=torch.compile(self._answer.module))
         self.mean, self.std = self._answer.mean, self._answer.std
@@ -55,12 +71,20 @@ class Teacher:
         }
 
     @torch.inference_mode()
+    def said(self, batch: Batch) -> Said:
+        """The answers to a batch, original before augmented, on the teacher's device."""
+        parts = [self._answer(images) for images in batch.images]
+        if self.head is None:
+            logits = torch.stack(parts, dim=1).float()
+            return Said(logits, logits)
+        return Said(*(torch.stack(part, dim=1).float() for part in zip(*parts, strict=True)))
+
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Logits of a batch, f32 (B, 2, C) on the teacher's device, original before augmented."""
-        return torch.stack([self._answer(images) for images in batch.images], dim=1).float()
+        return self.said(batch).logits
 
-    def answers(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Batches, empty ones left out, with their logits."""
+    def answers(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Said]]:
+        """Batches, empty ones left out, with the answers."""
         for batch in batches:
             if len(batch.rows):
-                yield batch, self(batch)
+                yield batch, self.said(batch)

@@ -393,7 +393,7 @@ def test_what_kl_feels_of_noise_along_a_direction():
     """Against KL itself, of a small step to and fro along each."""
     logits, size = low_rank(40, 30, rank=8), 1e-3
     basis = np.linalg.qr(np.random.default_rng(3).normal(size=(30, 5)))[0].T
-    for along, felt in zip(basis, fitting._sensitivity(logits, basis, 4.0), strict=True):
+    for along, felt in zip(basis, fitting.sensitivity(logits, basis, 4.0), strict=True):
         true = logits.astype(np.float64)
         noise = (kl(true, true + size * along) + kl(true, true - size * along)) / 2
         assert felt == pytest.approx(noise / size**2, rel=1e-3)

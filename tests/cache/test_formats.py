@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import zarr
 from support.stores import framed, manifest
-from support.subspace import reference_decode
+from support.subspace import U, reference_decode
 
 import cache
 from cache import codec as codecs
+from cache.codec.features import Features
 from cache.codec.subspace import Subspace
 from cache.store import beside
 
@@ -37,11 +38,15 @@ def test_a_frozen_example_reads_as_it_did(path):
     decoded = codec.decode(rows, stream)
     np.testing.assert_array_equal(codec.encode(np.array(frozen["logits"], np.float32), stream), rows)
     bound = 2 * reference_decode(codec, rows, stream)[1] if isinstance(codec, Subspace) else 0
+    if isinstance(codec, Features):
+        weight, off = codec.head[0].astype(np.float64), reference_decode(codec.code, rows, stream)
+        size = np.abs(off[0]) @ np.abs(weight.T) + np.abs(codec.head[1])
+        bound = 2 * (off[1] @ np.abs(weight.T) + (codec.width + 2) * U * size)
     assert (np.abs(decoded.astype(np.float64) - expected) <= bound).all()
 
 
 def test_every_codec_has_a_frozen_example():
-    assert {path.stem.split("-")[0] for path in FIXTURES} == set(codecs.NAMES)
+    assert {path.stem.split("-")[0] for path in FIXTURES} == {*codecs.NAMES, "features"}
 
 
 def test_the_frozen_subspace_has_bytes_and_nibbles_on_the_trellis_and_some_off_it():

@@ -15,6 +15,7 @@ from cache.philox import philox
 from kernels.loss.decode import decode, dither
 from pipeline.labels import epochs, precompute
 from pipeline.labels.epochs import decoder_of
+from pipeline.networks.teacher import Said
 
 CPU = torch.device("cpu")
 
@@ -78,7 +79,8 @@ def test_w_is_exact_whatever_the_code(name):
     )
     block = precompute._Block(store, 0, 0, np.arange(64))
     digests = np.zeros((64, 2), np.uint32)
-    block.put(SimpleNamespace(rows=np.arange(64), digests=digests), torch.from_numpy(logits))
+    said = torch.from_numpy(logits)
+    block.put(SimpleNamespace(rows=np.arange(64), digests=digests), Said(said, said))
     o, a = logits.astype(np.float64).swapaxes(0, 1)
     expected = 1 + (o * a).sum(1) / np.sqrt((o * o).sum(1) * (a * a).sum(1))
     np.testing.assert_allclose(block.weight, expected, rtol=0, atol=1e-6)

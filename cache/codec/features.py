@@ -1,0 +1,190 @@
+"""`features`: what a teacher's last linear layer is given, and the layer itself: one row serves features and logits.
+
+Features are coded as `cache.codec.subspace` codes logits, but not centred: a dithered, unbiased row of integers along
+their principal directions. The head, weight and bias, is kept with the code, and logits are the head's of the decoded
+features, so that they are unbiased too. What a row's noise costs is measured in those logits, by the KL divergence. A
+head of fewer classes than features does not feel all of them: a share `NOISE` of the features' variance, were it all
+noise, is priced like the whole budget, and both prices add up to it.
+"""
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from cache.codec import fitting, subspace
+from cache.codec.base import MAX_CLASSES, require_encodable, require_keys
+from cache.codec.fidelity import TEMPERATURE, divergence
+from cache.codec.fitting import Directions
+from cache.codec.subspace import Subspace
+from cache.errors import UserError
+
+NOISE = 0.2
+CONFIG_KEYS = ("classes", "code", "weight", "bias")
+HEADER_KEYS = ("classes", "code", "head")
+_MAX_HEAD = 1e6  # of a weight, as of a code's own arrays
+
+
+@dataclass(frozen=True)
+class Features:
+    """A code of features, and the head that makes logits of them; rows and their packing are the code's."""
+
+    code: Subspace
+    """Of features: its `classes` are their number F."""
+    classes: int
+    """C."""
+    weight: bytes
+    """f32 (C, F)."""
+    bias: bytes
+    """f32 (C,)."""
+
+    packed = True
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return self.code.classes
+
+    @property
+    def row_bytes(self) -> int:
+        return self.code.row_bytes
+
+    @property
+    def config(self) -> dict:
+        """JSON-safe; `from_config` gives an equal codec."""
+        head = {name: base64.b64encode(getattr(self, name)).decode() for name in ("weight", "bias")}
+        return {"name": "features", "format": 1, "classes": self.classes, "code": self.code.config, **head}
+
+    @cached_property
+    def head(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weight f32 (C, F) and bias f32 (C,)."""
+        weight = np.frombuffer(self.weight, "<f4").reshape(self.classes, self.width)
+        return weight, np.frombuffer(self.bias, "<f4")
+
+    def encode(self, features: np.ndarray, stream: np.ndarray) -> np.ndarray:
+        """f32 (B, 2, F), u64 (B,) -> u8 (B, row_bytes). Raises UserError for features that no codec keeps."""
+        require_encodable(features, self.width, "feature")
+        return self.code.quantised(features, stream)
+
+    def features(self, rows: np.ndarray, stream: np.ndarray | None = None) -> np.ndarray:
+        """u8 (B, row_bytes) -> features f32 (B, 2, F); `stream` as of `Subspace.decode`."""
+        return self.code.decode(rows, stream)
+
+    def decode(self, rows: np.ndarray, stream: np.ndarray | None = None) -> np.ndarray:
+        """u8 (B, row_bytes) -> the head's logits of the features, f32 (B, 2, C), not centred."""
+        weight, bias = self.head
+        return self.features(rows, stream) @ weight.T + bias
+
+    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes:
+        """As `Subspace.pack`."""
+        return self.code.pack(rows, stream)
+
+    def unpack(self, data: bytes, stream: np.ndarray | None = None) -> np.ndarray:
+        """As `Subspace.unpack`."""
+        return self.code.unpack(data, stream)
+
+
+def fit(
+    features: np.ndarray, weight: np.ndarray, bias: np.ndarray, kl: float, temperature: float = TEMPERATURE
+) -> Features:
+    """The code of features f32 (n, 2, F), in random order, of a head f32 (C, F) and (C,).
+
+    On held-out pairs the KL of its logits at `temperature`, in nats, and the noise of its features, as a share of their
+    variance, are `kl` · (1 − share / `NOISE`) and `share`. Raises UserError for a budget that is not positive or not
+    reached, for fewer than `fitting.MIN_PAIRS` pairs, and for a head that is not finite.
+    """
+    fitting.require_budget(kl)
+    fitting.require_pairs(len(features), "take more samples, or leave --features out")
+    require_encodable(features, features.shape[2], "feature")
+    vectors, exact = features.astype(np.float64), weight.astype(np.float64)
+    logits = vectors @ exact.T + bias
+    variance = float(np.square(vectors - vectors.mean(axis=(0, 1))).sum(-1).mean())
+    price = kl / (NOISE * max(variance, 1e-12))
+
+    def directions(part: slice) -> Directions:
+        return fitting.principal(
+            vectors[part], lambda basis: fitting.sensitivity(logits[part], basis @ exact.T, temperature) + price
+        )
+
+    def cost(code: Subspace, part: slice, stream: np.ndarray) -> float:
+        decoded = code.decode(code.quantised(features[part], stream), stream).astype(np.float64)
+        noise = np.square(decoded - vectors[part]).sum(-1).mean()
+        return divergence(logits[part], decoded @ exact.T + bias, temperature) + price * noise
+
+    code = fitting.search(vectors, directions, cost, kl)
+    head = {"weight": weight.astype("<f4").tobytes(), "bias": bias.astype("<f4").tobytes()}
+    made = Features(code, len(bias), **head)
+    _require_head(made, "the teacher's head")
+    return made
+
+
+def noise(codec: Features, features: np.ndarray, rows: np.ndarray, stream: np.ndarray) -> float:
+    """Mean square of what rows u8 (n, row_bytes) are off by, as a share of the variance of the features (n, 2, F)."""
+    true = features.astype(np.float64)
+    off = np.square(codec.features(rows, stream) - true).sum(-1).mean()
+    return float(off / max(np.square(true - true.mean(axis=(0, 1))).sum(-1).mean(), 1e-12))
+
+
+def split(codec: Features) -> tuple[dict, dict[str, np.ndarray]]:
+    """What a store keeps: a header, which is JSON and holds digests of the arrays (format 2), and the arrays."""
+    code, arrays = subspace.split(codec.code)
+    weight, bias = codec.head
+    header = {"name": "features", "format": 2, "classes": codec.classes, "code": code, "head": _digest(weight, bias)}
+    return header, {**arrays, "weight": weight, "bias": bias}
+
+
+def array_shapes(header: dict, where: str) -> dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """Of the arrays of a header from outside: name -> type, axes, shape. Raises UserError naming the key."""
+    code = require_keys(header["code"], f"{where}: code", "subspace", 2, subspace.HEADER_KEYS)
+    classes, width = _classes(header, where), code["classes"]
+    found = {
+        name: (dtype, tuple("feature" if axis == "class" else axis for axis in axes), shape)
+        for name, (dtype, axes, shape) in subspace.array_shapes(code, f"{where}: code").items()
+    }
+    return {**found, "weight": ("<f4", ("class", "feature"), (classes, width)), "bias": ("<f4", ("class",), (classes,))}
+
+
+def join(header: dict, arrays: dict[str, np.ndarray], where: str) -> dict:
+    """The config of a header from outside and its arrays. Raises UserError for arrays that are not its own."""
+    weight, bias = arrays["weight"], arrays["bias"]
+    if header["head"] != (digest := _digest(weight, bias)):
+        raise _wrong(f"{where}: head", f"{header['head']!r:.80}", digest)
+    head = {"weight": base64.b64encode(weight.tobytes()).decode(), "bias": base64.b64encode(bias.tobytes()).decode()}
+    own = {name: array for name, array in arrays.items() if name not in head}
+    code = subspace.join(header["code"], own, f"{where}: code")
+    return {"name": "features", "format": 1, "classes": header["classes"], "code": code, **head}
+
+
+def from_config(config: dict, where: str) -> Features:
+    """The codec of a config from outside, every value checked. Raises UserError naming the key."""
+    inner = require_keys(config["code"], f"{where}: code", "subspace", 1, subspace.CONFIG_KEYS)
+    code, classes = subspace.from_config(inner, f"{where}: code"), _classes(config, where)
+    head = {}
+    for name, size in (("weight", 4 * classes * code.classes), ("bias", 4 * classes)):
+        head[name] = subspace.from_base64(config[name], size, f"{where}: {name}")
+    made = Features(code, classes, **head)
+    _require_head(made, where)
+    return made
+
+
+def _classes(config: dict, where: str) -> int:
+    value = config["classes"]
+    if type(value) is not int or not 1 <= value <= MAX_CLASSES:
+        raise _wrong(f"{where}: classes", f"{value!r:.80}", f"a whole number in [1, {MAX_CLASSES}]")
+    return value
+
+
+def _require_head(codec: Features, where: str) -> None:
+    for name, values in zip(("weight", "bias"), codec.head, strict=True):
+        if not (np.abs(values) <= _MAX_HEAD).all():  # NaN compares false
+            raise _wrong(f"{where}: {name}", "a value that is not finite or too large", f"numbers in ±{_MAX_HEAD:g}")
+
+
+def _digest(weight: np.ndarray, bias: np.ndarray) -> str:
+    return hashlib.sha256(weight.tobytes() + bias.tobytes()).hexdigest()
+
+
+def _wrong(key: str, found: object, expected: object) -> UserError:
+    return UserError(key, found=found, expected=expected, fix="restore the store from a copy")
