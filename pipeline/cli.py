@@ -79,6 +79,8 @@ def _fail(error: UserError) -> int:
 
 
 def _parse(command: str, schema: type, arguments: list[str]):
+    if "more_stores" in schema.__dataclass_fields__:
+        arguments = _stores(arguments)
     flags: list[str] = []
     while "--config" in arguments or any(a.startswith("--config=") for a in arguments):
         at = next(i for i, a in enumerate(arguments) if a.split("=")[0] == "--config")
@@ -105,6 +107,23 @@ def _parse(command: str, schema: type, arguments: list[str]):
             text = " ".join(re.sub(r"[─│╭╮╰╯]|-{5,}|\x1b\[[0-9;]*m", " ", output.getvalue()).split())
             raise UserError(_naming(text, flags + arguments), fix=f"see pipeline {command} --help") from None
         raise
+
+
+def _stores(arguments: list[str]) -> list[str]:
+    """`--store A --store B` as `--store A --more-stores B`: of an option that is given twice only the last counts."""
+    kept, found, words = [], [], iter(arguments)
+    for word in words:
+        inline = word.startswith("--store=")
+        value = word.removeprefix("--store=") if inline else next(words, None) if word == "--store" else None
+        if value is None:
+            kept.append(word)
+        else:
+            found.append(value)
+    if len(found) < 2:
+        return arguments
+    if any(word.split("=")[0] == "--more-stores" for word in kept):
+        raise UserError("--store is given twice, and --more-stores too", fix="give the other stores one way")
+    return [*kept, "--store", found[0], "--more-stores", *found[1:]]
 
 
 def _naming(text: str, arguments: list[str]) -> str:

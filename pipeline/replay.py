@@ -10,8 +10,8 @@
 
 import hashlib
 import json
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,6 +113,8 @@ class Replay:
         plane: Literal["auto", "gpu", "pinned", "mmap"] = "auto",
         folder: Path | None = None,
         check_share: float = 0.001,
+        others: Sequence[Store] = (),
+        combined: Callable[[Sequence[Labels]], Labels] | None = None,
     ) -> None:
         """Opens and compares data set and store; reading begins with the first batch.
 
@@ -123,7 +125,8 @@ class Replay:
         BatchNorm may need two. Without a store views are drawn from `seed` under `policy`. `pairs=False`
         leaves the augmented views out, `labels=False` the stored labels. `mean` and `std` are the policy's unless
         given. `folder` takes what --plane mmap writes. Of each epoch's first batch and of a random `check_share` of its
-        samples, pixels are compared with the digests of the teacher pass. Raises UserError for whatever does not fit.
+        samples, pixels are compared with the digests of the teacher pass. `others`: stores of more teachers on the same
+        views, whose labels `combined` makes one of with the first's. Raises UserError for whatever does not fit.
         """
         machine = Machine(threads=threads, max_bad=max_bad)
         self.device = _device(device)
@@ -143,6 +146,7 @@ class Replay:
         self._labelled = labels and self.store is not None
         if self._labelled and self.store:
             planes.require_whole(self.store, self._views or 0)
+        self.others, self._combined = tuple(others), combined
         self._few_shot, self._window = few_shot, shuffle_window
         self._plane, self._folder, self._share = plane, folder, check_share
         self.rows: order.Rows = range(len(self.index))
@@ -292,8 +296,16 @@ class Replay:
         if not self._labelled or not self.store:
             yield from (None for _ in numbers)
             return
-        views = iter([self._view(epoch) for epoch in numbers])
-        yield from planes.epochs(self.store, views, self.device, self._plane, self._folder, self.repeat)
+        views = [self._view(epoch) for epoch in numbers]
+        with ExitStack() as stack:
+            each = [
+                stack.enter_context(
+                    closing(planes.epochs(store, iter(views), self.device, self._plane, self._folder, self.repeat))
+                )
+                for store in (self.store, *self.others)
+            ]
+            for labels in zip(*each, strict=True):
+                yield self._combined(labels) if self._combined else labels[0]
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the run is of, so that another run's is refused; JSON-safe."""
@@ -318,6 +330,8 @@ class Replay:
         if self.store and self._views != self.store.manifest.views:
             options["views"] = self._views
         policy = hashlib.sha256(json.dumps(self.policy.to_config(), sort_keys=True).encode()).hexdigest()
+        if self.others:
+            options["others"] = [labels_of(store) for store in self.others]
         return options | {"dataset": self.index.fingerprint, "policy": policy, "labels": labels_of(self.store)}
 
     def close(self) -> None:

@@ -92,7 +92,15 @@ class TrainStudent(Training):
 
     store: str | None = None
     """Store of soft labels, a folder or an s3:// URL; it also says which views there are. Without it views are drawn
-    from the seed, for ce and for a live teacher."""
+    from the seed, for ce and for a live teacher. Given again, a store of another teacher on the same views: see
+    MORE_STORES."""
+    more_stores: tuple[str, ...] = ()
+    """Stores of other teachers on the views of STORE, whose labels count together with its own."""
+    together: Literal["probabilities", "logits", "confidence"] = "probabilities"
+    """What of several stores is averaged: probabilities at the temperature, logits, or probabilities weighted for each
+    view by how well each teacher knows its label."""
+    store_weights: Annotated[tuple[float, ...], Range(0, above=True)] = ()
+    """A weight of each store, in their order, by default all alike."""
     student: str
     """Network NAME, or NAME@WEIGHTS to start from."""
     loss: Loss = "ccd"

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -96,6 +96,9 @@ class Labels:
     device: torch.device
     encoded: torch.Tensor
     """u8 (N, row_bytes), on the device or in memory."""
+
+    in_codes: ClassVar[bool] = True
+    """Whether `pairs` has what `logits` says in codes, for kernels."""
 
     @cached_property
     def decoder(self) -> Decoder:

@@ -130,6 +130,7 @@ class _Run:
                 "dataset": replay.index.fingerprint,
                 "policy": replay.policy.to_config(),
                 "labels": labels_of(replay.store),
+                **({"others": [labels_of(store) for store in replay.others]} if replay.others else {}),
             }
             checkpoint.open_run(config, sources)
         ranks.after_first("run")

@@ -128,7 +128,7 @@ class Distillation:
         """Labels that kernels decode do not wait for the network."""
         labels, self._encoded = self._labels, None
         on_gpu = bool(labels and not self._teacher and labels.device.type == "cuda" and chosen.any())
-        if labels and on_gpu and self._by_pairs(chosen, on_gpu):
+        if labels and labels.in_codes and on_gpu and self._by_pairs(chosen, on_gpu):
             self._encoded = labels.pairs(batch.rows[chosen[0]]).beside()
 
     def _by_pairs(self, chosen: np.ndarray, on_gpu: bool) -> bool:

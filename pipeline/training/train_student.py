@@ -1,6 +1,10 @@
 """Training a student on stored soft labels, or beside its teacher: what it learns from; `training.loop` is the loop."""
 
+import functools
 import sys
+from collections.abc import Sequence
+
+import numpy as np
 
 import cache
 from cache import Store, UserError
@@ -8,6 +12,7 @@ from pipeline.config import TrainStudent
 from pipeline.data.index import Index, open_data
 from pipeline.labels.agreement import look
 from pipeline.labels.epochs import Labels, numbered_alike
+from pipeline.labels.several import Several, require_same_views
 from pipeline.networks import models
 from pipeline.networks.teacher import Teacher
 from pipeline.replay import Replay
@@ -30,7 +35,8 @@ def run(config: TrainStudent) -> dict:
     method = methods.make(config.loss, config.loss_option)
     index = open_data(config, config.data, "train")
     store = cache.open(config.store) if config.store else None
-    _check(config, method, index, store)
+    others = [cache.open(path) for path in config.more_stores]
+    _check(config, method, index, store, others)
     if store:
         index = numbered_alike(index, config, store.manifest)
     taught = "logits" in method.needs
@@ -53,6 +59,8 @@ def run(config: TrainStudent) -> dict:
         plane=config.plane,
         folder=config.out,
         check_share=config.check_share,
+        others=others if from_store else (),
+        combined=functools.partial(_combined, config, index) if others and from_store else None,
     )
     student = models.create(config.student, index.class_list, seed=config.seed)
     spec = config.live_teacher or config.check_teacher if taught else None
@@ -73,8 +81,14 @@ def run(config: TrainStudent) -> dict:
             checks = (TeacherCheck(stored, teacher, config.check_steps, expected),)
         return Distillation(config, epoch, labels=stored, checks=checks, kept=kept)
 
-    about = {"store": config.store, "teacher": config.live_teacher or (store.manifest.teacher if store else None)}
+    teachers = ", ".join(each.manifest.teacher for each in (store, *others) if each)
+    about = {"store": config.store, "teacher": config.live_teacher or teachers or None}
     return fit(Job(config, replay, student, objective, kept, about))
+
+
+def _combined(config: TrainStudent, index: Index, each: Sequence[Labels]) -> Labels:
+    target = index.records["label"].astype(np.int64)
+    return Several.of(each, target, config.store_weights, config.together, config.temperature)
 
 
 def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy, size: int | None) -> Teacher:
@@ -104,9 +118,35 @@ def _check_temperature(config: TrainStudent, store: Store) -> None:
     print(f"warning: {what}", file=sys.stderr)
 
 
-def _check(config: TrainStudent, method: Method, index: Index, store: Store | None) -> None:
+def _check_several(
+    config: TrainStudent, method: Method, index: Index, store: Store | None, others: Sequence[Store]
+) -> None:
+    """Raise UserError unless the stores suit each other, and the options them."""
+    count = len(others) + (store is not None)
+    if config.store_weights and len(config.store_weights) != count:
+        found = f"{len(config.store_weights)} for {count} {'store' if count == 1 else 'stores'}"
+        raise UserError("--store-weights needs one of each store", found=found, expected=count)
+    if not others:
+        return
+    if not store:
+        raise UserError("--more-stores without a first one", found="no --store", fix="give the first as --store")
+    for option, given in (
+        ("--live-teacher", config.live_teacher),
+        ("--check-teacher", config.check_teacher),
+        (f"--loss {config.loss}, which needs energies,", "energy" in method.needs),
+    ):
+        if given:
+            raise UserError(f"{option} takes one store", found=f"{count}", fix="leave it or --more-stores out")
+    if config.together == "confidence" and index.class_list.unlabelled:
+        found = "data prepared with --unlabelled"
+        raise UserError("--together confidence needs labels", found=found, fix="take probabilities or logits")
+    require_same_views(store, others, config.student_views or store.manifest.views)
+
+
+def _check(config: TrainStudent, method: Method, index: Index, store: Store | None, others: Sequence[Store]) -> None:
     """Raise UserError unless the options suit each other, and what they know of the store is in its manifest."""
     taught = "logits" in method.needs
+    _check_several(config, method, index, store, others)
     if not store:
         if taught and not config.live_teacher:
             what = f"--loss {config.loss} needs soft labels"
@@ -132,7 +172,8 @@ def _check(config: TrainStudent, method: Method, index: Index, store: Store | No
             fix = "run precompute-teacher --energy into another store, or give --live-teacher"
             raise UserError(f"--loss {config.loss} needs the teacher's energies", found="a store without them", fix=fix)
         if taught and not config.live_teacher:
-            _check_temperature(config, store)
+            for each in (store, *others):
+                _check_temperature(config, each)
     if index.class_list.unlabelled:
         if "labels" in method.needs:
             found = "data prepared with --unlabelled"

@@ -40,7 +40,7 @@ def causes(codec, logits: np.ndarray, encoded: np.ndarray, weight: np.ndarray) -
     judge._teacher = lambda batch: batch.images.transpose(0, 1)  # type: ignore[assignment]
     rows = np.arange(len(logits))
     batch = Batch(rows, torch.zeros(len(rows)), torch.from_numpy(logits).transpose(0, 1), None)
-    judge.look(0, batch, encoded, weight)
+    judge.look(0, batch, encoded, weight, np.empty((len(weight), 0), np.float32))
     return {(cause, row) for cause, _, _, row in judge.conclude()}
 
 

@@ -1,6 +1,7 @@
 """A short run that several tests compare with theirs."""
 
 import pytest
+from support.tiny import Tiny, made
 
 from pipeline.config import TrainStudent
 from pipeline.training import train_student
@@ -28,3 +29,8 @@ def options(digits, labels, tmp_path_factory) -> TrainStudent:
 def whole(options) -> TrainStudent:
     train_student.run(options)
     return options
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    return made(tmp_path_factory.mktemp("tiny"))

@@ -3,19 +3,17 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from support.images import jpeg
 from support.runs import weights
-from support.tars import tar_of
+from support.tiny import Tiny, taught
 
 import cache
 from cache import UserError
-from pipeline.config import Loss, PrecomputeTeacher, TrainStudent, Verify
-from pipeline.data import prepare
+from pipeline.config import Loss, TrainStudent, Verify
 from pipeline.data.index import Index
 from pipeline.labels import precompute, verify
 from pipeline.networks import models
@@ -25,41 +23,6 @@ from pipeline.training.methods import make
 from pipeline.views import policy as policies
 
 STEPS = 20
-TINY = "name: tiny\nprobability: 0.5\nops: cifar10\nbase: {size: 8}\n"
-
-
-class Tiny(NamedTuple):
-    data: Path
-    policy: Path
-    teacher: str
-    stores: Path
-    """Of two views: `store` and, without energies, `plain`."""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tiny:
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "policy.yaml").write_text(TINY)
-    members = {}
-    for number in range(40):
-        members[f"{number:02d}.jpg"] = jpeg(np.random.default_rng(number), 12, 12)
-        members[f"{number:02d}.cls"] = str(number % 3).encode()
-    tar_of(folder / "images.tar", members)
-    prepare.build(f"webdataset:{folder}/images.tar", folder / "data", classes=3)
-    network = models.create("cifar/resnet8", 3, seed=3).module
-    network.fc.weight.data *= 4
-    models.save_weights(network, folder / "teacher.safetensors")
-    found = Tiny(folder / "data", folder / "policy.yaml", f"cifar/resnet8@{folder}/teacher.safetensors", folder)
-    for name in ("store", "plain"):
-        precompute.run(taught(found, folder / name, energy=name == "store"))
-    return found
-
-
-def taught(tiny: Tiny, store: Path, **changes) -> PrecomputeTeacher:
-    return PrecomputeTeacher(
-        data=tiny.data, teacher=tiny.teacher, store=str(store), policy=str(tiny.policy), codec="fp16", device="cpu",
-        **({"views": 2} | changes),
-    )  # fmt: skip
 
 
 def student(tiny: Tiny, out: Path, loss: str, **changes) -> TrainStudent:
