@@ -35,8 +35,10 @@ def compared(student, teacher, temperature=2.0, target=None, terms=0.0, loss=1e-
 def test_a_method_meets_float64(method, classes, report):
     student, teacher = students(2, classes)
     target = torch.arange(2) * (classes - 1)
-    # z-scores of two logits are ±1: the gradient cancels whole, and a KL of 0 is good to 5e-7, T² of it.
-    bounds = {"terms": 2.0, "loss": 4e-6} if classes == 2 else {}
+    # z-scores of two logits are ±1: the gradient cancels whole, and in the plain form a KL of 0 is good to 5e-7.
+    bounds = {"terms": 2.0} if classes == 2 else {}
+    if classes == 2 and method == "standardised" and report == "plain":
+        bounds["loss"] = 4e-6  # of 0.14
     compared(student, teacher, 2.0, target, method=method, report=report, label_smoothing=0.1, **bounds)
     if method != "dkd" and classes == 10:
         compared(student, teacher, 3.0, method=method, report=report)
@@ -85,9 +87,8 @@ def test_hard_rows_of_a_method_meet_float64(method, classes, name):
         "flat": (student, torch.full_like(teacher, 3.0)),
     }
     student, teacher = rows[name]
-    # T·p of each row cancels, of dkd eight times it; where both are sure its value is what a float32 keeps of a gap of
-    # 40/T, and the reverse divergence from a one-hot teacher is that gap.
-    compared(student, teacher, 2.0, target, method=method, report="exact", alpha=0.1, terms=8.0, loss=4e-6)
+    # T·p of each row cancels in the gradient, of dkd eight times it.
+    compared(student, teacher, 2.0, target, method=method, report="exact", alpha=0.1, terms=8.0)
 
 
 @pytest.mark.parametrize("method", [name for name in OTHERS if name != "standardised"])  # which then have no mean
