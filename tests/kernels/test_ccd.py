@@ -20,7 +20,7 @@ from kernels import reference
 from kernels.loss.ccd import ccd_loss
 
 ROOT = Path(__file__).parents[2]
-CLASSES = {10: 8, 100: 5, 257: 3, 1000: 4}  # classes: batch
+CLASSES = {10: 3, 100: 2, 257: 2, 1000: 2}  # classes: batch; the interpreter takes 30 ms for a row
 
 
 def one_hot(index: torch.Tensor, classes: int, gap: float = 1e4) -> torch.Tensor:
