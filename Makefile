@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/pipeline demo
 
 test: install
-	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile $(ROOT)tests
+	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ROOT)tests
 
 lint: install
 	$(BIN)/ruff check .

@@ -14,6 +14,21 @@ from pipeline.demo import POLICY
 from pipeline.labels import precompute
 from pipeline.networks import models
 
+LONG = (
+    "test_ccd_interpreted",
+    "test_distributed",
+    "test_train",
+    "test_jda_gpu",
+    "test_verify",
+    "test_docs",
+    "test_precompute",
+)
+"""Files that take longest: where several processes share the files these come first, or one works on alone."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 @pytest.fixture(scope="session")
 def mixed(tmp_path_factory) -> Index:

@@ -300,7 +300,7 @@ def test_the_commands_of_the_readme(job):
         assert (job / name).exists(), name
 
 
-SLOW = ("docs/first-run.md",)  # the commands of README.md and demo once more, at full size: two minutes
+SLOW = ("docs/first-run.md", "docs/plan.md")  # README.md once more at full size, and small jobs timed: minutes
 
 
 @pytest.mark.parametrize(

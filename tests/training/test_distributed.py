@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.processes import FORK
 from torch import nn
 
 from pipeline.data import order
@@ -194,7 +195,12 @@ def test_synchronised_statistics_are_those_of_one_big_batch(sizes, tmp_path):
     whole = nn.Sequential(nn.BatchNorm2d(5))
     nn.init.normal_(whole[0].weight), nn.init.normal_(whole[0].bias)
     torch.save({"x": x, "weight": weight, "state": whole.state_dict()}, tmp_path / "data")
-    torch.multiprocessing.spawn(_statistics, (str(tmp_path), sizes), len(sizes))
+    children = [FORK.Process(target=_statistics, args=(rank, str(tmp_path), sizes)) for rank in range(len(sizes))]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * len(sizes)
     found = [torch.load(tmp_path / str(rank)) for rank in range(len(sizes))]
     double = x.double().requires_grad_()
     whole = whole.double()
