@@ -105,8 +105,7 @@ class TrainStudent(Training):
     """Network NAME, or NAME@WEIGHTS to start from."""
     loss: Loss = "ccd"
     """ce: labels only; kd: w ≡ 1; ccd: augmented views weighted by the teacher's agreement with itself; ccd-mean: all
-    weighted by the mean of that, its fair control; all others: see
-    pipeline/training/methods."""
+    weighted by the mean of that, its fair control; all others: see docs/methods.md."""
     loss_option: tuple[str, ...] = ()
     """Options of the loss as NAME=VALUE, several behind each other; its file in pipeline/training/methods has them with
     their defaults, the authors'."""
