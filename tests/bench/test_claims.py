@@ -229,8 +229,8 @@ def test_an_interrupted_benchmark_continues_and_shares_what_is_finished(options,
     others = claims.run(dataclasses.replace(options, arms="others,losses", seeds=3))
     kinds = {(config.loss, config.augmented_fraction, config.seed) for config in taught[12:]}
     third = {(*arm, 2) for arm in arms}
-    new = {(loss, 0.0, seed) for loss in ("dkd", "dist", "standardised") for seed in range(3)}
-    new |= {(loss, 0.5, seed) for loss in ("dkd", "dist", "standardised") for seed in range(3)}
+    names = ("dkd", "dist", "standardised", "dytkd", "triplet", "ida", "calibrated")
+    new = {(loss, fraction, seed) for loss in names for fraction in (0.0, 0.5) for seed in range(3)}
     assert kinds == third | new and len(taught[12:]) == len(kinds)
     assert others["tables"]["losses"][0]["seeds"][:2] == first["tables"]["losses"][0]["seeds"]
 
