@@ -179,7 +179,7 @@ def policy(probability: float) -> Study:
 
 def others() -> Study:
     settings, contrasts = [], {}
-    for name in ("kd", "dkd", "dist", "standardised", "dytkd", "triplet", "ida", "calibrated"):
+    for name in ("kd", "dkd", "dist", "standardised", "dytkd", "triplet", "ida", "calibrated", "mjkd"):
         pairs, plain = setting(name), setting(name, fraction=0.0)
         settings += [plain, pairs]
         contrasts[f"{name} with JDA − originals alone"] = less(pairs, plain)

@@ -8,7 +8,8 @@ from pipeline.config.machine import Machine, Precision
 from pipeline.config.ranges import Count, Natural, NotNegative, Part, Positive, Range, Seed, Share
 
 Loss = Literal[
-    "ce", "kd", "ccd", "ccd-mean", "dkd", "dist", "standardised", "energy", "dytkd", "triplet", "ida", "calibrated"
+    "ce", "kd", "ccd", "ccd-mean", "dkd", "dist", "standardised", "energy", "dytkd", "triplet", "ida", "calibrated",
+    "mjkd",
 ]  # fmt: skip
 
 

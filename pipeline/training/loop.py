@@ -41,6 +41,8 @@ class Job:
     """What is minimised in an epoch, given its labels."""
     beside: torch.nn.Module | None = None
     """What that has of its own from epoch to epoch."""
+    apart: float = 0.0
+    """Of the momenta of two losses, if it takes them apart."""
     about: dict = field(default_factory=dict)
     """Facts for the run's report."""
 
@@ -60,7 +62,7 @@ def fit(job: Job) -> dict:
         replay.least = _least(config, network, replay)
         stack.enter_context(replay)
         if config.dry_run:
-            return dry_run.run(config, replay, job.objective, *prepare(config, network, job.beside))
+            return dry_run.run(config, replay, job.objective, *prepare(config, network, job.beside, job.apart))
         run = _Run(job, network, stack)
         with (
             progress("train", config.epochs * run.steps, "steps", run.done, show=run.first) as advance,
@@ -134,7 +136,7 @@ class _Run:
             }
             checkpoint.open_run(config, sources)
         ranks.after_first("run")
-        self.trainee, self.forward = prepare(config, network, job.beside)
+        self.trainee, self.forward = prepare(config, network, job.beside, job.apart)
         self.epoch, self.step, sums = 0, 0, None
         if (config.resume or ranks.restarted()) and (state := checkpoint.load(config.out)):
             self.trainee.restore(state)

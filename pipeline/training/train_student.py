@@ -18,7 +18,7 @@ from pipeline.networks.teacher import Teacher
 from pipeline.replay import Replay
 from pipeline.system import device as devices
 from pipeline.system import ranks
-from pipeline.training import methods
+from pipeline.training import methods, momenta
 from pipeline.training.checks import TeacherCheck
 from pipeline.training.loop import Job, fit
 from pipeline.training.methods import Method
@@ -83,7 +83,7 @@ def run(config: TrainStudent) -> dict:
 
     teachers = ", ".join(each.manifest.teacher for each in (store, *others) if each)
     about = {"store": config.store, "teacher": config.live_teacher or teachers or None}
-    return fit(Job(config, replay, student, objective, kept, about))
+    return fit(Job(config, replay, student, objective, kept, method.apart, about))
 
 
 def _combined(config: TrainStudent, index: Index, each: Sequence[Labels]) -> Labels:
@@ -146,6 +146,8 @@ def _check_several(
 def _check(config: TrainStudent, method: Method, index: Index, store: Store | None, others: Sequence[Store]) -> None:
     """Raise UserError unless the options suit each other, and what they know of the store is in its manifest."""
     taught = "logits" in method.needs
+    if method.apart:
+        momenta.require(config, method.apart)
     _check_several(config, method, index, store, others)
     if not store:
         if taught and not config.live_teacher:

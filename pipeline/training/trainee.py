@@ -16,6 +16,7 @@ from pipeline.system import device as devices
 from pipeline.system import ranks
 from pipeline.training import batch_norm
 from pipeline.training.meter import Clock
+from pipeline.training.momenta import Momenta
 from pipeline.training.objectives import Objective, Seen, entropy
 from pipeline.views.batch import Batch
 
@@ -30,9 +31,12 @@ class Trainee:
     average: AveragedModel | None
     beside: torch.nn.Module | None = None
     """What the method keeps beside the network."""
+    momenta: Momenta | None = None
+    """For a method that takes two gradients apart."""
 
     def state(self) -> dict:
         beside = {"beside": self.beside.state_dict()} if self.beside else {}
+        beside |= {"velocity": self.momenta.velocity} if self.momenta else {}
         return {
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -49,6 +53,9 @@ class Trainee:
             self.average.load_state_dict(state["average"])
         if self.beside:
             self.beside.load_state_dict(state["beside"])
+        if self.momenta:
+            for velocity, saved in zip(self.momenta.velocity, state["velocity"], strict=True):
+                velocity.copy_(saved)
 
     def pace(self, rate: float) -> None:
         """Set the learning rate."""
@@ -61,7 +68,9 @@ class Trainee:
         return self.average.module if self.average else self.module
 
 
-def prepare(config: Training, network: Placed, beside: torch.nn.Module | None = None) -> tuple[Trainee, Placed]:
+def prepare(
+    config: Training, network: Placed, beside: torch.nn.Module | None = None, apart: float = 0.0
+) -> tuple[Trainee, Placed]:
     """The network, and what learns beside it, with their optimiser, and what to call with images."""
     module, device = network.module, network.device
     many = ranks.world() > 1
@@ -86,7 +95,8 @@ def prepare(config: Training, network: Placed, beside: torch.nn.Module | None = 
         )
     if config.compile:
         wrapped = torch.compile(wrapped)
-    return Trainee(module, optimizer, scaler, average, beside), replace(network, module=wrapped)
+    momenta = Momenta(module, optimizer, config, apart) if apart else None
+    return Trainee(module, optimizer, scaler, average, beside, momenta), replace(network, module=wrapped)
 
 
 def learning_rate(config: Training, epoch: float) -> float:
@@ -134,7 +144,11 @@ def take_step(
             seen = Seen(piece, mine, count, _scale(scaler), logged)
             loss, terms = objective(logits, seen)
             clock.lap("loss")
-            scaler.scale(loss).backward()
+            if trainee.momenta and loss.ndim:  # a rank without views has a scalar, 0
+                trainee.momenta.backward(loss)
+                loss = loss.sum()
+            else:
+                scaler.scale(loss).backward()
             clock.lap("backward")
         loss_sum = loss_sum + loss.detach()
         if logged and len(logits):
@@ -148,6 +162,8 @@ def take_step(
         torch.nn.utils.clip_grad_norm_(trainee.module.parameters(), config.clip)
     scaler.step(trainee.optimizer)
     scaler.update()
+    if trainee.momenta:
+        trainee.momenta.step(trainee.optimizer.param_groups[0]["lr"])
     if trainee.average:
         trainee.average.update_parameters(trainee.module)
     clock.lap("optimiser")

@@ -229,7 +229,7 @@ def test_an_interrupted_benchmark_continues_and_shares_what_is_finished(options,
     others = claims.run(dataclasses.replace(options, arms="others,losses", seeds=3))
     kinds = {(config.loss, config.augmented_fraction, config.seed) for config in taught[12:]}
     third = {(*arm, 2) for arm in arms}
-    names = ("dkd", "dist", "standardised", "dytkd", "triplet", "ida", "calibrated")
+    names = ("dkd", "dist", "standardised", "dytkd", "triplet", "ida", "calibrated", "mjkd")
     new = {(loss, fraction, seed) for loss in names for fraction in (0.0, 0.5) for seed in range(3)}
     assert kinds == third | new and len(taught[12:]) == len(kinds)
     assert others["tables"]["losses"][0]["seeds"][:2] == first["tables"]["losses"][0]["seeds"]

@@ -57,6 +57,12 @@ def test_what_a_method_cannot_do_is_refused_before_anything_is_written(tiny, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_two_momenta_that_do_not_suit_are_refused_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(UserError, match="--momentum does not suit two momenta"):
+        train_student.run(student(tiny, tmp_path / "run", "mjkd", momentum=0.99))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_live_teacher_has_energies_of_its_own(tiny, tmp_path):
     train_student.run(student(tiny, tmp_path / "run", "energy", live_teacher=tiny.teacher, epochs=1))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
 
 from cache.errors import UserError, did_you_mean
-from pipeline.training.methods import calibrated, ce, dist, dkd, dytkd, energy, ida, kd, standardised, triplet
+from pipeline.training.methods import calibrated, ce, dist, dkd, dytkd, energy, ida, kd, mjkd, standardised, triplet
 from pipeline.training.methods.base import Method, View
 from pipeline.training.methods.combined import loss
 
@@ -27,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
         triplet.Triplet,
         ida.Isotonic,
         calibrated.Calibrated,
+        mjkd.GradientControl,
     )
 }
 """By --loss."""

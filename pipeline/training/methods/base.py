@@ -45,6 +45,11 @@ class Method(Options):
     """Which `method` of `kernels.ccd_loss` is this term, for pairs."""
 
     @property
+    def apart(self) -> float:
+        """By how much the momentum of the soft gradient is above --momentum, and that of the hard one below; 0: one."""
+        return 0.0
+
+    @property
     def for_kernel(self) -> dict[str, Any]:
         """What else `kernels.ccd_loss` takes for it."""
         return {}

@@ -24,7 +24,8 @@ def loss(
     energy: Tensor | None = None,
     kept: nn.Module | None = None,
 ) -> Tensor:
-    """`reference.ccd_loss` with another soft term than KL -> scalar, differentiable in `student`.
+    """`reference.ccd_loss` with another soft term than KL -> scalar, differentiable in `student`; or its hard and its
+    soft part (2,), if the method takes their gradients apart.
 
         hard = mean of CE over all 2B rows
         soft = ½ · (mean_i soft_o,i + mean_i w_i · soft_a,i)
@@ -55,4 +56,5 @@ def loss(
         seen = View(student=z, teacher=t, target=target, weight=w, temperature=temperature, energy=of_view, kept=kept)
         soft = soft + (w * method.term(seen)).sum()
     hard_factor, soft_factor = reference.coefficients(temperature, alpha, kd_weight)
-    return (hard_factor * hard + soft_factor * soft) / (2 * count)
+    hard, soft = hard_factor * hard, soft_factor * soft
+    return (torch.stack([hard, soft]) if method.apart else hard + soft) / (2 * count)
