@@ -33,6 +33,7 @@ KINDS = ("reset", "503", "slow", "short", "cut", "reset in body")
 a length that fits; a body that ends early; a connection reset in its middle. On request only, "no ranges": the whole
 object in answer to a range."""
 
+_MOST = 4
 _buckets = count()
 
 
@@ -55,6 +56,7 @@ class Faults:
     requests: Counter[str] = field(default_factory=Counter)  # seen, by method
     made: Counter[str] = field(default_factory=Counter)
     ranges: list[str | None] = field(default_factory=list)
+    harmed: Counter[str | None] = field(default_factory=Counter)  # by range, so often in a row
     closing: threading.Event = field(default_factory=threading.Event)
     _random: random.Random = field(default_factory=lambda: random.Random(0))
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -64,8 +66,11 @@ class Faults:
             self.requests[method] += 1
             self.ranges.append(wanted)
             kind = self.script.popleft() if self.script else None
-            if kind is None and self._random.random() < self.rate:
+            # Clients try seven times: a range that chance harms as often in a row would say nothing of them.
+            spared = self.rate < 1 and self.harmed[wanted] >= _MOST
+            if kind is None and self._random.random() < self.rate and not spared:
                 kind = self._random.choice(self.kinds)
+            self.harmed[wanted] = self.harmed[wanted] + 1 if kind else 0
             if method == "HEAD" and kind in ("short", "cut", "reset in body"):
                 kind = "503"  # there is no body to harm
             self.made.update([kind] if kind else [])
@@ -75,7 +80,7 @@ class Faults:
         """No faults from here on, counters at zero, and dice as at the start."""
         self.rate, self.kinds = 0.0, KINDS
         self._random.seed(0)
-        for record in (self.script, self.requests, self.made, self.ranges):
+        for record in (self.script, self.requests, self.made, self.ranges, self.harmed):
             record.clear()
 
 
