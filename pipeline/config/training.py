@@ -9,7 +9,7 @@ from pipeline.config.ranges import Count, Natural, NotNegative, Part, Positive, 
 
 Loss = Literal[
     "ce", "kd", "ccd", "ccd-mean", "dkd", "dist", "standardised", "energy", "dytkd", "triplet", "ida", "calibrated",
-    "mjkd",
+    "mjkd", "bss", "tald"
 ]  # fmt: skip
 
 

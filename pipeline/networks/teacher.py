@@ -83,6 +83,10 @@ class Teacher:
         """Logits of a batch, f32 (B, 2, C) on the teacher's device, original before augmented."""
         return self.said(batch).logits
 
+    def of_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Logits f32 (M, C) of images (M, S, S, 3), floating ones in [0, 255] too: differentiable in these."""
+        return self._answer(pixels).float()
+
     def answers(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Said]]:
         """Batches, empty ones left out, with the answers."""
         for batch in batches:

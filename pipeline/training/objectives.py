@@ -40,12 +40,14 @@ class Objective(Protocol):
         """The views to look at, bool (V, B)."""
         ...
 
-    def begin(self, batch: Batch, chosen: np.ndarray) -> None:
-        """What can be done beside the network's pass over the views `chosen`, which comes next."""
+    def begin(self, batch: Batch, chosen: np.ndarray) -> Tensor | None:
+        """What can be done beside the network's pass over the views `chosen`, which comes next: also of more images, u8
+        (M, S, S, 3), after them."""
         ...
 
     def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (n, C) of the views that `seen.chosen` names, view by view -> loss, scalar, and means over pairs.
+        """Logits (n, C) of the views that `seen.chosen` names, view by view, and of what `begin` gave, -> loss, scalar,
+        and means over pairs. A method that takes two gradients apart has two losses, (2,).
 
         In a step that is not logged the loss may have no value but NaN; its gradient is the same.
         """
@@ -116,6 +118,8 @@ class Distillation:
         self._each_weight = "agreement" in self._method.needs
         self._factors = _factors(config, epoch)
         self._encoded: EncodedPairs | None = None
+        self._progress = epoch / config.epochs
+        self._more: Tensor | None = None
 
     def wants(self, batch: Batch) -> np.ndarray:
         """Views without labels are left out: a quarantined sample costs nothing."""
@@ -124,12 +128,21 @@ class Distillation:
             chosen &= self._labels.known(batch.rows)
         return chosen
 
-    def begin(self, batch: Batch, chosen: np.ndarray) -> None:
-        """Labels that kernels decode do not wait for the network."""
+    def begin(self, batch: Batch, chosen: np.ndarray) -> Tensor | None:
+        """Labels that kernels decode do not wait for the network. What a method makes of images comes before it."""
         labels, self._encoded = self._labels, None
         on_gpu = bool(labels and not self._teacher and labels.device.type == "cuda" and chosen.any())
         if labels and labels.in_codes and on_gpu and self._by_pairs(chosen, on_gpu):
             self._encoded = labels.pairs(batch.rows[chosen[0]]).beside()
+        self._more = self._invented(batch) if "attack" in self._method.needs and chosen.any() else None
+        return self._more
+
+    def _invented(self, batch: Batch) -> Tensor | None:
+        assert self._teacher
+        images = devices.put(batch.original, self._teacher.device).float()
+        target = devices.put(batch.labels, images.device)
+        made = self._method.invent(images, target, self._teacher.of_pixels, self._config.temperature)
+        return made.round().clamp(0, 255).to(torch.uint8) if len(made) else None
 
     def _by_pairs(self, chosen: np.ndarray, on_gpu: bool) -> bool:
         """Whether `ccd_loss` takes these views. On a CPU other methods than KL are faster without it, in float32."""
@@ -137,6 +150,19 @@ class Distillation:
         return bool(kernel and (kernel == "kd" or on_gpu) and (chosen[0] == chosen[1]).all())
 
     def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        if self._more is None or not self._teacher:
+            return self._of_views(logits, seen)
+        views = int(seen.chosen.sum())
+        with torch.no_grad():
+            said = self._teacher.of_pixels(self._more)
+        loss, terms = self._of_views(logits[:views], seen)
+        temperature = self._config.temperature
+        _, factor = reference.coefficients(temperature, self._factors["alpha"], self._factors["kd_weight"])
+        beyond = reference.kl_divergence(logits[views:].float(), said, temperature).mean()
+        loss = loss + self._method.weight(self._progress) * factor * beyond
+        return loss, terms | {"kl_attack": beyond.detach()} if seen.logged else terms
+
+    def _of_views(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         for check in self._checks:
             check(seen.batch)
         config, chosen = self._config, seen.chosen

@@ -146,6 +146,8 @@ def _check_several(
 def _check(config: TrainStudent, method: Method, index: Index, store: Store | None, others: Sequence[Store]) -> None:
     """Raise UserError unless the options suit each other, and what they know of the store is in its manifest."""
     taught = "logits" in method.needs
+    if "attack" in method.needs and not config.live_teacher:
+        raise UserError(f"--loss {config.loss} needs the teacher's gradient", found="none", fix="give --live-teacher")
     if method.apart:
         momenta.require(config, method.apart)
     _check_several(config, method, index, store, others)

@@ -138,7 +138,8 @@ def take_step(
             images = images[devices.put(np.flatnonzero(mine), images.device)]
         module, last = forward.module, number + 1 == len(parts)
         with nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync():
-            objective.begin(piece, mine)
+            if (more := objective.begin(piece, mine)) is not None:
+                images = torch.cat([devices.put(images, more.device), more])
             logits = forward(images)
             clock.lap("forward")
             seen = Seen(piece, mine, count, _scale(scaler), logged)

@@ -19,7 +19,7 @@ from pipeline.labels import precompute, verify
 from pipeline.networks import models
 from pipeline.networks.placed import placed
 from pipeline.training import objectives, train_student, trainee
-from pipeline.training.methods import make
+from pipeline.training.methods import METHODS, make
 from pipeline.views import policy as policies
 
 STEPS = 20
@@ -35,7 +35,8 @@ def student(tiny: Tiny, out: Path, loss: str, **changes) -> TrainStudent:
 
 @pytest.mark.parametrize("loss", get_args(Loss))
 def test_each_method_runs_by_its_switch(tiny, tmp_path, loss):
-    train_student.run(run := student(tiny, tmp_path / "run", loss))
+    live = tiny.teacher if "attack" in METHODS[loss].needs else None
+    train_student.run(run := student(tiny, tmp_path / "run", loss, live_teacher=live))
     steps = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     assert sum("step" in record for record in steps) == STEPS // 5
     assert all(np.isfinite(record["loss"]) and record["loss"] > 0 for record in steps)

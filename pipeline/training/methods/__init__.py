@@ -6,7 +6,21 @@ from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
 
 from cache.errors import UserError, did_you_mean
-from pipeline.training.methods import calibrated, ce, dist, dkd, dytkd, energy, ida, kd, mjkd, standardised, triplet
+from pipeline.training.methods import (
+    bss,
+    calibrated,
+    ce,
+    dist,
+    dkd,
+    dytkd,
+    energy,
+    ida,
+    kd,
+    mjkd,
+    standardised,
+    tald,
+    triplet,
+)
 from pipeline.training.methods.base import Method, View
 from pipeline.training.methods.combined import loss
 
@@ -28,6 +42,8 @@ METHODS: dict[str, type[Method]] = {
         ida.Isotonic,
         calibrated.Calibrated,
         mjkd.GradientControl,
+        bss.BoundarySamples,
+        tald.AdversarialLocal,
     )
 }
 """By --loss."""

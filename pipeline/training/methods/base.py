@@ -1,5 +1,6 @@
 """What a method of distillation is: one a file beside this one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Options, TrainStudent
 
-Need = Literal["logits", "agreement", "mean agreement", "energy", "labels", "two classes"]
+Need = Literal["logits", "agreement", "mean agreement", "energy", "labels", "two classes", "attack"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Method(Options):
     needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
     """logits: what a teacher says of each view; without them there is no teacher. agreement: w weighs the augmented
     views; mean agreement: its mean over an epoch's stored labels does. energy: −logsumexp of the teacher's raw logits.
-    labels: those of the data set."""
+    labels: those of the data set. attack: a live teacher, whose gradient makes more images."""
     kernel: ClassVar[str | None] = None
     """Which `method` of `kernels.ccd_loss` is this term, for pairs."""
 
@@ -53,6 +54,19 @@ class Method(Options):
     def for_kernel(self) -> dict[str, Any]:
         """What else `kernels.ccd_loss` takes for it."""
         return {}
+
+    def invent(self, images: Tensor, target: Tensor, answer: Callable[[Tensor], Tensor], temperature: float) -> Tensor:
+        """Of a method that needs an attack: images f32 (M, S, S, 3), which the student learns the teacher's answers for
+        beside its views, by KL at T.
+
+        `images`: the original views f32 (B, S, S, 3) in [0, 255]; `target` i64 (B,); `answer`: from such images to the
+        teacher's logits (B, C), differentiable.
+        """
+        raise NotImplementedError
+
+    def weight(self, progress: float) -> float:
+        """How often the mean over those images counts, by the share of the run that is over."""
+        raise NotImplementedError
 
     def keeps(self, config: TrainStudent) -> nn.Module | None:
         """What there is beside the student from the first step to the last: buffers, and parameters that learn with it.
