@@ -8,10 +8,11 @@ from cache.errors import UserError
 if TYPE_CHECKING:
     from cache import codec
     from cache.store.beside import BESIDE_BYTES, pair_digest
-    from cache.store.blocks import Block, Store, open
+    from cache.store.blocks import Block, Store
     from cache.store.making import create, exists, extend
     from cache.store.manifest import Manifest, check, difference
     from cache.store.moving import copy, prune
+    from cache.store.opening import open
     from cache.store.plane import Plane
     from cache.store.planes import planes
     from cache.store.shared import Share
@@ -39,10 +40,11 @@ __all__ = [
 
 _MODULES = {
     "cache.store.beside": ("BESIDE_BYTES", "pair_digest"),
-    "cache.store.blocks": ("Block", "Store", "open"),
+    "cache.store.blocks": ("Block", "Store"),
     "cache.store.making": ("create", "exists", "extend"),
     "cache.store.manifest": ("Manifest", "check", "difference"),
     "cache.store.moving": ("copy", "prune"),
+    "cache.store.opening": ("open",),
     "cache.store.plane": ("Plane",),
     "cache.store.planes": ("planes",),
     "cache.store.shared": ("Share",),

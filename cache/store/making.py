@@ -11,9 +11,10 @@ import numpy as np
 from cache import codec as codecs
 from cache.errors import UserError
 from cache.store import layout
-from cache.store.blocks import GROWING, ROOT, Store, open, padded
+from cache.store.blocks import GROWING, ROOT, Store, padded
 from cache.store.manifest import Manifest, check
 from cache.store.objects import Damaged, Files, connect, framed, place_of
+from cache.store.opening import open
 
 
 def create(path: str | Path, manifest: Manifest, status: np.ndarray, key_hash: np.ndarray) -> Store:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from cache.errors import UserError
 from cache.store import layout
-from cache.store.blocks import ROOT, Progress, Store, open
+from cache.store.blocks import ROOT, Progress, Store
 from cache.store.making import exists, holds
 from cache.store.objects import connect, each, place_of
+from cache.store.opening import open
 
 
 def copy(store: Store, to: str | Path, progress: Progress | None = None) -> Store:
