@@ -1,8 +1,11 @@
 """The timing harness counts what it should, and the arms of the loader benchmark do the work they claim."""
 
+import dataclasses
+import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,11 +22,13 @@ from support.commands import command, refused
 from support.images import jpeg, pixels
 from support.tars import tar_of
 
-from bench import harness
+from bench import MODULES, TAKES, harness
 from bench.harness import Slot
 from bench.loader import arms, pillow, suite
+from bench.whole import all as all_suites
 from cache import UserError
 from kernels.jda.ops import Op
+from pipeline.config import Bench
 from pipeline.data import prepare
 from pipeline.data.index import Index
 from pipeline.system import machine as machines
@@ -263,6 +268,28 @@ def test_what_a_user_gets_wrong_is_one_line(small, tmp_path, capsys):
     assert "--threads out of range" in line("--threads", -1)
     assert "no folder for" in line("--data", small, "--json", tmp_path / "none" / "found.json")
     assert "invalid choice" in refused(capsys, "bench", "loder")
+
+
+def test_an_option_that_a_suite_ignores_is_refused(capsys):
+    said = refused(capsys, "bench", "loader", "--batch-size", 32, "--seeds", 3)
+    assert "bench loader has no option --seeds; found 3, expected --arms, --batch-size, --data, --json" in said
+
+
+@pytest.mark.parametrize("suite", MODULES)
+def test_a_suite_takes_what_it_looks_at(suite):
+    """Both ways, in its module; the claims choose their data in another file."""
+    fields = {field.name for field in dataclasses.fields(Bench)} - {"suite"}
+    takes = set(TAKES[suite].split())
+    if suite == "all":
+        of_suites = {name for one in all_suites.SUITES for name in TAKES[one].split()}
+        assert takes == of_suites
+        return
+    path = Path(importlib.util.find_spec(MODULES[suite]).origin)
+    text = path.read_text()
+    if suite == "claims":
+        text += path.with_name("data.py").read_text()
+    looked_at = set(re.findall(r"\b(?:config|options)\.([a-z_]+)", text)) & fields
+    assert looked_at == takes
 
 
 def test_an_arm_that_is_killed_or_cannot_read_is_one_line(small, tmp_path):
