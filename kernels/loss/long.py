@@ -259,8 +259,6 @@ def long_loss(
     if HARD:
         label, known, hard = target_of(target, row, live, hard, CLASSES)
         label -= head
-        z_y = tl.load(student + label, mask=live, other=0).to(COMPUTE)
-        t_y = tl.load(teacher + label, mask=live, other=0).to(COMPUTE)
     by_z, varies = 1.0, live
     if METHOD == STANDARDISED:
         first_z = tl.load(student - head, mask=live, other=0).to(COMPUTE)
@@ -294,6 +292,9 @@ def long_loss(
             z, t, c, c_t, top_z, top_t, shift_z, shift_t, shift_h, sum_h, sum_q, sum_p, POWER
         )
 
+    if HARD:  # not before: no register need hold them in the first pass
+        z_y = tl.load(student + label, mask=live, other=0).to(COMPUTE)
+        t_y = tl.load(teacher + label, mask=live, other=0).to(COMPUTE)
     # Threads and edges together.
     z_edge, t_edge = _others(z_edge, t_edge, edge, label, METHOD)
     edge_z, edge_t = tl.max(z_edge, 0), tl.max(t_edge, 0)
