@@ -28,6 +28,7 @@ _OPERATIONAL = {
         "check_steps",
         "data",
         "store",
+        "more_stores",
         "policy",
     ),
 }
@@ -40,7 +41,7 @@ def open_run(config: Training, sources: dict) -> None:
     and `--resume` was not given, or if one of them or an option that decides the result differs.
     """
     path = config.out / "config.json"
-    options = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    options = _as_json(dataclasses.asdict(config))
     if config.out.exists() and not config.resume and not ranks.restarted():
         raise UserError(
             f"output folder {config.out} exists", fix="pass --resume to continue it, or choose another --out"
@@ -51,7 +52,7 @@ def open_run(config: Training, sources: dict) -> None:
         write_atomically(path, json.dumps(options, indent=1).encode())
         return
     before = _read(path)
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = _as_json({field.name: field.default for field in dataclasses.fields(config)})
     for key in options.keys() - _OPERATIONAL:
         then = before.get(key, defaults[key])  # an option may be younger than the run
         if then != options[key]:
@@ -71,6 +72,11 @@ def open_run(config: Training, sources: dict) -> None:
             expected=f"{expected!s:.80}",
             fix="give what the run was made of, or choose another --out",
         )
+
+
+def _as_json(options: dict) -> dict:
+    """As a file has them: paths are text, tuples are lists."""
+    return json.loads(json.dumps(options, default=str))
 
 
 def _read(path: Path) -> dict:

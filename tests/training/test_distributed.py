@@ -166,6 +166,16 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, digits, labels, t
     np.testing.assert_allclose(losses(found), losses(records(alone)), rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [("--loss=mjkd",), ("--loss=dytkd", "--loss-option", "high=0", "rise=0.01")], ids=lambda flags: flags[0]
+)
+def test_what_a_method_keeps_is_the_same_in_all_processes(digits, labels, tmp_path, flags):
+    """Its gradients, or the loss that it is told, are those of all of them."""
+    found = [run(tmp_path / str(world), digits, labels, CALM, "--epochs=1", *flags, world=world) for world in (1, 2)]
+    np.testing.assert_allclose(losses(found[0]), losses(found[1]), rtol=1e-5)
+
+
 # Batch statistics
 
 

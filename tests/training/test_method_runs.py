@@ -112,6 +112,18 @@ def test_the_share_of_lower_energies_counts_labels(tiny):
             assert found[row, view] == pytest.approx((known < energy[row, view]).mean())
 
 
+def test_a_run_from_before_there_were_such_options_goes_on(tiny, tmp_path):
+    train_student.run(run := student(tiny, tmp_path / "run", "kd", epochs=1))
+    path = run.out / "config.json"
+    older = json.loads(path.read_text())
+    for name in ("loss_option", "more_stores", "together", "store_weights"):
+        del older[name]
+    path.write_text(json.dumps(older))
+    train_student.run(dataclasses.replace(run, resume=True))
+    with pytest.raises(UserError, match="--together differs; found logits, expected probabilities"):
+        train_student.run(dataclasses.replace(run, resume=True, together="logits"))
+
+
 def test_what_a_method_keeps_is_in_checkpoints(tiny, tmp_path):
     """A temperature that rises by a hundredth each step, whatever the loss."""
     option = ("high=0", "rise=0.01")
