@@ -5,6 +5,7 @@ from pathlib import Path
 import pipeline  # noqa: F401, before torch and NumPy are imported here and in child processes  # isort: skip
 
 import pytest
+from support.passes import network, teacher_pass
 from support.tars import mixed_tar, tar_of
 
 from pipeline.config import PrecomputeTeacher
@@ -72,3 +73,17 @@ def labels(digits, teacher, tmp_path_factory) -> Path:
         )
     )
     return store
+
+
+@pytest.fixture(scope="session")
+def certain(digits, tmp_path_factory) -> str:
+    """A teacher with random weights whose logits are as varied as a trained one's."""
+    path = tmp_path_factory.mktemp("certain") / "teacher.safetensors"
+    models.save_weights(network(digits), path)
+    return f"cifar/resnet8@{path}"
+
+
+@pytest.fixture(scope="session")
+def featured(digits, certain, tmp_path_factory) -> Path:
+    """A store of a view of the digits with that teacher's features."""
+    return teacher_pass(digits, certain, tmp_path_factory.mktemp("featured") / "labels.zarr", views=1, features=True)

@@ -63,6 +63,13 @@ class Features:
         weight = np.frombuffer(self.weight, "<f4").reshape(self.classes, self.width)
         return weight, np.frombuffer(self.bias, "<f4")
 
+    def principal(self, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The features' mean f32 (F,) and, of length 1, at most so many directions f32 (k, F) by falling variance."""
+        steps = self.code.synthesis
+        length = np.linalg.norm(steps, axis=1)
+        found = np.argsort(-self.code.array("spread")[0] * length, kind="stable")[:most]
+        return self.code.array("mean").copy(), steps[found] / length[found, None]
+
     def encode(self, features: np.ndarray, stream: np.ndarray) -> np.ndarray:
         """f32 (B, 2, F), u64 (B,) -> u8 (B, row_bytes). Raises UserError for features that no codec keeps."""
         require_encodable(features, self.width, "feature")

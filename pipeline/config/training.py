@@ -9,7 +9,7 @@ from pipeline.config.ranges import Count, Natural, NotNegative, Part, Positive, 
 
 Loss = Literal[
     "ce", "kd", "ccd", "ccd-mean", "dkd", "dist", "standardised", "energy", "dytkd", "triplet", "ida", "calibrated",
-    "mjkd", "bss", "tald"
+    "mjkd", "bss", "tald", "fitnet", "simkd", "crd", "vid", "ft",
 ]  # fmt: skip
 
 
@@ -106,7 +106,8 @@ class TrainStudent(Training):
     """Network NAME, or NAME@WEIGHTS to start from."""
     loss: Loss = "ccd"
     """ce: labels only; kd: w ≡ 1; ccd: augmented views weighted by the teacher's agreement with itself; ccd-mean: all
-    weighted by the mean of that, its fair control; all others: see docs/methods.md."""
+    weighted by the mean of that, its fair control; fitnet, simkd, crd, vid, ft: by features, of a store that was made
+    with --features; all others: see docs/methods.md."""
     loss_option: tuple[str, ...] = ()
     """Options of the loss as NAME=VALUE, several behind each other; its file in pipeline/training/methods has them with
     their defaults, the authors'."""

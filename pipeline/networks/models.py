@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from cache.errors import did_you_mean
 from pipeline.data import classes as class_lists
 from pipeline.data.classes import Classes
 from pipeline.networks import called, cifar, weights
+from pipeline.networks.features import Both, Chosen, Reusing
 from pipeline.system.terminal import note
 
 FAMILIES = ("cifar", "timm")
@@ -73,6 +73,8 @@ def create(spec: str, classes: int | Classes, *, seed: int | None = None) -> Net
         build = _timm if family == "timm" else _cifar
         module = build(rest, wanted.count, pretrained, start)
     config: Mapping[str, Any] = getattr(module, "pretrained_cfg", {})
+    if found and not start:
+        module = Reusing.like(module, found.state) or module
     mean, std = (tuple(config[key]) if key in config else None for key in ("mean", "std"))
     if found:
         fitted = weights.fit(found, module.state_dict(), name, wanted, _head(module), start=start)
@@ -111,19 +113,6 @@ def of_callable(function: Callable[[Tensor], Any], classes: int | Classes, *, na
     mean, std = (tuple(map(float, values)) if values is not None else None for values in said)
     name = name or f"{called.PREFIX}{getattr(function, '__qualname__', type(function).__name__)}"
     return Network(module, name, wanted.count, mean, std, identity, wanted)
-
-
-class Chosen(nn.Module):
-    """Some of a network's outputs, i64 (C,), in this order."""
-
-    def __init__(self, module: nn.Module, outputs: np.ndarray):
-        super().__init__()
-        self.module = module
-        self.outputs: Tensor
-        self.register_buffer("outputs", torch.from_numpy(outputs), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.module(images)[:, self.outputs]
 
 
 def narrowed(network: Network, classes: Classes, class_map: Path | None) -> Network:
@@ -180,7 +169,7 @@ def least_views(network: Network, size: int) -> int:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = module.train()(torch.zeros(1, 3, size, size, device=next(module.parameters()).device))
-        if not isinstance(logits, torch.Tensor):
+        if not isinstance(logits, torch.Tensor | Both):
             raise UserError(
                 f"network {network.name} has several heads in training", fix="choose one with a single head"
             )

@@ -3,12 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pipeline.networks import weights
+from pipeline.networks.features import Learner
 from pipeline.networks.models import Network, probe
 from pipeline.system import device as devices
 from pipeline.views.policy import Policy
@@ -45,8 +47,9 @@ class Placed:
     size: int | None = None
     """Side in pixels that normalised images are resized to, bilinear and antialiased; None: they stay as they are."""
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """u8 (B, S, S, 3) on any device -> logits (B, C) on this one, in the precision's type."""
+    def __call__(self, images: Tensor) -> Any:
+        """u8 (B, S, S, 3) on any device -> logits (B, C) on this one, in the precision's type; what a module of
+        `networks.features` answers instead, if it is one."""
         with torch.autocast(self.device.type, dtype=_DTYPES.get(self.precision), enabled=self.precision in _DTYPES):
             seen = self.normalise(images)
             if self.size not in (None, seen.shape[-1]):
@@ -58,7 +61,7 @@ class Placed:
         about = {"mean": json.dumps(self.mean), "std": json.dumps(self.std)}
         if self.network.class_list:
             about["classes"] = json.dumps(self.network.class_list.to_json())
-        weights.save(self.module, path, about)
+        weights.save(self.module.exported if isinstance(self.module, Learner) else self.module, path, about)
 
 
 def placed(

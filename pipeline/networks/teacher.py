@@ -48,7 +48,7 @@ class Teacher:
         self._answer.module.eval()
         self.head: Head | None = None
         if features:
-            made = tapped(network, size or policy.base.size, "--teacher")
+            made = tapped(network.module, size or policy.base.size, f"--teacher {network.name}")
             self._answer, self.head = dataclasses.replace(self._answer, module=made.eval()), head(made)
         if compile:
             self._answer = dataclasses.replace(self._answer, module=torch.compile(self._answer.module))

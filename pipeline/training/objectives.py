@@ -33,6 +33,8 @@ class Seen:
     loss_scale: Tensor | None = None
     logged: bool = False
     """Whether the loss is asked for and what it is made of, and not its gradient alone."""
+    features: Tensor | None = None
+    """What `networks.features.Learner` answered of each view (n, ·), beside the logits."""
 
 
 class Objective(Protocol):
@@ -116,7 +118,7 @@ class Distillation:
             _shares_below(labels.plane) if labels and not teacher and "energy" in self._method.needs else None
         )
         self._each_weight = "agreement" in self._method.needs
-        self._factors = _factors(config, epoch)
+        self._factors = factors(config, epoch)
         self._encoded: EncodedPairs | None = None
         self._progress = epoch / config.epochs
         self._more: Tensor | None = None
@@ -254,7 +256,7 @@ def _shares_below(plane: Plane) -> np.ndarray:
     return (np.searchsorted(known, plane.energy) / max(len(known), 1)).astype(np.float32)
 
 
-def _factors(config: TrainStudent, epoch: int) -> dict[str, float]:
+def factors(config: TrainStudent, epoch: int) -> dict[str, float]:
     """alpha and kd_weight that leave the hard term as it is and fade the soft one in."""
     part = (epoch + 1) / config.kd_warmup_epochs if epoch + 1 < config.kd_warmup_epochs else 1.0
     shares = config.alpha + (1 - config.alpha) * part

@@ -1,27 +1,33 @@
 """Training a student on stored soft labels, or beside its teacher: what it learns from; `training.loop` is the loop."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 import cache
 from cache import Store, UserError
 from pipeline.config import TrainStudent
 from pipeline.data.index import Index, open_data
 from pipeline.labels.agreement import look
-from pipeline.labels.epochs import Labels, numbered_alike
+from pipeline.labels.epochs import Labels, features_of, numbered_alike
 from pipeline.labels.several import Several, require_same_views
 from pipeline.networks import models
+from pipeline.networks.features import Learner, tapped
+from pipeline.networks.models import Network
 from pipeline.networks.teacher import Teacher
 from pipeline.replay import Replay
 from pipeline.system import device as devices
 from pipeline.system import ranks
 from pipeline.training import methods, momenta
 from pipeline.training.checks import TeacherCheck
+from pipeline.training.imitation import Imitation
 from pipeline.training.loop import Job, fit
 from pipeline.training.methods import Method
+from pipeline.training.methods.features import FeatureMethod
 from pipeline.training.objectives import CrossEntropy, Distillation, Objective, choice
 from pipeline.views import policy as policies
 from pipeline.views.policy import Policy
@@ -69,6 +75,9 @@ def run(config: TrainStudent) -> dict:
     teacher = _teacher(config, spec, index, replay.policy, size) if spec else None
 
     kept = method.keeps(config)
+    learner = _learner(config, method, student, store, replay.policy) if isinstance(method, FeatureMethod) else None
+    if learner:
+        student = dataclasses.replace(student, module=learner)
 
     def objective(epoch: int, stored: Labels | None) -> Objective:
         if not taught:
@@ -79,6 +88,8 @@ def run(config: TrainStudent) -> dict:
         if teacher and store:
             expected = store.manifest.fidelity.get("kl", {}).get("4", _UNKNOWN_KL)
             checks = (TeacherCheck(stored, teacher, config.check_steps, expected),)
+        if learner:
+            return Imitation(config, epoch, stored, learner, index, checks)
         return Distillation(config, epoch, labels=stored, checks=checks, kept=kept)
 
     teachers = ", ".join(each.manifest.teacher for each in (store, *others) if each)
@@ -89,6 +100,16 @@ def run(config: TrainStudent) -> dict:
 def _combined(config: TrainStudent, index: Index, each: Sequence[Labels]) -> Labels:
     target = index.records["label"].astype(np.int64)
     return Several.of(each, target, config.store_weights, config.together, config.temperature)
+
+
+def _learner(config: TrainStudent, method: FeatureMethod, student: Network, store: Store | None, policy) -> Learner:
+    """The student with what learns beside it, which starts from the seed. Raises UserError if it has no features."""
+    assert store  # as checked
+    code = features_of(store, f"--loss {config.loss}")
+    width = tapped(student.module, policy.base.size, f"--student {student.name}").classifier.in_features
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed + 1)  # torch.manual_seed would reseed the GPUs as well
+        return method.learner(student.module, width, code)
 
 
 def _teacher(config: TrainStudent, spec: str, index: Index, policy: Policy, size: int | None) -> Teacher:
@@ -134,6 +155,7 @@ def _check_several(
         ("--live-teacher", config.live_teacher),
         ("--check-teacher", config.check_teacher),
         (f"--loss {config.loss}, which needs energies,", "energy" in method.needs),
+        (f"--loss {config.loss}, which needs features,", "features" in method.needs),
     ):
         if given:
             raise UserError(f"{option} takes one store", found=f"{count}", fix="leave it or --more-stores out")
@@ -188,5 +210,8 @@ def _check(config: TrainStudent, method: Method, index: Index, store: Store | No
     if "two classes" in method.needs and index.classes < 2:
         fix = "take another --loss, or more classes"
         raise UserError(f"--loss {config.loss} needs two classes", found=index.classes, fix=fix)
+    if config.live_teacher and "features" in method.needs:
+        fix = "leave --live-teacher out, and give a --store made with --features"
+        raise UserError(f"--loss {config.loss} takes features from the store alone", found="--live-teacher", fix=fix)
     if config.live_teacher and "mean agreement" in method.needs:
         raise UserError(f"--loss {config.loss} needs the stored w of all samples", fix="leave --live-teacher out")

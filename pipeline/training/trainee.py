@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import Training
+from pipeline.networks.features import Both
 from pipeline.networks.placed import Placed
 from pipeline.system import device as devices
 from pipeline.system import ranks
@@ -140,9 +141,10 @@ def take_step(
         with nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync():
             if (more := objective.begin(piece, mine)) is not None:
                 images = torch.cat([devices.put(images, more.device), more])
-            logits = forward(images)
+            answer = forward(images)
+            logits, features = answer if isinstance(answer, Both) else (answer, None)
             clock.lap("forward")
-            seen = Seen(piece, mine, count, _scale(scaler), logged)
+            seen = Seen(piece, mine, count, _scale(scaler), logged, features)
             loss, terms = objective(logits, seen)
             clock.lap("loss")
             if trainee.momenta and loss.ndim:  # a rank without views has a scalar, 0

@@ -1,12 +1,11 @@
 """Features in the store: what the teacher's classifier was given, through the pass, verification and every loss."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.passes import network, teacher_pass
+from support.passes import teacher_pass
 from torch import nn
 
 import cache
@@ -27,34 +26,22 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def spec(digits, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    models.save_weights(network(digits), path)
-    return f"cifar/resnet8@{path}"
-
-
-@pytest.fixture(scope="module")
-def store(digits, spec, tmp_path_factory) -> Path:
-    return teacher_pass(digits, spec, tmp_path_factory.mktemp("s") / "features.zarr", views=1, features=True)
-
-
-@pytest.fixture(scope="module")
-def said(digits, spec):
+def said(digits, certain):
     """Rows, batch, features and logits of all good samples, by a hook on the classifier, in float64."""
     index, policy = Index.open(digits), policies.load(POLICY)
     (batch,) = Loader(index, policy, threads=1).batches(
         [(index.good, drawing.of(index.records[index.good], 5, 0, policy))]
     )
-    module, given = models.create(spec, 10).module.eval().double(), []
+    module, given = models.create(certain, 10).module.eval().double(), []
     module.fc.register_forward_hook(lambda layer, inputs, output: given.append(inputs[0]))
     with torch.inference_mode():
         logits = [module(images.permute(0, 3, 1, 2).double() / 127.5 - 1) for images in batch.images]
     return batch, torch.stack(given, 1).numpy(), torch.stack(logits, 1).numpy()
 
 
-def test_a_store_keeps_what_the_classifier_was_given(store, said):
+def test_a_store_keeps_what_the_classifier_was_given(featured, said):
     """Off by the noise that its manifest says, over as many samples as fit it; w is that of the raw logits."""
-    found, (batch, given, logits) = cache.open(store), said
+    found, (batch, given, logits) = cache.open(featured), said
     rows, weight = found.load_plane(0).gather(batch.rows)
     stream = found.stream(0, batch.rows)
     decoded = found.codec.features(rows, stream).astype(np.float64)
@@ -71,9 +58,9 @@ def test_a_store_keeps_what_the_classifier_was_given(store, said):
     np.testing.assert_allclose(weight, 1 + cosine, atol=1e-5)
 
 
-def test_the_gpus_path_decodes_the_same(store, said):
+def test_the_gpus_path_decodes_the_same(featured, said):
     """PyTorch's decoder, as on a GPU, against the codec's own in NumPy."""
-    found, rows = cache.open(store), said[0].rows[:40]
+    found, rows = cache.open(featured), said[0].rows[:40]
     labels = epochs.Labels(found, plane := found.load_plane(0), CPU, torch.from_numpy(plane.encoded))
     pairs, stream = labels.pairs(rows), found.stream(0, rows)
     for got, expected in (
@@ -85,11 +72,11 @@ def test_the_gpus_path_decodes_the_same(store, said):
 
 
 @pytest.mark.parametrize("loss", ["kd", "ccd", "dkd"])
-def test_losses_of_logits_are_those_of_the_heads_product(loss, store, said, digits, tmp_path):
+def test_losses_of_logits_are_those_of_the_heads_product(loss, featured, said, digits, tmp_path):
     """Against `kernels.reference` in float64, of the decoded features times the head."""
-    found, batch = cache.open(store), said[0]
+    found, batch = cache.open(featured), said[0]
     labels = epochs.Labels(found, plane := found.load_plane(0), CPU, torch.from_numpy(plane.encoded))
-    config = TrainStudent(data=digits, store=store, student="cifar/resnet8", out=tmp_path / "run", loss=loss)
+    config = TrainStudent(data=digits, store=featured, student="cifar/resnet8", out=tmp_path / "run", loss=loss)
     objective = Distillation(config, 0, labels=labels)
     chosen = objective.wants(batch)
     student = 3 * torch.randn(2, len(batch.rows), 10, generator=torch.Generator().manual_seed(1))
@@ -111,19 +98,19 @@ def test_losses_of_logits_are_those_of_the_heads_product(loss, store, said, digi
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_store_of_features_is_verified_shown_and_completed(store, digits, spec, tmp_path):
-    verify.run(Verify(store=str(store), data=digits, teacher=spec, device="cpu", fraction=0.3))
-    inspect.run(Inspect(store=str(store), data=digits, teacher=spec, out=tmp_path / "page.html", device="cpu"))
+def test_a_store_of_features_is_verified_shown_and_completed(featured, digits, certain, tmp_path):
+    verify.run(Verify(store=str(featured), data=digits, teacher=certain, device="cpu", fraction=0.3))
+    inspect.run(Inspect(store=str(featured), data=digits, teacher=certain, out=tmp_path / "page.html", device="cpu"))
     assert (tmp_path / "page.html").stat().st_size < 3_000_000
-    facts = stores._facts(cache.open(store))
+    facts = stores._facts(cache.open(featured))
     assert "features for T = 4, 0.05 nats; 64 features and their head" in facts["code"]
-    copied = cache.copy(cache.open(store), tmp_path / "copy.zarr").path
-    teacher_pass(digits, spec, copied, views=2)  # without --features: the store says what it keeps
+    copied = cache.copy(cache.open(featured), tmp_path / "copy.zarr").path
+    teacher_pass(digits, certain, copied, views=2)  # without --features: the store says what it keeps
     assert not cache.open(copied).missing_blocks()
-    np.testing.assert_array_equal(cache.open(copied).load_plane(0).encoded, cache.open(store).load_plane(0).encoded)
+    np.testing.assert_array_equal(cache.open(copied).load_plane(0).encoded, cache.open(featured).load_plane(0).encoded)
 
 
-def test_what_has_no_features_is_refused(digits, spec, labels, tmp_path):
+def test_what_has_no_features_is_refused(digits, certain, labels, tmp_path):
     """A codec of logits, a store of logits, a callable."""
     for changes, words in (
         ({"codec": "int8"}, "--features has a code of its own; found --codec int8"),
@@ -131,7 +118,7 @@ def test_what_has_no_features_is_refused(digits, spec, labels, tmp_path):
         ({"teacher": "python:support.passes.ten_pixels"}, "has no features to take; found a callable"),
     ):
         with pytest.raises(UserError, match=words):
-            fixed = dict(data=digits, teacher=spec, store=str(tmp_path / "none.zarr"), views=1, policy=POLICY)
+            fixed = dict(data=digits, teacher=certain, store=str(tmp_path / "none.zarr"), views=1, policy=POLICY)
             precompute.run(PrecomputeTeacher(**{**fixed, **changes}, features=True, device="cpu"))
     assert not (tmp_path / "none.zarr").exists()
 
@@ -146,7 +133,7 @@ def test_a_head_that_is_not_one_linear_layer_is_refused(how):
     else:
         network = dataclasses.replace(network, module=nn.Sequential(nn.Conv2d(3, 10, 1), nn.AdaptiveAvgPool2d(1)))
     with pytest.raises(UserError, match="--teacher cifar/resnet8 has no features to take"):
-        features.tapped(network, 32, "--teacher")
+        features.tapped(network.module, 32, f"--teacher {network.name}")
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224", "convnext_atto"])
@@ -154,16 +141,15 @@ def test_timms_networks_are_tapped_where_their_classifier_begins(name):
     """By a hook on it; with some of the outputs alone as well."""
     size = 224 if name.startswith("vit") else 64
     network = models.create(f"timm/{name}", 12, seed=0)
-    made, given = features.tapped(network, size, "--teacher").eval(), []
+    made, given = features.tapped(network.module, size, name).eval(), []
     made.classifier.register_forward_hook(lambda layer, inputs, output: given.append(inputs[0]))
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         whole, (logits, found) = network.module.eval()(images), made(images)
     torch.testing.assert_close(logits, whole)
     torch.testing.assert_close(found, given[0], rtol=0, atol=0)
-    outputs = np.array([3, 1, 7])
-    some = dataclasses.replace(network, module=models.Chosen(network.module, outputs), classes=3)
-    less = features.tapped(some, size, "--teacher").eval()
+    some = features.Chosen(network.module, np.array([3, 1, 7]))
+    less = features.tapped(some, size, name).eval()
     head = features.head(less)
     with torch.inference_mode():
         torch.testing.assert_close(less(images)[0], whole[:, [3, 1, 7]])

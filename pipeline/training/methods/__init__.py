@@ -10,16 +10,21 @@ from pipeline.training.methods import (
     bss,
     calibrated,
     ce,
+    crd,
     dist,
     dkd,
     dytkd,
     energy,
+    fitnet,
+    ft,
     ida,
     kd,
     mjkd,
+    simkd,
     standardised,
     tald,
     triplet,
+    vid,
 )
 from pipeline.training.methods.base import Method, View
 from pipeline.training.methods.combined import loss
@@ -44,6 +49,11 @@ METHODS: dict[str, type[Method]] = {
         mjkd.GradientControl,
         bss.BoundarySamples,
         tald.AdversarialLocal,
+        fitnet.FitNet,
+        simkd.SimKD,
+        crd.Contrastive,
+        vid.Variational,
+        ft.FactorTransfer,
     )
 }
 """By --loss."""
