@@ -131,7 +131,7 @@ def beside_bytes(name: str, logits: np.ndarray) -> float:
     """
     if not (name == "int8" or name.startswith("subspace")):
         return 0.0
-    squeezed = beside.squeezed(beside.rounded(weights(logits).astype(np.float32)).tobytes())
+    squeezed = beside.squeezed(beside.rounded(weights(logits).astype(np.float32), beside.WEIGHT_STEP).tobytes())
     return (len(squeezed) + 4 * len(logits) + 2 * _CRC_BYTES) / (2 * len(logits))
 
 

@@ -24,6 +24,7 @@ from cache.errors import UserError
 NOISE = 0.2
 CONFIG_KEYS = ("classes", "code", "weight", "bias")
 HEADER_KEYS = ("classes", "code", "head")
+_FEWER = "take more samples, or leave --features out"
 _MAX_HEAD = 1e6  # of a weight, as of a code's own arrays
 
 
@@ -103,7 +104,7 @@ def fit(
     reached, for fewer than `fitting.MIN_PAIRS` pairs, and for a head that is not finite.
     """
     fitting.require_budget(kl)
-    fitting.require_pairs(len(features), "take more samples, or leave --features out")
+    fitting.require_pairs(len(features), _FEWER)
     require_encodable(features, features.shape[2], "feature")
     vectors, exact = features.astype(np.float64), weight.astype(np.float64)
     logits = vectors @ exact.T + bias
@@ -120,7 +121,7 @@ def fit(
         noise = np.square(decoded - vectors[part]).sum(-1).mean()
         return divergence(logits[part], decoded @ exact.T + bias, temperature) + price * noise
 
-    code = fitting.search(vectors, directions, cost, kl)
+    code = fitting.search(vectors, directions, cost, kl, _FEWER)
     head = {"weight": weight.astype("<f4").tobytes(), "bias": bias.astype("<f4").tobytes()}
     made = Features(code, len(bias), **head)
     _require_head(made, "the teacher's head")

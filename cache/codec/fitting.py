@@ -49,7 +49,7 @@ def fit(logits: np.ndarray, kl: float, temperature: float = TEMPERATURE) -> Subs
     def cost(code: Subspace, part: slice, stream: np.ndarray) -> float:
         return measure(code, logits[part], stream, temperature=temperature).kl[temperature]
 
-    return search(_centred(logits), lambda part: _directions(logits[part], temperature), cost, kl)
+    return search(_centred(logits), lambda part: _directions(logits[part], temperature), cost, kl, "use --codec int8")
 
 
 def require_pairs(pairs: int, fix: str) -> None:
@@ -63,10 +63,12 @@ def search(
     find: Callable[[slice], "Directions"],
     cost: Callable[[Subspace, slice, np.ndarray], float],
     budget: float,
+    fix: str,
 ) -> Subspace:
     """The code of vectors f64 (n, 2, C), in random order, whose noise costs `budget` on held-out pairs.
 
     `find` gives the directions of some pairs; `cost` the nats that a code's noise costs on some, with dither keys.
+    `fix` is said if the budget is not reached.
     """
     cut = held_out(len(vectors))
     stream = np.arange(len(vectors) - cut, dtype=np.uint64)
@@ -87,7 +89,7 @@ def search(
             "no subspace code keeps these logits within the KL budget",
             found=f"{found:.3g} nats",
             expected=f"at most {budget:g}",
-            fix="use --codec int8",
+            fix=fix,
         )
     # The more pairs, the better the directions: 4,096 vectors for 512 of them cost a byte less than 3,072. The moments
     # stay those of pairs that the directions were not fitted to, rank by rank: in the fitted pairs themselves the last

@@ -160,7 +160,7 @@ class Reusing(Learner):
         _classifier(body).requires_grad_(False)
 
     def forward(self, images: Tensor) -> Both | Tensor:
-        projected = self.beside(_pooled(self.body, images)[:, :, None, None]).flatten(1)
+        projected = self.beside(_pooled(self.body, images))
         logits = nn.functional.linear(projected, self.weight, self.bias)  # pyright: ignore[reportArgumentType]
         return Both(logits, projected) if self.training else logits
 
@@ -179,8 +179,7 @@ class Reusing(Learner):
 
 
 def _projector(width: int, hidden: int, out: int) -> nn.Sequential:
-    """Three layers, of maps of one pixel: whoever shares batch statistics between processes does so here."""
-    return nn.Sequential(
+    return Pointwise(
         nn.Conv2d(width, hidden, 1, bias=False),
         nn.BatchNorm2d(hidden),
         nn.ReLU(inplace=True),
@@ -189,3 +188,10 @@ def _projector(width: int, hidden: int, out: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Conv2d(hidden, out, 1),
     )
+
+
+class Pointwise(nn.Sequential):
+    """Layers of maps, on features (n, ·) as maps of one pixel: processes share the batch statistics of such layers."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features[:, :, None, None]).flatten(1)

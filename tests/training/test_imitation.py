@@ -51,7 +51,7 @@ def normed(x: np.ndarray) -> np.ndarray:
 
 
 def paper_fitnet(learner, s, t, others, differ):
-    return ((affine(s, learner.beside) - t) ** 2).mean(1)
+    return ((normed(affine(s, learner.beside[0])) - t) ** 2).mean(1)
 
 
 def paper_simkd(learner, s, t, others, differ):
@@ -105,9 +105,8 @@ def test_a_term_is_its_papers(name):
     t, others = draw(VIEWS, 4)[:, 0].astype(np.float64), draw(OTHERS, 5)[:, 1].astype(np.float64)
 
     def term(features: torch.Tensor) -> torch.Tensor:
-        given = features[..., None, None] if name == "simkd" else features
         view = FeatureView(
-            student=learner.beside(given).flatten(1),
+            student=learner.beside(features),
             teacher=torch.from_numpy(t),
             others=torch.from_numpy(others),
             differ=torch.from_numpy(differ),
@@ -267,7 +266,7 @@ def test_what_has_no_features_is_refused(featured, labels, digits, certain, tmp_
         ),
         ({"live_teacher": certain}, "--loss fitnet takes features from the store alone"),
         ({"store": None, "live_teacher": certain}, "--loss fitnet takes features from the store alone"),
-        ({"student": "timm/test_vit4"}, "does not take images of 32"),
+        ({"student": "timm/vit_tiny_patch16_224"}, "does not take images of 32 x 32 pixels"),
         ({"student": "timm/resnetv2_50"}, "--student timm/resnetv2_50 has no features to take; found a classifier of"),
     ):
         with pytest.raises(UserError, match=words):

@@ -41,8 +41,8 @@ class Method(Options):
     needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
     """logits: what a teacher says of each view; without them there is no teacher. agreement: w weighs the augmented
     views; mean agreement: its mean over an epoch's stored labels does. energy: −logsumexp of the teacher's raw logits.
-    features: the teacher's, of a store that keeps them, see `methods.features`. labels: those of the data set. attack: a
-    live teacher, whose gradient makes more images."""
+    features: the teacher's, of a store that keeps them, see `methods.features`. labels: those of the data set. attack:
+    a live teacher, whose gradient makes more images."""
     kernel: ClassVar[str | None] = None
     """Which `method` of `kernels.ccd_loss` is this term, for pairs."""
 

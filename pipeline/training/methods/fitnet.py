@@ -8,16 +8,17 @@ from torch.nn.functional import cosine_similarity
 
 from cache.codec import Features
 from pipeline.config.ranges import NotNegative
-from pipeline.networks.features import Learner
+from pipeline.networks.features import Learner, Pointwise
 from pipeline.training.methods.features import FeatureMethod, FeatureView
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitNet(FeatureMethod):
-    """Mean square of W s + b − t, or 1 − its cosine: Romero et al., *FitNets: Hints for Thin Deep Nets*, ICLR 2015.
+    """Mean square of r(s) − t, or 1 − their cosine: Romero et al., *FitNets: Hints for Thin Deep Nets*, ICLR 2015.
 
-    The hint is the last one, the pooled features, and is learned together with the labels, as in RepDistiller (Tian et
-    al., ICLR 2020), from which beta is.
+    r is linear, with batch norm. The hint is the last one, the pooled features, and is learned together with the
+    labels, as in RepDistiller (Tian et al., ICLR 2020), from which beta is; r ends in ReLU there, which other teachers'
+    features may not suit.
     """
 
     name: ClassVar = "fitnet"
@@ -26,7 +27,7 @@ class FitNet(FeatureMethod):
     distance: Literal["mse", "cosine"] = "mse"
 
     def learner(self, body: nn.Module, width: int, code: Features) -> Learner:
-        return Learner(body, nn.Linear(width, code.width))
+        return Learner(body, Pointwise(nn.Conv2d(width, code.width, 1, bias=False), nn.BatchNorm2d(code.width)))
 
     def imitate(self, learner: Learner, view: FeatureView) -> Tensor:
         if self.distance == "cosine":
