@@ -36,7 +36,7 @@ class PrecomputeTeacher(Machine):
     """How a pair of logit vectors is kept; auto takes the smallest that is unbiased and within the budget."""
     features: bool = False
     """Keep the teacher's pooled features, which its last linear layer makes the logits of, in the place of these: for
-    fitnet, simkd, crd, vid and ft, and for every other loss as well. Takes one and a half times the bytes."""
+    fitnet, simkd, crd, vid and ft, and for every other loss as well. Takes two to three times the bytes."""
     kl_budget: Annotated[float | None, Range(0, above=True)] = None
     """Mean KL in nats at TEMPERATURE that the code may add to a label; by default 0.05, or an existing store's."""
     temperature: Annotated[float | None, Range(0, above=True)] = None

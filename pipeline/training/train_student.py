@@ -106,6 +106,7 @@ def _learner(config: TrainStudent, method: FeatureMethod, student: Network, stor
     """The student with what learns beside it, which starts from the seed. Raises UserError if it has no features."""
     assert store  # as checked
     code = features_of(store, f"--loss {config.loss}")
+    models.probe(student, policy.base.size)
     width = tapped(student.module, policy.base.size, f"--student {student.name}").classifier.in_features
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed + 1)  # torch.manual_seed would reseed the GPUs as well
