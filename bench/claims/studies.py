@@ -201,6 +201,24 @@ def views(epochs: int) -> Study:
     return Study((*settings, setting("kd"), setting("ccd")), contrasts, centre=True)
 
 
+def long() -> Study:
+    """Does more training ask for more views, and does it pay for JDA?"""
+    settings, contrasts, found = [], {}, {}
+    for factor in TIMES[:2]:
+        plain, one, four, every = (
+            setting("kd", time=factor, **rest) for rest in ({"fraction": 0.0}, {"views": 1}, {"views": 4}, {})
+        )
+        settings += [plain, one, four, every]
+        pairs = {"1 − all views": (one, every), "4 − all views": (four, every)}
+        pairs["with JDA − originals alone"] = (every, plain)
+        for name, (mine, other) in pairs.items():
+            contrast = contrasts[f"kd, {name}, {factor} ×"] = less(mine, other)
+            found.setdefault(name, []).append(contrast)
+    for name, (short, longer) in found.items():
+        contrasts[f"kd, {name}, {TIMES[1]} × − 1 ×"] = more(longer, short)
+    return Study(tuple(settings), contrasts)
+
+
 def operations(names: Iterable[str]) -> Study:
     """Which operations of the policy help: each by itself."""
     crops = setting("ccd", policy="p = 0")
@@ -235,7 +253,8 @@ def time() -> Study:
 
 
 STUDIES: tuple[str, ...] = (
-    "losses", "views", "policy", "few-shot", "temperature", "teacher", "others", "fraction", "time", "operations"
+    "losses", "views", "long", "policy", "few-shot", "temperature", "teacher", "others", "fraction", "time",
+    "operations",
 )  # fmt: skip
 """In the order of their worth: what is cut short has whole studies."""
 
@@ -245,6 +264,7 @@ def studies(names: Iterable[str], policy_: Policy, epochs: int, both: bool) -> d
     makes: dict[str, Callable[[], Study]] = {
         "losses": losses,
         "views": lambda: views(epochs),
+        "long": long,
         "policy": lambda: policy(policy_.probability),
         "few-shot": few_shot,
         "temperature": temperature,

@@ -2,6 +2,7 @@
 
     losses      ce, kd, ccd and its fair control ccd-mean, with JDA and on originals alone (a)
     views       1, 2, 4 … views that come again, against one per epoch
+    long        one, four and all views, and originals alone, for 1 and 3 times the epochs
     policy      originals alone, two crops, a rotation, JDA of several probabilities, and near: without operations that
                 leave the domain (a)
     few-shot    the share of the training samples (d)
@@ -15,7 +16,8 @@
 Letters are those of the paper's claims. A setting that does not say otherwise has the teacher without JDA, the whole
 policy, all samples and as many augmented views as original ones. All students of a seed share initial weights; those
 of as many samples also order and number of steps. A setting that several studies ask for is trained once. `losses` and
-`views` get all seeds, the other studies at most three. They run in the order in which they are asked for.
+`views` get all seeds, the other studies at most three. They run in the order in which they are asked for, the seeds
+from the fourth on at the end.
 
 Without `--data` it is Fashion-MNIST where Debian's package `dataset-fashion-mnist` is installed, else the digits;
 `bench.claims.data` has what is chosen for each. `--samples` is how many images students train on.
@@ -59,7 +61,7 @@ from bench.claims.cost import expected
 from bench.claims.data import Trial, pool, prepared, trial
 from bench.claims.differences import arm, compared
 from bench.claims.report import plot, show
-from bench.claims.studies import FULL, JDA, STUDIES, TEMPERATURES, Setting, policy_of, seeds_of, studies
+from bench.claims.studies import FEW, FULL, JDA, STUDIES, TEMPERATURES, Setting, policy_of, seeds_of, studies
 from cache import UserError
 from cache.errors import did_you_mean
 from pipeline.config import Bench, Evaluate, PrecomputeTeacher, TrainStudent, TrainTeacher
@@ -168,13 +170,12 @@ class Workbench:
         teachers: dict[str, Trained] = {}
         keys: dict[tuple[Setting, int], str] = {}
         jobs: dict[tuple, Job] = {}
-        for which, seeds in wanted.items():
+        for which, seed in _in_turn(wanted):
             trained, store = ("teacher", which.teacher), ("store", which.teacher, which.policy)
             jobs.setdefault(trained, Job(partial(self._teacher, which.teacher)))
             jobs.setdefault(store, Job(partial(self._pass, teachers, which.teacher, which.policy), (trained,)))
-            for seed in range(seeds):
-                make = partial(self._student, teachers, finished, keys, which, seed)
-                jobs["student", which, seed] = Job(make, (store,))
+            make = partial(self._student, teachers, finished, keys, which, seed)
+            jobs["student", which, seed] = Job(make, (store,))
         self._announce(jobs)
         tables: dict[str, list[dict]] = {"teachers": [], "stores": []}
         with progress("claims", len(jobs), "networks and stores") as advance:
@@ -296,6 +297,12 @@ class Workbench:
 def _key(*parts) -> str:
     text = json.dumps([torch.__version__, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _in_turn(wanted: Mapping[Setting, int]) -> list[tuple[Setting, int]]:
+    """Settings and seeds in the order of training: what a study has at the least comes first, study by study."""
+    runs = [(which, seed) for which, seeds in wanted.items() for seed in range(seeds)]
+    return sorted(runs, key=lambda run: run[1] >= FEW)
 
 
 @dataclass(frozen=True)

@@ -76,4 +76,4 @@ class Bench(Options):
     policy: str | None = None
     """claims: imagenet, cifar10, cifar100 or a YAML file, by default one that suits the data."""
     epochs: Annotated[int | None, Range(1, 10_000)] = None
-    """claims: epochs of a student, each on views of its own; by default 24 on Fashion-MNIST and 8 on others."""
+    """claims: epochs of a student, each on views of its own; by default 16 on Fashion-MNIST and 8 on others."""

@@ -27,7 +27,7 @@ from kernels.reference import cosine_weight
 from pipeline.config import PrecomputeTeacher
 from pipeline.data import dali, probes
 from pipeline.data.index import Index, matched, open_data
-from pipeline.labels import array, other_classes
+from pipeline.labels import advice, array, other_classes
 from pipeline.labels.calibrate import Calibration, calibrate
 from pipeline.labels.epochs import numbered_alike
 from pipeline.networks import called, models
@@ -383,5 +383,6 @@ def _show_plan(config, index: Index, found: Calibration) -> None:
             "pairs to compute": f"{left:,}",
             "rate": f"{found.pairs_per_second:,.0f} pairs/s in this process",
             "time": duration(left / found.pairs_per_second) if found.pairs_per_second else "-",
+            "advice": advice.on_views(config.views),
         },
     )

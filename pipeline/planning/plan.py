@@ -17,7 +17,7 @@ import cache
 from cache import UserError
 from pipeline.config import Plan, PrecomputeTeacher
 from pipeline.data.index import open_data
-from pipeline.labels import calibrate
+from pipeline.labels import advice, calibrate
 from pipeline.planning import rates
 from pipeline.planning.rates import Rates
 from pipeline.system.files import write_atomically
@@ -216,6 +216,7 @@ def _show(rates: Rates, job: Job, rows: list[Row]) -> None:
         "plan",
         {
             "views": f"{job.views:,}",
+            "advice": advice.on_views(job.views, job.epochs),
             "students": f"{job.students:,} of {job.epochs:,} epochs",
             "break-even": _break_even(rows[0], job, unit),
             "store": f"{size['store']} on disk; a view's labels take {size['plane']} of memory per machine",

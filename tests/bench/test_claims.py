@@ -104,6 +104,9 @@ def test_the_centre_has_all_seeds_and_the_rest_three():
     assert counts[setting("kd")] == 5 and counts[setting("kd", share=0.25)] == 3
     assert set(seeds_of(chosen, 2).values()) == {2}
     assert list(counts)[: len(chosen["few-shot"].settings)] == list(chosen["few-shot"].settings)  # as asked for
+    runs = claims._in_turn(counts)
+    assert len(set(runs)) == len(runs) == sum(counts.values())
+    assert [seed for _, seed in runs] == [0, 1, 2] * len(counts) + [3, 4] * len(chosen["losses"].settings)
 
 
 def test_a_study_compares_what_it_trains():

@@ -255,6 +255,7 @@ def test_a_dry_run_writes_nothing_and_says_what_the_pass_would_cost(coded, tmp_p
     assert not any(tmp_path.iterdir())
     assert f"pairs to compute {3 * len(Index.open(coded.data).good):,} " in said
     assert "subspace" in said and "pairs/s" in said
+    assert "2 views for 16 epochs made " in said and "docs/choosing.md" in said  # of those measured; the job has 3
 
 
 def test_the_manifest_keeps_what_the_code_loses(coded):

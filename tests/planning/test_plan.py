@@ -145,6 +145,7 @@ def test_a_plan_written_is_a_plan_read(tmp_path, capsys):
         "on 1 GPU stored labels cost fewer",
         "teacher pass 500, student on stored labels 250",
         "0.11 teacher",
+        "against one per epoch in our tests",
     ):
         assert said in printed
     assert rates.read(out) == GPU
