@@ -12,6 +12,7 @@ import torch
 
 from cache import codec as codecs
 from pipeline.labels.judge import CODEC, DAMAGED, TEACHER, Judge, _w
+from pipeline.networks.teacher import Said
 from pipeline.views.batch import Batch
 
 ROWS = 180
@@ -37,7 +38,7 @@ def causes(codec, logits: np.ndarray, encoded: np.ndarray, weight: np.ndarray) -
     manifest = SimpleNamespace(versions={}, fidelity={}, codec=codec.config)
     teacher = SimpleNamespace(device=torch.device("cpu"), precision="fp32")
     judge = Judge(SimpleNamespace(codec=codec, stream=stream, manifest=manifest), teacher)  # type: ignore[arg-type]
-    judge._teacher = lambda batch: batch.images.transpose(0, 1)  # type: ignore[assignment]
+    judge._teacher = SimpleNamespace(said=lambda batch: Said(*[batch.images.transpose(0, 1)] * 2))  # type: ignore[assignment]
     rows = np.arange(len(logits))
     batch = Batch(rows, torch.zeros(len(rows)), torch.from_numpy(logits).transpose(0, 1), None)
     judge.look(0, batch, encoded, weight, np.empty((len(weight), 0), np.float32))
