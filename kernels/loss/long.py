@@ -335,6 +335,14 @@ def long_loss(
         if view == 1:
             grad = grad_a + _start(row * STRIDE_GRAD_A, head, (STRIDE_GRAD_A - STRIDE_STUDENT_A) % 8 == 0)
 
+    # Edges first: no register need hold them in the second pass.
+    edge_kls, edge_rests, edge_flats, edge_sames = _second(
+        z_edge, t_edge, edge, there, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even,
+        level, middle, along, most_z, most_t, by_q, by_p, inverse_t, scale, apart, POWER, METHOD, REPORT, HARD,
+        SMOOTH, AGREE,
+    )  # fmt: skip
+    edge_kl, edge_rest = tl.sum(edge_kls, 0), tl.sum(edge_rests, 0)
+    edge_flat, edge_same = tl.sum(edge_flats, 0), tl.max(edge_sames, 0)
     kl, rest, flat, same = none, none, none, none
     for start in range(0, whole, BLOCK):
         z = tl.load(student + start + tile, eviction_policy="evict_first").to(COMPUTE)
@@ -357,22 +365,17 @@ def long_loss(
         )  # fmt: skip
         kl, rest, flat = kl + _summed(kls), rest + _summed(rests), flat + _summed(flats)
         same = tl.maximum(same, _largest(sames))
-    kls, rests, flats, sames = _second(
-        z_edge, t_edge, edge, there, label, grad, c, c_t, to_z, to_t, to_h, a, b, d, even,
-        level, middle, along, most_z, most_t, by_q, by_p, inverse_t, scale, apart, POWER, METHOD, REPORT, HARD,
-        SMOOTH, AGREE,
-    )  # fmt: skip
     total = zero
     if REPORT > 0:
-        total = divergence(tl.sum(kl, 0) + tl.sum(kls, 0), level, all_q, all_p, by_q, by_p, METHOD, REPORT)
-        left, even_sum = tl.sum(rest, 0) + tl.sum(rests, 0), tl.sum(flat, 0) + tl.sum(flats, 0)
+        total = divergence(tl.sum(kl, 0) + edge_kl, level, all_q, all_p, by_q, by_p, METHOD, REPORT)
+        left, even_sum = tl.sum(rest, 0) + edge_rest, tl.sum(flat, 0) + edge_flat
         if METHOD == DKD:
             total = alpha * tckd + beta * total
             if SMOOTH:
                 ce += smoothing * (z_y - most_z - (even_sum + (z_y - most_z)) / CLASSES)
         elif HARD:
             ce = cross_entropy(all_h, left, even_sum, h_y, z_y, most_z, smoothing, CLASSES, REPORT, SMOOTH)
-    agree = tl.maximum(tl.max(same, 0), tl.max(sames, 0)) > 0.0
+    agree = tl.maximum(tl.max(same, 0), edge_same) > 0.0
     if AGREE:
         agree = agreement(agree, z_y, t_y, most_z, most_t, METHOD)
     if grad_o is not None and valid is not None:

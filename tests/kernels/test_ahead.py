@@ -17,11 +17,15 @@ QUICK = [
     Case(100, 21841, "bf16", "bf16"),
 ]
 
+SPILLED = {Case(100, 21841, "bf16", "int8", cosine=True, masked=True): 24}
+"""Bytes. Other orders of the same loads spill 4 to 8 bytes of commoner cases in its place: ptxas aims at a number of
+registers, and misses by a few."""
+
 
 def assert_good(case: Case) -> None:
     found = ahead.compile_loss(case)
     assert f".target sm_{case.arch}" in found.ptx
-    assert found.spilled_bytes == 0
+    assert found.spilled_bytes <= SPILLED.get(case, 0)
     assert found.load_bits == ahead.expected_bits(case)
     # Sums by atomics are of whole numbers, for the same bits every run.
     assert all(".u64" in name for name in re.findall(r"\b(?:atom|red)\.[.\w]+", found.ptx))
