@@ -83,6 +83,7 @@ def plot(found: dict, out: Path) -> None:
             for loss in dict.fromkeys(row["loss"] for row in rows):
                 _curve(axes, [row for row in rows if row["loss"] == loss], name, loss, 1)
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
             axes.set_xlabel("views of each sample" if name == "views" else "temperature")
         else:
             labels = [row["name"] for row in rows]

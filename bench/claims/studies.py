@@ -202,20 +202,14 @@ def views(epochs: int) -> Study:
 
 
 def long() -> Study:
-    """Does more training ask for more views, and does it pay for JDA?"""
-    settings, contrasts, found = [], {}, {}
+    """Does more training ask for more views?"""
+    settings, pairs = [], []
     for factor in TIMES[:2]:
-        plain, one, four, every = (
-            setting("kd", time=factor, **rest) for rest in ({"fraction": 0.0}, {"views": 1}, {"views": 4}, {})
-        )
-        settings += [plain, one, four, every]
-        pairs = {"1 − all views": (one, every), "4 − all views": (four, every)}
-        pairs["with JDA − originals alone"] = (every, plain)
-        for name, (mine, other) in pairs.items():
-            contrast = contrasts[f"kd, {name}, {factor} ×"] = less(mine, other)
-            found.setdefault(name, []).append(contrast)
-    for name, (short, longer) in found.items():
-        contrasts[f"kd, {name}, {TIMES[1]} × − 1 ×"] = more(longer, short)
+        one, every = setting("kd", views=1, time=factor), setting("kd", time=factor)
+        settings += [one, every]
+        pairs.append(less(one, every))
+    contrasts = {f"kd, 1 − all views, {factor} ×": pair for factor, pair in zip(TIMES[:2], pairs, strict=True)}
+    contrasts[f"kd, 1 − all views, {TIMES[1]} × − 1 ×"] = more(pairs[1], pairs[0])
     return Study(tuple(settings), contrasts)
 
 

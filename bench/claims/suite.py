@@ -2,7 +2,7 @@
 
     losses      ce, kd, ccd and its fair control ccd-mean, with JDA and on originals alone (a)
     views       1, 2, 4 … views that come again, against one per epoch
-    long        one, four and all views, and originals alone, for 1 and 3 times the epochs
+    long        one view and all, for 1 and 3 times the epochs
     policy      originals alone, two crops, a rotation, JDA of several probabilities, and near: without operations that
                 leave the domain (a)
     few-shot    the share of the training samples (d)
