@@ -234,7 +234,7 @@ def test_a_student_of_simkd_ends_in_the_teachers_classifier(featured, digits, ce
 @pytest.mark.parametrize("name", ["simkd", "crd"])
 def test_a_run_that_is_cut_goes_on_to_the_bit(name, featured, digits, tmp_path, monkeypatch):
     """A projector with batch statistics, and negatives drawn at each step."""
-    whole = run(featured, digits, tmp_path / "whole", name, checkpoint_steps=3)
+    whole = run(featured, digits, tmp_path / "whole", name, epochs=1, checkpoint_steps=3)
     train_student.run(whole)
     cut = dataclasses.replace(whole, out=tmp_path / "cut", resume=True)
     calls, ours = [], Imitation.__call__
