@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -114,9 +115,14 @@ def median_ms(function: Callable[[], object], seconds: float = 0.2) -> float:
 
 
 def work(chosen: Path | None) -> Path:
-    """Folder for what is made once."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return chosen or home / "jda-distill" / "bench"
+    """Folder for what is made once; below the temporary one where a user has no home, as in a container."""
+    if chosen:
+        return chosen
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"jda-distill-{os.getuid()}" / "bench"
+    return cache / "jda-distill" / "bench"
 
 
 # --- the operating system's books (Linux, as DALI)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -268,6 +269,16 @@ def test_what_a_user_gets_wrong_is_one_line(small, tmp_path, capsys):
     assert "--threads out of range" in line("--threads", -1)
     assert "no folder for" in line("--data", small, "--json", tmp_path / "none" / "found.json")
     assert "invalid choice" in refused(capsys, "bench", "loder")
+
+
+def test_what_is_made_once_has_a_place_without_a_home(tmp_path, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert harness.work(tmp_path) == tmp_path
+    assert harness.work(None).is_relative_to(tempfile.gettempdir())
 
 
 def test_an_option_that_a_suite_ignores_is_refused(capsys):

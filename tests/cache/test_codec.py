@@ -260,6 +260,7 @@ OTHERS = {
     "decoder": {},
     "codec": codecs.make("fp16", classes=5).config,
     "block_rows": 25,
+    "energy": True,
 }
 
 
