@@ -225,9 +225,16 @@ def _dali_op(op: Op) -> Callable:
     return partial(augmentation, fill_value=_GRAY[0], interp_type=kind)
 
 
+def _name(task: Path) -> str:
+    try:
+        return (task / "comm").read_text()
+    except OSError:  # it has ended since it was listed
+        return ""
+
+
 def _pin_dali() -> None:
     """The same for DALI's pool; its own `set_affinity` wants NVML's advice, and a GPU for it."""
-    pool = [task for task in Path("/proc/self/task").iterdir() if "[DALI][TP" in (task / "comm").read_text()]
+    pool = [task for task in Path("/proc/self/task").iterdir() if "[DALI][TP" in _name(task)]
     for number, task in enumerate(sorted(pool)):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(int(task.name), {allowed[number % len(allowed)]})
