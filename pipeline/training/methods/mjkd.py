@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from torch import Tensor
-
-from kernels import reference
 from pipeline.config.ranges import Range
-from pipeline.training.methods.base import Method, View
+from pipeline.training.methods.kd import KnowledgeDistillation
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientControl(Method):
+class GradientControl(KnowledgeDistillation):
     """KD whose gradient has momentum μ + delta, while that of the hard loss, with the weight decay, has μ − delta.
 
     Multiloss Joint Gradient Control Knowledge Distillation (Electronics 13(20):4102, 2024) takes the gradients of its
@@ -21,12 +18,10 @@ class GradientControl(Method):
     """
 
     name: ClassVar = "mjkd"
+    kernel: ClassVar = None  # a kernel adds the two gradients up
 
     delta: Annotated[float, Range(0, 0.5)] = 0.075
 
     @property
     def apart(self) -> float:
         return self.delta
-
-    def term(self, view: View) -> Tensor:
-        return reference.kl_divergence(view.student, view.teacher, view.temperature)
