@@ -226,7 +226,7 @@ class TopK:
     """f16 (n, 2, k), at T = 4."""
     classes: int
     row_bytes: int
-    decoder, in_codes = None, False
+    in_codes = False
     device = torch.device("cpu")  # no kernel decodes them: the loss is given logits, wherever they lie
 
     def known(self, rows: np.ndarray) -> np.ndarray:

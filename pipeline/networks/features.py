@@ -1,7 +1,6 @@
 """The pooled features of a network: what its classifier, one linear layer, is given; and a student that learns by them.
 
-timm's networks are split by `forward_head(…,
-pre_logits=True)`, the CIFAR ones before their `fc`.
+timm's networks are split by `forward_head(…, pre_logits=True)`, the CIFAR ones before their `fc`.
 """
 
 from collections.abc import Mapping
