@@ -125,6 +125,23 @@ def work(chosen: Path | None) -> Path:
     return cache / "jda-distill" / "bench"
 
 
+class Finished:
+    """Results by key, in one file that is whole after a kill."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.results: dict[str, dict] = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            self.results = {}
+
+    def put(self, key: str, result: dict) -> dict:
+        self.results[key] = result
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self.results, indent=1).encode())
+        return result
+
+
 # --- the operating system's books (Linux, as DALI)
 
 

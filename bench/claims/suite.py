@@ -34,50 +34,37 @@ Finished students are kept in WORK/claims/students.json under a hash of all they
 Students run side by side in processes with one thread of torch each, whatever the machine.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-import cache
 from bench import harness
+from bench.claims import processes
 from bench.claims.cost import expected
 from bench.claims.data import Trial, pool, prepared, trial
 from bench.claims.differences import arm, compared
+from bench.claims.processes import Job, Trained
 from bench.claims.report import plot, show
 from bench.claims.studies import FEW, FULL, JDA, STUDIES, TEMPERATURES, Setting, policy_of, seeds_of, studies
 from cache import UserError
 from cache.errors import did_you_mean
 from pipeline.config import Bench, Evaluate, PrecomputeTeacher, TrainStudent, TrainTeacher
 from pipeline.data.index import Index
-from pipeline.labels import precompute
 from pipeline.networks import models
-from pipeline.networks.placed import placed
-from pipeline.system import device as devices
 from pipeline.system import machine as machines
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import console_out, counted, progress
-from pipeline.training import evaluate, train_student
-from pipeline.training import train_teacher as teacher
-from pipeline.views import policy as policies
 
-_PROCESSES = 2
 _MOST_SEEDS = 20  # the test looks at every choice of signs
 _RECIPE = {"schedule": "cosine", "eval_epochs": 0}
 
@@ -94,7 +81,7 @@ def run(config: Bench) -> dict:
     bench = Workbench.open(config)
     chosen = studies(names, bench.trial.policy, bench.trial.epochs, both="@" not in bench.trial.teacher)
     wanted = seeds_of(chosen, config.seeds)
-    with _pool() as pool:
+    with processes.workers() as pool:
         results, tables = bench.train(pool, wanted)
     arms = {str(which): dataclasses.asdict(which) | arm(results[which]) for which in wanted}
     for name, study in chosen.items():
@@ -160,13 +147,13 @@ class Workbench:
     @property
     def machine(self) -> dict:
         """Of one process; the loader's threads do not change a pixel."""
-        return {"threads": max((self.config.threads or len(os.sched_getaffinity(0))) // _PROCESSES, 1)}
+        return {"threads": max((self.config.threads or len(os.sched_getaffinity(0))) // processes.PROCESSES, 1)}
 
     def train(
         self, pool: Executor, wanted: dict[Setting, int]
     ) -> tuple[dict[Setting, list[dict]], dict[str, list[dict]]]:
         """What every seed of every setting came to, and tables of the teachers and their stores."""
-        finished = Finished(self.work / "students.json")
+        finished = harness.Finished(self.work / "students.json")
         teachers: dict[str, Trained] = {}
         keys: dict[tuple[Setting, int], str] = {}
         jobs: dict[tuple, Job] = {}
@@ -179,7 +166,7 @@ class Workbench:
         self._announce(jobs)
         tables: dict[str, list[dict]] = {"teachers": [], "stores": []}
         with progress("claims", len(jobs), "networks and stores") as advance:
-            for (kind, *what), result in _each(pool, jobs):
+            for (kind, *what), result in processes.each(pool, jobs):
                 note = f"{kind} {what[0]}"
                 if kind == "teacher":
                     teachers[what[0]] = result
@@ -195,7 +182,7 @@ class Workbench:
                 advance(1, note)
         return {w: [finished.results[keys[w, seed]] for seed in range(n)] for w, n in wanted.items()}, tables
 
-    def _announce(self, jobs: Mapping[tuple, "Job"]) -> None:
+    def _announce(self, jobs: Mapping[tuple, Job]) -> None:
         counts = Counter(kind for kind, *_ in jobs)
         whole, samples, val = (len(index.good) for index in (self.whole, self.data, self.val))
         hours = expected(jobs, self.trial, whole, samples, val, self.data.classes) / 3600
@@ -206,7 +193,7 @@ class Workbench:
         spec, policy = self.trial.teacher, self._policy_file(FULL)
         asked = Evaluate(**self.machine, data=self.val.path, model=spec, policy=policy)
         if "@" in spec:
-            return _trained, None, asked
+            return processes.trained, None, asked
         recipe = _RECIPE | {
             "epochs": self.trial.teacher_epochs,
             "batch_size": 64,
@@ -226,16 +213,16 @@ class Workbench:
             teacher=spec,
             policy=policy,
         )
-        return _trained, config, dataclasses.replace(asked, model=f"{spec}@{out / 'model.safetensors'}")
+        return processes.trained, config, dataclasses.replace(asked, model=f"{spec}@{out / 'model.safetensors'}")
 
-    def _store(self, teacher: "Trained", chosen: str) -> tuple[str, Path]:
+    def _store(self, teacher: Trained, chosen: str) -> tuple[str, Path]:
         """Key and folder of the labels."""
         policy = policy_of(chosen, self.trial.policy).to_config()
         key = _key(self.data.fingerprint, teacher.fingerprint, policy, self.trial.epochs)
         return key, self.work / f"labels-{key}.zarr"
 
-    def _pass(self, teachers: Mapping[str, "Trained"], name: str, chosen: str) -> tuple:
-        return _labelled, PrecomputeTeacher(
+    def _pass(self, teachers: Mapping[str, Trained], name: str, chosen: str) -> tuple:
+        return processes.labelled, PrecomputeTeacher(
             **self.machine,
             data=self.data.path,
             teacher=teachers[name].spec,
@@ -247,13 +234,13 @@ class Workbench:
         )
 
     def _student(
-        self, teachers: Mapping[str, "Trained"], finished: "Finished", keys: dict, which: Setting, seed: int
+        self, teachers: Mapping[str, Trained], finished: harness.Finished, keys: dict, which: Setting, seed: int
     ) -> tuple | None:
         store, path = self._store(teachers[which.teacher], which.policy)
         keys[which, seed] = key = self._student_key(which, seed, store)
         if key in finished.results:
             return None
-        return _student, TrainStudent(
+        return processes.student, TrainStudent(
             **self.machine,
             **self._recipe(which, seed),
             data=self.data.path,
@@ -303,128 +290,6 @@ def _in_turn(wanted: Mapping[Setting, int]) -> list[tuple[Setting, int]]:
     """Settings and seeds in the order of training: what a study has at the least comes first, study by study."""
     runs = [(which, seed) for which, seeds in wanted.items() for seed in range(seeds)]
     return sorted(runs, key=lambda run: run[1] >= FEW)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A teacher."""
-
-    spec: str
-    """NAME@WEIGHTS."""
-    fingerprint: str
-    top1: float
-    """A share."""
-
-
-class Finished:
-    """Results by key, in one file that is whole after a kill."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.results: dict[str, dict] = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):
-            self.results = {}
-
-    def put(self, key: str, result: dict) -> None:
-        self.results[key] = result
-        write_atomically(self.path, json.dumps(self.results, indent=1).encode())
-
-
-# --- in processes of their own
-
-
-def _pool() -> Executor:
-    return ProcessPoolExecutor(_PROCESSES, get_context("spawn"), initializer=_start)
-
-
-def _start() -> None:
-    """One thread of torch: on a CPU sums depend on their number. A process without its parent ends."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = parent_process()
-    assert parent
-
-    def follow() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-@dataclass(frozen=True)
-class Job:
-    """Something for another process."""
-
-    make: Callable[[], tuple | None]
-    """Called when it is due: function and arguments; None: it was done before."""
-    needs: tuple[tuple, ...] = ()
-    """Names of those to be done first."""
-
-
-def _each(pool: Executor, jobs: Mapping[tuple, Job]) -> Iterator[tuple[tuple, Any]]:
-    """(name, result) of every job as it ends, failed ones last. Of those that may run the first go first, and only
-    what runs is handed out."""
-    waiting, running, done = dict(jobs), {}, set()
-    while waiting or running:
-        for name, job in list(waiting.items()):
-            if len(running) == _PROCESSES:
-                break
-            if done.issuperset(job.needs):
-                del waiting[name]
-                if made := job.make():
-                    running[pool.submit(*made)] = name
-                else:
-                    done.add(name)
-                    yield name, None
-        ended = wait(running, return_when=FIRST_COMPLETED).done if running else ()
-        for future in sorted(ended, key=lambda f: f.exception() is not None):
-            name = running.pop(future)
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                raise UserError("a process was killed", fix="free memory; run again to go on") from None
-            yield name, result
-            done.add(name)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """The one progress bar is the benchmark's."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
-
-
-def _trained(config: TrainTeacher | None, asked: Evaluate) -> Trained:
-    """Train a teacher if it is not there."""
-    with _quiet():
-        if config and not (config.out / "model.safetensors").exists():
-            teacher.run(config)
-        index, policy = Index.open(asked.data), policies.load(asked.policy)
-        network, device = models.create(asked.model, index.classes), devices.pick(asked)
-        there = placed(network, device, "fp32", policy)
-        top1 = evaluate.evaluate(there, index, policy, asked.batch_size, asked)["top1"]
-        return Trained(asked.model, network.fingerprint, top1)
-
-
-def _labelled(config: PrecomputeTeacher) -> dict:
-    """What the store's first view says of w, and the bytes on disk of a pair's labels."""
-    with _quiet():
-        precompute.run(config)
-    store = cache.open(config.store)
-    weight = store.load_plane(0).weight
-    pairs = store.manifest.samples * store.manifest.views
-    return {
-        "mean w": float(np.nanmean(weight)),
-        "sd of w": float(np.nanstd(weight)),
-        "bytes per pair": store.label_bytes() / pairs + cache.BESIDE_BYTES,
-    }
-
-
-def _student(config: TrainStudent) -> dict:
-    """Of the last epoch: top1, loss, …, as `evaluate` has them."""
-    with _quiet():
-        return train_student.run(config)["val"]
 
 
 # --- what is reported

@@ -40,7 +40,6 @@ from cache.codec.fidelity import divergence
 from cache.errors import did_you_mean
 from pipeline.config import Bench
 from pipeline.system import machine as machines
-from pipeline.system.files import write_atomically
 from pipeline.system.terminal import progress
 
 VIEWS, REAL_VIEWS = 3, 1
@@ -64,7 +63,7 @@ def run(config: Bench) -> dict:
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     problem = _problem(options)
     labels = {name: Labels(problem, makes[name]) for name in names}
-    done = Finished(options.work)
+    done = harness.Finished(harness.work(options.work) / "codec-transfer.json")
     students: dict[str, list[dict]] = {name: [] for name in names}
     with progress("codec-transfer", options.seeds * len(names), "students") as advance:
         for seed in range(options.seeds):
@@ -217,23 +216,6 @@ def learn(problem: Problem, labels: Labels, seed: int, options: Bench) -> dict:
         "kl": divergence(problem.held_logits.numpy(), said.numpy(), temperature),
         "seconds": time.perf_counter() - start,
     }
-
-
-class Finished:
-    """Results by key, in one file that is whole after a kill."""
-
-    def __init__(self, work: Path | None):
-        self.path = harness.work(work) / "codec-transfer.json"
-        try:
-            self.results: dict[str, dict] = json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):
-            self.results = {}
-
-    def put(self, key: str, result: dict) -> dict:
-        self.results[key] = result
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps(self.results, indent=1).encode())
-        return result
 
 
 # --- what is reported

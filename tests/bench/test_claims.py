@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench.claims import data as trials
+from bench.claims import processes
 from bench.claims import suite as claims
 from bench.claims.differences import sign_flip_p
 from bench.claims.studies import (
@@ -62,7 +63,7 @@ def taught(monkeypatch) -> list[TrainStudent]:
         return {"val": {"top1": 0.5 + 0.1 * config.seed + 0.01 * len(config.loss), "loss": 1.0}}
 
     monkeypatch.setattr(train_student, "run", made_up)
-    monkeypatch.setattr(claims, "_pool", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr(processes, "workers", lambda: ThreadPoolExecutor(1))
     return asked
 
 
@@ -203,7 +204,7 @@ def test_processes_teach_students_and_the_document_says_how_they_did(options, tm
     torch.set_num_threads(1)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(claims, "_pool", lambda: ThreadPoolExecutor(1))
+            patch.setattr(processes, "workers", lambda: ThreadPoolExecutor(1))
             again = claims.run(dataclasses.replace(options, threads=1, seeds=1, arms="losses"))
     finally:
         torch.set_num_threads(before)
@@ -294,7 +295,7 @@ def test_what_is_done_first_goes_first_and_waits_for_what_it_needs():
             made.append(name)
             return None if nothing else (order.append, name)
 
-        return claims.Job(make, tuple((need,) for need in needs))
+        return processes.Job(make, tuple((need,) for need in needs))
 
     jobs = {
         ("a",): job("a"),
@@ -304,7 +305,7 @@ def test_what_is_done_first_goes_first_and_waits_for_what_it_needs():
         ("d",): job("d"),
     }
     with ThreadPoolExecutor(1) as pool:
-        names = [name for name, _ in claims._each(pool, jobs)]
+        names = [name for name, _ in processes.each(pool, jobs)]
     assert set(names) == set(jobs) and sorted(order) == ["a", "b", "c", "d"]
     assert made[:2] == ["a", "d"] and order.index("a") < order.index("b") < order.index("c")
 

@@ -1,0 +1,132 @@
+"""What the claims train and label, each in a process of its own, two side by side."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+from typing import Any
+
+import numpy as np
+import torch
+
+import cache
+from cache import UserError
+from pipeline.config import Evaluate, PrecomputeTeacher, TrainStudent, TrainTeacher
+from pipeline.data.index import Index
+from pipeline.labels import precompute
+from pipeline.networks import models
+from pipeline.networks.placed import placed
+from pipeline.system import device as devices
+from pipeline.training import evaluate, train_student, train_teacher
+from pipeline.views import policy as policies
+
+PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A teacher."""
+
+    spec: str
+    """NAME@WEIGHTS."""
+    fingerprint: str
+    top1: float
+    """A share."""
+
+
+def workers() -> Executor:
+    return ProcessPoolExecutor(PROCESSES, get_context("spawn"), initializer=_start)
+
+
+def _start() -> None:
+    """One thread of torch: on a CPU sums depend on their number. A process without its parent ends."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = parent_process()
+    assert parent
+
+    def follow() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something for another process."""
+
+    make: Callable[[], tuple | None]
+    """Called when it is due: function and arguments; None: it was done before."""
+    needs: tuple[tuple, ...] = ()
+    """Names of those to be done first."""
+
+
+def each(pool: Executor, jobs: Mapping[tuple, Job]) -> Iterator[tuple[tuple, Any]]:
+    """(name, result) of every job as it ends, failed ones last. Of those that may run the first go first, and only
+    what runs is handed out."""
+    waiting, running, done = dict(jobs), {}, set()
+    while waiting or running:
+        for name, job in list(waiting.items()):
+            if len(running) == PROCESSES:
+                break
+            if done.issuperset(job.needs):
+                del waiting[name]
+                if made := job.make():
+                    running[pool.submit(*made)] = name
+                else:
+                    done.add(name)
+                    yield name, None
+        ended = wait(running, return_when=FIRST_COMPLETED).done if running else ()
+        for future in sorted(ended, key=lambda f: f.exception() is not None):
+            name = running.pop(future)
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                raise UserError("a process was killed", fix="free memory; run again to go on") from None
+            yield name, result
+            done.add(name)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The one progress bar is the benchmark's."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def trained(config: TrainTeacher | None, asked: Evaluate) -> Trained:
+    """Train a teacher if it is not there."""
+    with _quiet():
+        if config and not (config.out / "model.safetensors").exists():
+            train_teacher.run(config)
+        index, policy = Index.open(asked.data), policies.load(asked.policy)
+        network, device = models.create(asked.model, index.classes), devices.pick(asked)
+        there = placed(network, device, "fp32", policy)
+        top1 = evaluate.evaluate(there, index, policy, asked.batch_size, asked)["top1"]
+        return Trained(asked.model, network.fingerprint, top1)
+
+
+def labelled(config: PrecomputeTeacher) -> dict:
+    """What the store's first view says of w, and the bytes on disk of a pair's labels."""
+    with _quiet():
+        precompute.run(config)
+    store = cache.open(config.store)
+    weight = store.load_plane(0).weight
+    pairs = store.manifest.samples * store.manifest.views
+    return {
+        "mean w": float(np.nanmean(weight)),
+        "sd of w": float(np.nanstd(weight)),
+        "bytes per pair": store.label_bytes() / pairs + cache.BESIDE_BYTES,
+    }
+
+
+def student(config: TrainStudent) -> dict:
+    """Of the last epoch: top1, loss, …, as `evaluate` has them."""
+    with _quiet():
+        return train_student.run(config)["val"]
