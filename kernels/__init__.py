@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from kernels.loss.ccd import ccd_loss
     from kernels.loss.decode import EncodedPairs
     from kernels.loss.kd import kd_loss
+    from kernels.reference import Mixed
 
-__all__ = ["EncodedPairs", "ccd_loss", "jda", "kd_loss"]
+__all__ = ["EncodedPairs", "Mixed", "ccd_loss", "jda", "kd_loss"]
 
 
 def __getattr__(name: str):
@@ -20,6 +21,8 @@ def __getattr__(name: str):
         return import_module("kernels.loss.kd").kd_loss
     if name == "EncodedPairs":
         return import_module("kernels.loss.decode").EncodedPairs
+    if name == "Mixed":
+        return import_module("kernels.reference").Mixed
     if name == "jda":
         return import_module("kernels.jda")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -121,6 +121,25 @@ def cross_entropy(student: Tensor, target: Tensor, label_smoothing: float = 0.0)
     return -(1 - label_smoothing) * picked - (label_smoothing * log_q.mean(1) if label_smoothing else 0)
 
 
+class Mixed(NamedTuple):
+    """Whose labels mixed samples have beside their own, as of Mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al.,
+    ICCV 2019)."""
+
+    partner_target: Tensor
+    """Integer (B,); the sample's own where it is not mixed."""
+    ratio: Tensor
+    """Float (B,), in [0, 1]: the share of the sample's own label."""
+
+
+def beyond_own(student: Tensor, target: Tensor, mixed: Mixed, label_smoothing: float = 0.0) -> Tensor:
+    """What ratio · CE(target) + (1 − ratio) · CE(partner) has beyond CE(target), logits (B, C) -> (B,).
+
+    As CE is logsumexp less the target's logit, that is (1 − ratio) times the difference of two logits, times 1 − ε.
+    """
+    own, other = (student.gather(1, each.long()[:, None])[:, 0] for each in (target, mixed.partner_target))
+    return (1 - label_smoothing) * (1 - mixed.ratio.to(student.dtype)) * (own - other)
+
+
 def kd_loss(
     student: Tensor,
     teacher: Tensor,

@@ -22,7 +22,7 @@ import torch
 
 import cache
 from cache import Store, UserError
-from kernels import EncodedPairs
+from kernels import EncodedPairs, Mixed
 from pipeline.config import Machine
 from pipeline.data import order
 from pipeline.data.index import Index
@@ -65,6 +65,13 @@ class ReplayBatch:
     def target(self) -> torch.Tensor:
         """Class labels i64 (B,)."""
         return devices.put(self.made.labels, self.normalise.scale.device)
+
+    @cached_property
+    def mixed(self) -> Mixed | None:
+        """Class labels i64 (B,) of those that the augmented views are mixed with, and the shares f32 (B,) of their own
+        labels, for `kernels.ccd_loss`; None if the policy does not mix."""
+        device = self.normalise.scale.device
+        return self.made.mixed and Mixed(*(devices.put(each, device) for each in self.made.mixed))
 
     @cached_property
     def teacher(self) -> EncodedPairs:
@@ -142,6 +149,10 @@ class Replay:
         else:
             self.policy = policy if isinstance(policy, Policy) else policies.load(policy or "imagenet")
             decoder = devices.decoder("auto", self.device)
+        if self.policy.mix and few_shot != 1:
+            what = "partners of mixed views come from all samples"
+            fix = "prepare those samples as a data set of their own, or take a policy without mix"
+            raise UserError(what, found=f"few_shot {few_shot:g}", expected=1, fix=fix)
         self._views = self._first_views(views)
         self._labelled = labels and self.store is not None
         if self._labelled and self.store:

@@ -64,8 +64,9 @@ def pair(image: np.ndarray, program: Program, view: np.void, pad: int, out: np.n
 
     `image` u8 (H, W, 3), C-contiguous. `out` u8 (2, B, S, S, 3), or (1, B, S, S, 3) for the original alone. `view`
     is one record of `pipeline.views.drawing.draw`: boxes `(top, left, height, width)` i32 (2, 4), flips (2,), op mask
-    and signs. `pad` ≥ 0 crops without resizing from an image padded black by `pad`; `pad` < 0 resizes the box to S
-    (bilinear, antialiased, as torchvision on Pillow images). Releases the GIL; safe to call from many threads.
+    and signs. An original view whose box has no height is not made. `pad` ≥ 0 crops without resizing from an image
+    padded black by `pad`; `pad` < 0 resizes the box to S (bilinear, antialiased, as torchvision on Pillow images).
+    Releases the GIL; safe to call from many threads.
     """
     scratch = _scratch(resample.scratch_bytes(image.shape[0], image.shape[1], out.shape[2]))
     _pair(
@@ -105,7 +106,8 @@ def _apply(image, codes, params, mask, signs, scratch, out):
 @pixels.jit
 def _pair(image, codes, params, mask, signs, boxes, flips, pad, scratch, out, position):
     lut = pixels.identity()
-    resample.crop(image, lut, boxes[0], flips[0], pad, scratch[0], out[0, position])
+    if boxes[0, 2] > 0:
+        resample.crop(image, lut, boxes[0], flips[0], pad, scratch[0], out[0, position])
     if out.shape[0] == 1:
         return
     height, width, _ = image.shape

@@ -1,6 +1,6 @@
 """Cosine Confidence Distillation for users: the arguments are checked here, and who computes is chosen."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from kernels import reference
 from kernels.loss import autograd
 from kernels.loss.decode import EncodedPairs
 from kernels.loss.terms import METHODS
-from kernels.reference import Parts
+from kernels.reference import Mixed, Parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,8 @@ class Options:
     "standardised", KL of z-scores. `reference.SOFT` has the formulas and their sources."""
     dkd: tuple[float, float] = (1.0, 8.0)
     """Factors of dkd's two terms, its paper's alpha and beta."""
+    mixed: Mixed | None = None
+    """Whose labels the augmented samples have as well, and how much of their own; None: they are not mixed."""
     valid: Tensor | None = None
     """Bool (B,); other pairs are not read, and have no loss and no gradient."""
     count: Tensor | float | None = None
@@ -104,6 +106,8 @@ def ccd_loss(
     if target is None or (encoded is None) != isinstance(teacher_a, Tensor):
         raise ValueError("ccd_loss: expected teacher_o, teacher_a and target, or EncodedPairs and target")
     _check(student_o, student_a, target, asked)
+    if asked.mixed is not None:
+        return _mixed(student_o, student_a, teacher_o, teacher_a, target, asked, asked.mixed)
     if encoded is None:
         assert isinstance(teacher_o, Tensor) and isinstance(teacher_a, Tensor)
         for name, tensor in (("teacher_o", teacher_o), ("teacher_a", teacher_a)):
@@ -131,6 +135,24 @@ def ccd_loss(
     if decoder.kind == "subspace":
         teacher += [encoded.dither_keys.contiguous(), decoder.lean.table, decoder.lean.basis]
     return _by_kernel(student_o, student_a, target, teacher, asked, encoded)
+
+
+def _mixed(student_o, student_a, teacher_o, teacher_a, target: Tensor, asked: Options, mixed: Mixed) -> Any:
+    """The loss of samples that have two labels each: what it has beyond that of their own is in two logits."""
+    wide = student_a.to(torch.promote_types(student_a.dtype, torch.float32))
+    labels = target if asked.valid is None else target.where(asked.valid, 0)
+    beyond = reference.beyond_own(wide, labels, mixed, asked.label_smoothing)  # before gradients take the logits' place
+    count = asked.count
+    if asked.valid is not None:
+        beyond, count = beyond.where(asked.valid, 0), asked.valid.sum().clamp(min=1) if count is None else count
+    hard, _ = reference.coefficients(asked.temperature, asked.alpha, asked.kd_weight)
+    more = hard / 2 * beyond.sum() / (len(target) if count is None else count)
+    options = {field.name: getattr(asked, field.name) for field in fields(asked)} | {"mixed": None}
+    found = ccd_loss(student_o, student_a, teacher_o, teacher_a, target, **options)
+    if not asked.parts:
+        return found + more
+    loss, parts = found
+    return loss + more, parts._replace(ce_a=parts.ce_a + beyond.detach())
 
 
 def _check_encoded(encoded: EncodedPairs, student: Tensor) -> None:
@@ -262,6 +284,9 @@ def _check(student_o: Tensor, student_a: Tensor, target: Tensor, options: Option
         raise ValueError(f"target: expected an integer dtype, got {target.dtype}")
     if isinstance(options.weight, Tensor):
         expect("weight", options.weight, batch, device, floating=True)
+    if options.mixed is not None:
+        expect("mixed.partner_target", options.mixed.partner_target, batch, device)
+        expect("mixed.ratio", options.mixed.ratio, batch, device, floating=True)
     if options.valid is not None:
         expect("valid", options.valid, batch, device, dtype=torch.bool)
     if isinstance(options.count, Tensor):

@@ -14,7 +14,7 @@ from pipeline.networks.features import Learner
 from pipeline.system import device as devices
 from pipeline.training import methods
 from pipeline.training.methods.features import FeatureMethod, FeatureView
-from pipeline.training.objectives import Seen, choice, factors
+from pipeline.training.objectives import Seen, choice, factors, with_partners
 from pipeline.views.batch import Batch
 
 
@@ -73,7 +73,7 @@ class Imitation:
             soft = soft + method.kd * config.temperature**2 * kl
         loss = soft.sum() / seen.count
         if method.hard:
-            hard = reference.cross_entropy(student, target, config.label_smoothing)
+            hard = self._hard(student, target, seen)
             alpha, whole = self._factors["alpha"], self._factors["kd_weight"]
             loss = whole * (alpha * hard.sum() / seen.count + (1 - alpha) * loss)
         if not seen.logged:
@@ -81,8 +81,13 @@ class Imitation:
         with torch.no_grad():
             means = {"features": term.mean(), "agreement": (student.argmax(1) == teacher.argmax(1)).float().mean()}
             if self._classes is not None:
-                means["ce"] = reference.cross_entropy(student, target, config.label_smoothing).mean()
+                means["ce"] = self._hard(student, target, seen).mean()
         return loss, means
+
+    def _hard(self, student: Tensor, target: Tensor, seen: Seen) -> Tensor:
+        """Cross-entropy of each view (n,)."""
+        smoothing = self._config.label_smoothing
+        return with_partners(reference.cross_entropy(student, target, smoothing), student, target, seen, smoothing)
 
     def _others(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Features (K, F) of views drawn from the epoch's labels, and which are other than those of `rows`, (n, K).

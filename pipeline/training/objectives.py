@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cache import Plane, philox
-from kernels import EncodedPairs, ccd_loss, reference
+from kernels import EncodedPairs, Mixed, ccd_loss, reference
 from pipeline.config import TrainStudent
 from pipeline.labels.epochs import Labels
 from pipeline.networks.teacher import Teacher
@@ -70,10 +70,25 @@ class CrossEntropy:
 
     def __call__(self, logits: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         target = devices.put(seen.batch.labels[torch.from_numpy(np.nonzero(seen.chosen)[1])], logits.device)
+        logits = logits.float()
         each = torch.nn.functional.cross_entropy(
-            logits.float(), target, reduction="none", label_smoothing=self._label_smoothing
+            logits, target, reduction="none", label_smoothing=self._label_smoothing
         )
+        each = with_partners(each, logits, target, seen, self._label_smoothing)
         return each.sum() / seen.count, {}
+
+
+def with_partners(hard: Tensor, logits: Tensor, target: Tensor, seen: Seen, label_smoothing: float) -> Tensor:
+    """Cross-entropies `hard` (n,) of logits f32 (n, C) with targets i64 (n,), of mixed views with both their labels."""
+    view, at = np.nonzero(seen.chosen)
+    if not (mixed := mixed_of(seen.batch, at, logits.device)):
+        return hard
+    return hard + devices.put(view, logits.device) * reference.beyond_own(logits, target, mixed, label_smoothing)
+
+
+def mixed_of(batch: Batch, at: np.ndarray, device: torch.device) -> Mixed | None:
+    """The other labels of the samples at some places i64 (n,), on the device."""
+    return batch.mixed and Mixed(*(devices.put(each[torch.from_numpy(at)], device) for each in batch.mixed))
 
 
 def choice(fraction: float, seed: int, epoch: int) -> Callable[[Batch], np.ndarray]:
@@ -192,6 +207,7 @@ class Distillation:
             count=seen.count / 2,
             energy=energy,
             kept=self._kept,
+            mixed=mixed_of(seen.batch, np.flatnonzero(some), logits.device),
             **self._factors,
         )
         return loss, _agreement(student, teacher, valid) if seen.logged else {}
@@ -207,6 +223,7 @@ class Distillation:
             "label_smoothing": config.label_smoothing,
             "count": seen.count / 2,
             **self._factors,
+            "mixed": mixed_of(seen.batch, np.flatnonzero(some), device),
             "loss_scale": seen.loss_scale if device.type == "cuda" else None,
             "method": self._method.kernel,
             **self._method.for_kernel,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kernels.reference import Mixed
 from pipeline.data.decode import Undecodable, as_rgb
 from pipeline.data.index import BadSample, Index
 from pipeline.data.skipped import Skipped
@@ -43,12 +44,15 @@ class Batch:
     """u8 (2, B, S, S, 3): original views, then augmented ones; (1, B, S, S, 3) for evaluation."""
     digests: np.ndarray | None
     """CRC-32 of each view's pixels, u32 (B, 2), if asked for."""
+    mixed: Mixed | None = None
+    """Whose labels the augmented views have as well, on the host, if the policy mixes."""
 
     def part(self, at: np.ndarray) -> "Batch":
         """The samples at some places."""
         digests = None if self.digests is None else self.digests[at]
-        images = self.images[:, devices.put(at, self.images.device)]
-        return Batch(self.rows[at], self.labels[torch.from_numpy(at)], images, digests)
+        images, places = self.images[:, devices.put(at, self.images.device)], torch.from_numpy(at)
+        mixed = self.mixed and Mixed(*(each[places] for each in self.mixed))
+        return Batch(self.rows[at], self.labels[places], images, digests, mixed)
 
     @property
     def original(self) -> torch.Tensor:
@@ -59,8 +63,21 @@ class Batch:
         return self.images[1]
 
 
+def batch_of(
+    job: Job, rows: np.ndarray, images: torch.Tensor, digests: np.ndarray | None, mixes: np.ndarray | None
+) -> Batch:
+    """The batch of index rows whose views are made, `mixes` (B,) as they were drawn."""
+    labels = job.index.records["label"]
+    own, mixed = labels[rows].astype(np.int64), None
+    if mixes is not None and job.policy.mix:
+        partner = mixes["partner"]
+        others = np.where(partner < 0, own, labels[partner])
+        mixed = Mixed(torch.from_numpy(others), torch.from_numpy(mixes["ratio"].copy()))
+    return Batch(rows, torch.from_numpy(own), images, digests, mixed)
+
+
 def read_ahead(job: Job, plan: Iterable[Request], ahead: int) -> Generator[tuple[Request, list[Future]], None, None]:
-    """Requests, their views (B, M), with the futures of their bytes; `ahead` more requests are being read.
+    """Requests, their views (B, M), with the futures of the bytes they read; `ahead` more requests are being read.
 
     The bytes of a skipped sample are None.
 
@@ -71,10 +88,12 @@ def read_ahead(job: Job, plan: Iterable[Request], ahead: int) -> Generator[tuple
     readers = ThreadPoolExecutor(threads, thread_name_prefix="read")
     waiting: deque[tuple[Request, list[Future]]] = deque()
     try:
-        for rows, views in plan:
-            numbers = rows.tolist()
+        for item in plan:
+            rows, views, mixes = Request(*item)
+            views = views if views.ndim == 2 else views[:, None]
+            request = Request(rows, views, mixes if job.pairs else None)
+            numbers = request.read.tolist()
             parts = [numbers[at : at + together] for at in range(0, len(numbers), together)]
-            request = rows, views if views.ndim == 2 else views[:, None]
             waiting.append((request, [readers.submit(_read, job.index, part, job.skipped) for part in parts]))
             if len(waiting) > ahead:
                 yield waiting.popleft()

@@ -18,10 +18,11 @@ VIEW = np.dtype([("box", "<i4", (2, 4)), ("flip", "u1", 2), ("mask", "<u4"), ("s
 """One view pair: per view (original, augmented) the crop box (top, left, height, width) and whether it is mirrored;
 for the augmented view the op mask and signs of `kernels.jda`."""
 
-_ATTEMPTS = 10  # torchvision RandomResizedCrop.get_params
+ATTEMPTS = 10  # torchvision RandomResizedCrop.get_params
 _RATIOS = 1024  # steps of the log-uniform aspect ratio
 
-# Fourth counter word: what a word is for. The third is the view, the first two are the key hash.
+# Fourth counter word: what a word is for. The third is the view, the first two are the key hash. From 0x400 on they are
+# of `pipeline.views.mixing`.
 _FLIPS_AND_SIGNS, _MASK, _CROP = 0x100, 0x200, 0x300
 
 
@@ -43,22 +44,23 @@ def draw(
     base = policy.base if size is None else policy.base.resized(size)
     key_hash = np.asarray(key_hash, np.uint64)
     height, width = np.asarray(height, np.int64), np.asarray(width, np.int64)
-    low, high = key_hash & np.uint64(0xFFFFFFFF), key_hash >> np.uint64(32)
-
-    def words(purpose: int, blocks: int) -> np.ndarray:
-        counters = purpose + np.arange(blocks)
-        return philox((low[:, None], high[:, None], view, counters), seed).reshape(len(key_hash), blocks * 4)
-
     out = np.zeros(len(key_hash), VIEW)
-    extra = words(_FLIPS_AND_SIGNS, 1)
+    extra = words(seed, key_hash, view, _FLIPS_AND_SIGNS, 1)
     out["flip"] = (extra[:, :2] >> np.uint32(31)) * np.uint8(base.flip)
     out["signs"] = extra[:, 2]
     ops = len(policy.table)
-    fires = words(_MASK, -(-ops // 4))[:, :ops] < np.uint64(round(policy.probability * 2**32))
+    fires = words(seed, key_hash, view, _MASK, -(-ops // 4))[:, :ops] < np.uint64(round(policy.probability * 2**32))
     out["mask"] = (fires << np.arange(ops, dtype=np.uint64)).sum(axis=1)
-    crop_words = words(_CROP, 2 * _ATTEMPTS).reshape(len(key_hash), 2, _ATTEMPTS, 4)
+    crop_words = words(seed, key_hash, view, _CROP, 2 * ATTEMPTS).reshape(len(key_hash), 2, ATTEMPTS, 4)
     out["box"] = _pad_crop(crop_words, height, width, base) if base.pad >= 0 else _rrc(crop_words, height, width, base)
     return out
+
+
+def words(seed: int, key_hash: np.ndarray, view: int, purpose: int, blocks: int) -> np.ndarray:
+    """Random words u32 (B, 4 · blocks) of samples with `key_hash` u64 (B,), for one purpose."""
+    low, high = key_hash & np.uint64(0xFFFFFFFF), key_hash >> np.uint64(32)
+    counters = purpose + np.arange(blocks)
+    return philox((low[:, None], high[:, None], view, counters), seed).reshape(len(key_hash), blocks * 4)
 
 
 def of(records: np.ndarray, seed: int, view: int, policy: Policy) -> np.ndarray:
@@ -109,7 +111,7 @@ def _pad_crop(words: np.ndarray, height: np.ndarray, width: np.ndarray, base: Ba
 
 
 @cache
-def _ratio_table(ratio: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+def ratio_table(ratio: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     """Aspect ratios at the middle of 1024 equal log steps, and their inverses, in units of 2⁻¹⁶: i64 (1024,) each.
 
     The step is the 1024th root of high / low, ten exact integer square roots in fixed point.
@@ -129,7 +131,7 @@ def _ratio_table(ratio: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     return ratios, inverses
 
 
-def _rounded_root(area: np.ndarray, ratio: np.ndarray) -> np.ndarray:
+def rounded_root(area: np.ndarray, ratio: np.ndarray) -> np.ndarray:
     """round(sqrt(area · ratio / 2¹⁶)): exact, the radicand stays below 2⁵²."""
     return (np.sqrt((area * ratio >> 14).astype(np.float64)).astype(np.int64) + 1) >> 1
 
@@ -137,11 +139,11 @@ def _rounded_root(area: np.ndarray, ratio: np.ndarray) -> np.ndarray:
 def _rrc(words: np.ndarray, height: np.ndarray, width: np.ndarray, base: Base) -> np.ndarray:
     """torchvision RandomResizedCrop.get_params: the first of ten attempts that fits, else the central crop."""
     height, width = height[:, None, None], width[:, None, None]
-    ratios, inverses = _ratio_table(base.ratio)
+    ratios, inverses = ratio_table(base.ratio)
     low, high = (round(s * 2**24) for s in base.scale)
     area = height * width * (low + below(words[..., 0], high - low + 1)) >> 24
     pick = words[..., 1] >> np.uint32(22)
-    w, h = _rounded_root(area, ratios[pick]), _rounded_root(area, inverses[pick])
+    w, h = rounded_root(area, ratios[pick]), rounded_root(area, inverses[pick])
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     top = below(words[..., 2], np.maximum(height - h + 1, 1))
     left = below(words[..., 3], np.maximum(width - w + 1, 1))

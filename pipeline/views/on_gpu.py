@@ -24,9 +24,10 @@ from torch import Tensor
 
 from cache import UserError
 from kernels import jda
+from kernels.jda.gpu import mixing
 from kernels.jda.gpu import pairs as jda_gpu
 from pipeline.data import dali
-from pipeline.views.batch import AHEAD, Batch, Job, read_ahead
+from pipeline.views.batch import AHEAD, Batch, Job, batch_of, read_ahead
 from pipeline.views.plan import Request
 
 
@@ -37,7 +38,7 @@ def on_gpu(decoder: str, job: Job, plan: Iterable[Request]) -> Generator[Batch, 
         engine = _Engine(decoder, job, workers)
         try:
             for request, reads in requests:
-                engine.schedule(*request, reads)
+                engine.schedule(request, reads)
                 if len(engine.scheduled) == dali.DEPTH:
                     engine.launch()
                 while len(engine.launched) >= _LAUNCHED:
@@ -116,16 +117,22 @@ def here() -> Cuda | Host:
 class _Scheduled:
     """A batch that DALI decodes."""
 
-    rows: np.ndarray
-    views: np.ndarray
+    request: Request
+    places: np.ndarray
+    """i64 (K,): which of the images that the request reads."""
     encoded: list[bytes]
-    """Of each row: DALI reads them where they are."""
+    """Of each of them: DALI reads them where they are."""
     decoders: "_Decoders"
     route: np.ndarray = field(init=False)
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Index rows i64 (K,)."""
+        return self.request.read[self.places]
+
     def without(self, bad: list[int]) -> "_Scheduled":
-        kept = np.setdiff1d(np.arange(len(self.rows)), bad)
-        return _Scheduled(self.rows[kept], self.views[kept], [self.encoded[i] for i in kept], self.decoders)
+        kept = np.setdiff1d(np.arange(len(self.places)), bad)
+        return _Scheduled(self.request, self.places[kept], [self.encoded[i] for i in kept], self.decoders)
 
 
 class _Launched(NamedTuple):
@@ -135,6 +142,17 @@ class _Launched(NamedTuple):
     event: Any
     held: list
     """What the kernels read, or DALI for them."""
+
+
+class _Images(NamedTuple):
+    """What DALI has decoded."""
+
+    addresses: np.ndarray
+    """i64 (K,)."""
+    sizes: np.ndarray
+    """i64 (K, 2)."""
+    places: np.ndarray
+    """i64 (W,): which of them each image is that the request reads; −1: none."""
 
 
 class _Decoders:
@@ -180,13 +198,14 @@ class _Engine:
         self.scheduled: deque[_Scheduled] = deque()
         self.launched: deque[_Launched] = deque()
 
-    def schedule(self, rows: np.ndarray, views: np.ndarray, reads: list[Future]) -> None:
+    def schedule(self, request: Request, reads: list[Future]) -> None:
         """Hand a request to DALI, as soon as its bytes are there."""
         encoded = [data for read in reads for data in read.result()]
         kept = [i for i, data in enumerate(encoded) if data is not None]
         if self.decoders is None or len(kept) > self.decoders.room:  # those under way keep theirs
-            self.decoders = _Decoders(self.decoder, max(len(encoded), 1), self.job.threads, self.here.number)
-        self._start(_Scheduled(rows[kept], views[kept], [encoded[i] for i in kept], self.decoders))
+            most = len(request.rows) * (1 if request.mixes is None else 1 + request.views.shape[1])
+            self.decoders = _Decoders(self.decoder, max(most, 1), self.job.threads, self.here.number)
+        self._start(_Scheduled(request, np.array(kept, np.int64), [encoded[i] for i in kept], self.decoders))
 
     def _start(self, work: _Scheduled) -> None:
         work.route = dali.route(self.decoder, self.job.index.records["key_hash"][work.rows])
@@ -205,35 +224,54 @@ class _Engine:
             self._mend(work, said)
             return self.launch()
         addresses, shapes, held = taken
-        records, skipped = self.job.index.records[work.rows], self.job.skipped
+        all_rows, skipped = work.rows, self.job.skipped
+        records = self.job.index.records[all_rows]
         sizes = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
         # The boxes were drawn for the indexed size, and the kernels do not look.
         wrong = [i for i, size in enumerate(sizes.tolist()) if shapes[i] != (*size, 3)]
         for i in wrong:
-            row = work.rows[i]
+            row = all_rows[i]
             skipped.add(int(row), str(self.job.index.bad(row, f"not of the indexed size: {shapes[i][:2]}")))
-        kept = np.setdiff1d(np.arange(len(work.rows)), wrong)
-        rows, views, policy = work.rows[kept], work.views[kept], self.job.policy
-        labels = torch.from_numpy(records["label"][kept].astype(np.int64))
-        for view in np.moveaxis(views, 1, 0):
-            with self.here.work():
-                images = jda_gpu.pairs(
-                    addresses[kept],
-                    sizes[kept],
-                    self.program,
-                    view,
-                    policy.base.pad,
-                    policy.base.size,
-                    self.job.pairs,
-                    self.here.device,
-                )
-                on_host = self.here.copied(images) if self.job.digests else None
-                event = self.here.mark()
-            checks = []
-            if on_host is not None:
-                parts = np.array_split(np.arange(len(rows)), self.job.threads)
-                checks = [self.workers.submit(_digests, on_host, event, part) for part in parts]
-            self.launched.append(_Launched(Batch(rows, labels, images, None), checks, event, [held, work.encoded]))
+        kept = np.setdiff1d(np.arange(len(all_rows)), wrong)
+        images = _Images(addresses, sizes, np.full(len(work.request.read), -1))
+        images.places[work.places[kept]] = kept
+        for number in range(work.request.views.shape[1]):
+            self._launch(work, images, number, [held, work.encoded])
+
+    def _launch(self, work: _Scheduled, images: "_Images", number: int, held: list) -> None:
+        """Make one batch of the images of a request."""
+        rows, views, mixes = work.request.rows, work.request.views[:, number], work.request.mixes
+        partners = work.request.places[:, number]
+        there = (images.places[: len(rows)] >= 0) & ((partners < 0) | (images.places[partners] >= 0))
+        rows, views, partners = rows[there], views[there], partners[there]
+        drawn = None if mixes is None else mixes[there, number]
+        with self.here.work():
+            made = self._pairs(images, np.flatnonzero(there), views)
+            if drawn is not None:
+                mixed = partners >= 0
+                other = self._pairs(images, partners[mixed], drawn["view"][mixed])[1] if mixed.any() else None
+                mixing.mix(made[1], other, drawn)
+            on_host = self.here.copied(made) if self.job.digests else None
+            event = self.here.mark()
+        checks = []
+        if on_host is not None:
+            parts = np.array_split(np.arange(len(rows)), self.job.threads)
+            checks = [self.workers.submit(_digests, on_host, event, part) for part in parts]
+        self.launched.append(_Launched(batch_of(self.job, rows, made, None, drawn), checks, event, held))
+
+    def _pairs(self, images: "_Images", wanted: np.ndarray, views: np.ndarray) -> Tensor:
+        """Views (B,) of the images at the places `wanted` i64 (B,) of what was read."""
+        at, base = images.places[wanted], self.job.policy.base
+        return jda_gpu.pairs(
+            images.addresses[at],
+            images.sizes[at],
+            self.program,
+            views,
+            base.pad,
+            base.size,
+            self.job.pairs,
+            self.here.device,
+        )
 
     def _mend(self, work: _Scheduled, said: str) -> None:
         """Find the images of a batch that cannot be decoded, skip them, and start the others again.

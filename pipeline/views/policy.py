@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cache import UserError
 from cache.errors import did_you_mean
@@ -13,6 +14,7 @@ from pipeline.config import yaml_file
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR_STATS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+MIN_ALPHA, MAX_ALPHA = 0.01, 10.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,38 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """Mixup and CutMix of augmented views; what is not said here is as in `timm.data.Mixup` with mode `elem`."""
+
+    mixup_alpha: float = 0.0
+    """λ, the image's own share, is of Beta(alpha, alpha): Zhang et al., ICLR 2018. 0: no Mixup."""
+    cutmix_alpha: float = 0.0
+    """1 − λ is the share of the area that a box takes before it is cut at the edge: Yun et al., ICCV 2019. 0: no
+    CutMix."""
+    probability: float = 1.0
+    """Of a view to be mixed; timm's `prob`."""
+    switch_probability: float = 0.5
+    """Of CutMix instead of Mixup where both have an alpha; timm's `switch_prob`."""
+
+
+@dataclass(frozen=True)
+class Erase:
+    """Random erasing of augmented views, after they are mixed: Zhong et al., AAAI 2020.
+
+    Defaults and the choice of the box are those of torchvision's and timm's RandomErasing.
+    """
+
+    probability: float = 0.25
+    """Of a view to lose a box."""
+    scale: tuple[float, float] = (0.02, 1 / 3)
+    """Share of the view's area."""
+    ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    """Height over width, log-uniform."""
+    value: int = 128
+    """Of all three channels of an erased pixel."""
+
+
+@dataclass(frozen=True)
 class Policy:
     """A JDA policy with every number it uses; what it says is what the store's manifest keeps."""
 
@@ -48,12 +82,23 @@ class Policy:
     mean: tuple[float, ...]
     """Per channel, for input in [0, 1]."""
     std: tuple[float, ...]
+    mix: Mix | None = None
+    """None: no view has anything of another sample."""
+    erase: Erase | None = None
+
+    @property
+    def alters(self) -> bool:
+        """Whether anything happens to augmented views after their crop."""
+        return bool(self.mix or self.erase)
 
     def to_config(self) -> dict:
         """JSON-safe, complete: `from_config` gives an equal policy."""
         config = dataclasses.asdict(self)
         config["ops"] = [[op.name, op.magnitude] for op in self.table]
         del config["table"]
+        for name in ("mix", "erase"):
+            if config[name] is None:
+                del config[name]  # as in stores from before there was any
         return json.loads(json.dumps(config))  # lists for tuples
 
 
@@ -82,9 +127,9 @@ def from_config(config: object, where: str = "policy") -> Policy:
     """A policy from plain data, every value checked.
 
     Keys: `name`, `probability`, `ops` (a published name, or a list of `[op, magnitude]`), `base` (fields of `Base`),
-    `mean`, `std`. Raises UserError naming the key.
+    `mean`, `std`, `mix` (fields of `Mix`), `erase` (fields of `Erase`). Raises UserError naming the key.
     """
-    config = _mapping(config, where, ("name", "probability", "ops", "base", "mean", "std"))
+    config = _mapping(config, where, ("name", "probability", "ops", "base", "mean", "std", "mix", "erase"))
     for key in ("probability", "ops", "base"):
         if key not in config:
             raise UserError(f"{where}: missing key {key}", fix=f"add {key}")
@@ -111,6 +156,8 @@ def from_config(config: object, where: str = "policy") -> Policy:
         base=_base(config["base"], f"{where}: base"),
         mean=mean,
         std=std,
+        mix=_mix(config["mix"], f"{where}: mix") if "mix" in config else None,
+        erase=_erase(config["erase"], f"{where}: erase") if "erase" in config else None,
     )
 
 
@@ -124,15 +171,45 @@ def _base(config: object, where: str) -> Base:
             raise UserError(f"{where}: {key}", found=value, expected=f"a whole number in [{low}, {high}]")
     if not isinstance(config.get("flip", True), bool):
         raise UserError(f"{where}: flip", found=config["flip"], expected="true or false")
-    config = dict(config)
-    for key, high in (("scale", 1.0), ("ratio", 10.0)):
-        if key in config:
-            config[key] = _numbers(config[key], f"{where}: {key}", 2, 0.001, high)
-            if config[key][0] > config[key][1]:
-                raise UserError(f"{where}: {key}", found=list(config[key]), expected="low before high")
+    config = config | _spans(config, where)
     if "centre" in config:
         config["centre"] = _numbers([config["centre"]], f"{where}: centre", 1, 0.001, 1.0)[0]
     return Base(**config)
+
+
+def _spans(config: dict, where: str) -> dict[str, Any]:
+    """`scale` and `ratio`, if they are there."""
+    found: dict[str, Any] = {}
+    for key, high in (("scale", 1.0), ("ratio", 10.0)):
+        if key in config:
+            found[key] = _numbers(config[key], f"{where}: {key}", 2, 0.001, high)
+            if found[key][0] > found[key][1]:
+                raise UserError(f"{where}: {key}", found=list(found[key]), expected="low before high")
+    return found
+
+
+def _mix(config: object, where: str) -> Mix:
+    config = _mapping(config, where, tuple(field.name for field in dataclasses.fields(Mix)))
+    highest = dict.fromkeys(config, 1.0) | dict.fromkeys(("mixup_alpha", "cutmix_alpha"), MAX_ALPHA)
+    found = {key: _numbers([value], f"{where}: {key}", 1, 0.0, highest[key])[0] for key, value in config.items()}
+    mix = Mix(**found)
+    for key in ("mixup_alpha", "cutmix_alpha"):
+        if 0 < getattr(mix, key) < MIN_ALPHA:
+            raise UserError(f"{where}: {key}", found=getattr(mix, key), expected=f"0, or at least {MIN_ALPHA}")
+    if not mix.mixup_alpha and not mix.cutmix_alpha:
+        raise UserError(f"{where}: nothing to mix by", fix="give mixup_alpha or cutmix_alpha, or leave mix out")
+    return mix
+
+
+def _erase(config: object, where: str) -> Erase:
+    config = _mapping(config, where, tuple(field.name for field in dataclasses.fields(Erase)))
+    config = config | _spans(config, where)
+    if "probability" in config:
+        config["probability"] = _numbers([config["probability"]], f"{where}: probability", 1, 0.0, 1.0)[0]
+    value = config.get("value", 0)
+    if type(value) is not int or not 0 <= value <= 255:
+        raise UserError(f"{where}: value", found=value, expected="a whole number in [0, 255]")
+    return Erase(**config)
 
 
 def _op(item: object, where: str) -> Op:

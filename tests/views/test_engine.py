@@ -3,6 +3,7 @@
 `test_loader` holds its pixels. Here the calls that would reach a GPU meet stand-ins, which refuse what DALI refuses.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -22,9 +23,9 @@ from cache import UserError
 from pipeline.data import dali, prepare
 from pipeline.data.decode import decode
 from pipeline.data.index import Index
-from pipeline.views import on_gpu, plan
+from pipeline.views import mixing, on_gpu, plan
 from pipeline.views.loader import Loader, _behind
-from pipeline.views.policy import POLICIES
+from pipeline.views.policy import POLICIES, Mix, Policy
 
 TESTS = Path(__file__).parents[1]
 POLICY, SEED, SIZE = POLICIES["cifar10"], 7, 12
@@ -43,9 +44,11 @@ def small(tmp_path_factory) -> Index:
     return Index.open(folder / "data")
 
 
-def batches(index: Index, decoder: str, max_bad: float = 0.001, size: int = SIZE) -> tuple[list, Loader]:
-    loader = Loader(index, POLICY, threads=2, decoder=decoder, max_bad=max_bad)
-    requests = plan.requests(index, POLICY, SEED, plan.cut(1, index.good, size))
+def batches(
+    index: Index, decoder: str, max_bad: float = 0.001, size: int = SIZE, policy: Policy = POLICY
+) -> tuple[list, Loader]:
+    loader = Loader(index, policy, threads=2, decoder=decoder, max_bad=max_bad)
+    requests = plan.requests(index, policy, SEED, plan.cut(1, index.good, size))
     return list(loader.batches(requests, digests=True)), loader
 
 
@@ -105,6 +108,22 @@ def test_an_undecodable_image_is_skipped_by_name_and_harms_no_other(small, expec
         assert by_row(found) == {row: digest for row, digest in expected.items() if row not in bad}
         assert set(loader.skipped.causes) == set(bad)
     assert "sample '013'" in (err := capfd.readouterr().err) and "cannot be decoded: " in err
+
+
+def test_a_partner_that_cannot_be_decoded_costs_its_sample_and_no_other(small, monkeypatch):
+    engine.on_the_host(monkeypatch)
+    policy = dataclasses.replace(POLICY, mix=Mix(cutmix_alpha=1.0))
+    expected, read = by_row(batches(small, "cpu", policy=policy)[0]), Index.read
+    drawn = mixing.draw(small.records, small.good, SEED, 1, policy)
+    assert (drawn["partner"] >= 0).mean() > 0.9
+    bad = 13
+    monkeypatch.setattr(Index, "read", lambda self, row: UNDECODABLE if row == bad else read(self, row))
+    lost = {bad, *np.flatnonzero(drawn["partner"] == bad).tolist()}
+    assert len(lost) == 2
+    for decoder in ("cpu", "gpu"):
+        found, loader = batches(small, decoder, 0.1, policy=policy)
+        assert by_row(found) == {row: digest for row, digest in expected.items() if row not in lost}
+        assert set(loader.skipped.causes) == {bad}
 
 
 def test_too_many_undecodable_images_end_the_run(small, monkeypatch):

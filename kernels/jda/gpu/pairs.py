@@ -99,7 +99,7 @@ def _run(steps, crops, program: Program, pad: int, size: int, device: torch.devi
             (compose_kernel, composing, (len(composing), 3), of_program | {"OPS": len(program.codes)}),
             (pixels_kernel, writing, _sharing(tiles), of_program | PIXELS),
         ]
-    crops = crops.ravel()
+    crops = crops[crops["box_height"] > 0]
     grid = _ceil(size, VIEW["ROWS"]) * _ceil(size, VIEW["COLUMNS"]), len(crops)
     if pad >= 0:
         launches.append((shift_kernel, crops, grid, {"SIZE": size} | VIEW))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from kernels.reference import Mixed
 from pipeline.config import Options, TrainStudent
 
 Need = Literal["logits", "agreement", "mean agreement", "energy", "features", "labels", "two classes", "attack"]
@@ -25,6 +26,8 @@ class View:
     """(B,), how much each sample counts. Rows of weight 0, whose content is any finite value, must leave no trace in
     those of other rows."""
     temperature: float
+    mixed: Mixed | None = None
+    """Whose labels the samples have as well, where views are mixed: of augmented ones."""
     energy: Tensor | None = None
     """(B,) in [0, 1]: the share of the epoch's labels whose teacher energy is lower."""
     kept: nn.Module | None = None

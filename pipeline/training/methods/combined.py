@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import reference
+from kernels.reference import Mixed
 from pipeline.system import ranks
 from pipeline.training.methods.base import Method, View
 
@@ -23,6 +24,7 @@ def loss(
     count: Tensor | float | None = None,
     energy: Tensor | None = None,
     kept: nn.Module | None = None,
+    mixed: Mixed | None = None,
 ) -> Tensor:
     """`reference.ccd_loss` with another soft term than KL -> scalar, differentiable in `student`; or its hard and its
     soft part (2,), if the method takes their gradients apart.
@@ -35,7 +37,7 @@ def loss(
     them; `target`: integer (B,). `weight`: w (B,) or one for all. `valid`: bool, pairs (B,) or views (2, B) that count;
     what stands in the others, NaN too, touches neither loss nor gradient, and they are not part of a batch that a
     method compares. `count`: the number of pairs, or half that of views, that means divide by; None: those that count.
-    `energy`: (B, 2), and `kept`, as `View` has them.
+    `energy`: (B, 2), and `kept`, as `View` has them. `mixed`: the augmented views' other labels, if there are any.
     """
     teacher, ones = teacher.detach(), torch.ones_like(student[..., 0])
     weight = weight.detach().to(ones.dtype) if isinstance(weight, Tensor) else ones[1] * weight
@@ -49,11 +51,22 @@ def loss(
     hard = soft = student.new_zeros(())
     for z, one in zip(student, ones, strict=True):
         hard = hard + (one * reference.cross_entropy(z, target, label_smoothing)).sum()
+    if mixed is not None:
+        hard = hard + (ones[1] * reference.beyond_own(student[1], target, mixed, label_smoothing)).sum()
     if kept is not None:
         method.observe(kept, ranks.total(hard.detach() / (2 * count * ranks.world())))
     for view, (z, t, w) in enumerate(zip(student, teacher.unbind(1), weight, strict=True)):
         of_view = None if energy is None else energy[:, view]
-        seen = View(student=z, teacher=t, target=target, weight=w, temperature=temperature, energy=of_view, kept=kept)
+        seen = View(
+            student=z,
+            teacher=t,
+            target=target,
+            weight=w,
+            temperature=temperature,
+            mixed=mixed if view else None,
+            energy=of_view,
+            kept=kept,
+        )
         soft = soft + (w * method.term(seen)).sum()
     hard_factor, soft_factor = reference.coefficients(temperature, alpha, kd_weight)
     hard, soft = hard_factor * hard, soft_factor * soft

@@ -27,7 +27,11 @@ class Isotonic(Method):
 
     def term(self, view: View) -> Tensor:
         p = (view.teacher / view.temperature).softmax(1)
-        m = (tree if self.solver == "tree" else linear)(p, view.target)
+        labels = (view.target,)
+        if view.mixed is not None:
+            partner, own = view.mixed.partner_target, view.mixed.ratio >= 0.5
+            labels = view.target.where(own, partner), partner.where(own, view.target)
+        m = (tree if self.solver == "tree" else linear)(p, *labels)
         log_q = (view.student / view.temperature).log_softmax(1)
         return torch.where(m > 0, m * (m.clamp(min=torch.finfo(m.dtype).tiny).log() - log_q), 0.0).sum(1)
 
