@@ -20,7 +20,7 @@ from pipeline.networks.teacher import Teacher
 from pipeline.system import device as devices
 from pipeline.system.files import write_atomically
 from pipeline.system.terminal import decimal, summary
-from pipeline.views import plan
+from pipeline.views import mixing, plan
 from pipeline.views.loader import Loader
 
 _BLOCKS = 256
@@ -115,7 +115,10 @@ def _pairs(store: Store, loader: Loader, teacher: Teacher | None, picks) -> Iter
         before = teacher(batch).cpu().numpy() if teacher else None
         pixels = batch.images.cpu().numpy().swapaxes(0, 1)
         for i, row in enumerate(batch.rows.tolist()):
-            mask = int(request[1]["mask"][np.searchsorted(rows, row), 0])
+            place = np.searchsorted(rows, row)
+            mask = int(request.views["mask"][place, 0])
             fired = tuple(op.name for bit, op in enumerate(loader.policy.table) if mask >> bit & 1)
+            if request.mixes is not None:
+                fired += mixing.named(request.mixes[place, 0])
             said = None if before is None else before[i]
             yield Pair(view, row, pixels[i], float(block.weight[at[i]]), fired, after[i], said)

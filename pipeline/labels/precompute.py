@@ -312,6 +312,9 @@ def _open_or_create(config, index: Index, policy: Policy, teacher: Teacher) -> N
         if wished not in (None, found):
             fix = f"leave {flag} out, or run precompute-teacher into another store"
             raise UserError(f"the store has another {what}", found=found, expected=wished, fix=fix)
+    if wanted.samples > made.samples and policy.mix:
+        what, fix = "a store of mixed views cannot grow with its data set", "run precompute-teacher into another store"
+        raise UserError(what, found=f"{wanted.samples:,} samples", expected=f"{made.samples:,}", fix=fix)
     if wanted.views > made.views or wanted.samples > made.samples:
         cache.extend(store, wanted, status, key_hash)
     else:

@@ -62,6 +62,15 @@ def draw(records: np.ndarray, rows: np.ndarray, seed: int, view: int, policy: Po
     return out
 
 
+def named(mix: np.void) -> tuple[str, ...]:
+    """What happens to a view after its crop, for people."""
+    found = []
+    if mix["partner"] >= 0:
+        kind = "cutmix" if mix["patch"][2] else "mixup"
+        found.append(f"{kind}, {1 - mix['ratio']:.0%} of row {mix['partner']}")
+    return (*found, "erase") if mix["erase"][2] else tuple(found)
+
+
 def partners(rows: np.ndarray, seed: int, view: int, status: np.ndarray) -> np.ndarray:
     """The rows i64 (B,) that rows are mixed with in a view: a permutation of the good ones among `status` (N,).
 

@@ -245,6 +245,9 @@ def test_a_batch_may_have_any_size_and_one_view(machine):
     table = TABLES["imagenet"]
     both = machine.pairs(images, table, views, -1, 9)
     alone = machine.pairs(images, table, views, -1, 9, both=False)
+    augmented = views.copy()
+    augmented["box"][:, 0] = 0  # a partner has no original view
+    np.testing.assert_array_equal(machine.pairs(images, table, augmented, -1, 9)[1], both[1])
     np.testing.assert_array_equal(alone, both[:1])
     assert machine.pairs([], table, views[:0], -1, 9).shape == (2, 0, 9, 9, 3)
     assert machine.pairs([], table, views[:0], 0, 9, both=False).shape == (1, 0, 9, 9, 3)

@@ -5,6 +5,7 @@ import statistics
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 
 from pipeline.training.methods import METHODS, View, loss
 
@@ -115,3 +116,15 @@ def paper_mean(name, z, t, target, temperature, weight, **options) -> float:
 
 def lists(*tensors):
     return [tensor.tolist() for tensor in tensors]
+
+
+def isotonic(p, first, second=None):
+    """The nearest vector to p under pairs of `above ≥ below`, by the dual's non-negative least squares."""
+    second = None if second == first else second
+    others = [c for c in range(len(p)) if c not in (first, second)]
+    above = [(first, second)] if second is not None else []
+    above += [(first if second is None else second, c) for c in others]
+    steps = np.zeros((len(above), len(p)))
+    for row, (high, low) in enumerate(above):
+        steps[row, high], steps[row, low] = 1, -1
+    return p + steps.T @ nnls(steps.T, -p)[0] if above else p

@@ -44,6 +44,6 @@ def made(folder: Path) -> Tiny:
 
 def taught(tiny: Tiny, store: Path, **changes) -> PrecomputeTeacher:
     return PrecomputeTeacher(
-        data=tiny.data, store=str(store), policy=str(tiny.policy), codec="fp16", device="cpu",
-        **({"views": 2, "teacher": tiny.teacher} | changes),
+        store=str(store), codec="fp16", device="cpu",
+        **({"data": tiny.data, "views": 2, "teacher": tiny.teacher, "policy": str(tiny.policy)} | changes),
     )  # fmt: skip

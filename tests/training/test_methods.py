@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize_scalar, nnls
+from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
-from support.papers import logits, pairs, views, with_gradient
+from support.papers import isotonic, logits, pairs, views, with_gradient
 
 from pipeline.training.methods import METHODS, View, ida, loss
 
@@ -59,18 +59,6 @@ def paper_triplet(z, t, target, temperature, weight):
         distances = [np.linalg.norm(t[i] - z[j]) for j in (i, *others)]
         found.append(max(0.0, distances[0] - distances[1] + 5) * 2 / temperature**2 if others else 0.0)
     return found
-
-
-def isotonic(p, first, second=None):
-    """The nearest vector to p under pairs of `above ≥ below`, by the dual's non-negative least squares."""
-    second = None if second == first else second
-    others = [c for c in range(len(p)) if c not in (first, second)]
-    above = [(first, second)] if second is not None else []
-    above += [(first if second is None else second, c) for c in others]
-    steps = np.zeros((len(above), len(p)))
-    for row, (high, low) in enumerate(above):
-        steps[row, high], steps[row, low] = 1, -1
-    return p + steps.T @ nnls(steps.T, -p)[0] if above else p
 
 
 def paper_ida(z, t, target, temperature, weight):

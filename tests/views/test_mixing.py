@@ -303,6 +303,14 @@ def test_a_mixing_policy_survives_json(name):
     assert policy.from_config(config) == mixing_policy(name)
 
 
+def test_the_shipped_policy_is_deits():
+    path = Path(policy.__file__).parents[1] / "recipes" / "imagenet_mixed_policy.yaml"
+    shipped = policy.load(str(path))
+    assert shipped == dataclasses.replace(
+        POLICIES["imagenet"], name="imagenet_mixed", mix=Mix(mixup_alpha=0.8, cutmix_alpha=1.0), erase=Erase(0.25)
+    )
+
+
 GOOD = {"probability": 0.5, "ops": "cifar10", "base": {"size": 32}}
 
 
