@@ -24,6 +24,7 @@ from pipeline.training.methods import METHODS, make
 from pipeline.training.methods.features import FeatureMethod, FeatureView
 from pipeline.training.objectives import Seen
 from pipeline.views import policy as policies
+from pipeline.views.batch import Batch
 
 NAMES = ("fitnet", "simkd", "crd", "vid", "ft")
 VIEWS, OWN, OTHERS = 6, 64, 9  # views, features of a student, negatives
@@ -147,7 +148,7 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_parts(name, featured, digits, tmp
     objective = Imitation(config, 0, labels, learner, index)
     rows = index.good[[3, 30, 31, 90]]
     chosen = np.array([[True, True, False, True], [True, False, True, True]])
-    batch = type("Batch", (), {"rows": rows, "labels": torch.from_numpy(index.records["label"][rows].astype(np.int64))})
+    batch = Batch(rows, torch.from_numpy(index.records["label"][rows].astype(np.int64)), torch.empty(0), None)
     logits, features = torch.randn(6, 10), torch.randn(6, WIDTH if name == "crd" else 64)
     if name == "crd":
         features = learner.beside(torch.randn(6, OWN)).detach()
