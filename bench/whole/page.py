@@ -17,42 +17,35 @@ Draw = Callable[[Any], None]
 
 def render(found: dict) -> bytes:
     """The page of a document of `bench.whole.all`."""
-    about = found["machine"]
-    sections = {"Machine": _machine(found)}
-    for name, (title, plots) in _SECTIONS.items():
-        if name in found["suites"]:
-            sections[title] = _section(name, found["suites"][name], plots)
-    gpu = about["gpu"] or "no GPU"
+    about, suites = found["machine"], found["suites"]
     return html.document(
-        "Benchmarks of jda-distill",
-        f"{about['cpu']}, {about['cores']} cores, {gpu}; {found['date']}, commit {found['commit'] or 'none'}",
-        sections,
+        "bench/whole/page.html",
+        title="Benchmarks of jda-distill",
+        about=f"{about['cpu']}, {about['cores']} cores, {about['gpu'] or 'no GPU'}; "
+        f"{found['date']}, commit {found['commit'] or 'none'}",
+        machine=_machine(found),
+        sections=[_section(name, suites[name]) for name in _SECTIONS if name in suites],
     )
 
 
-def _machine(found: dict) -> str:
+def _machine(found: dict) -> list[tuple[str, object]]:
     about = found["machine"]
     rows = [(name, about[name]) for name in ("cpu", "cores", "gpu", "kernel")]
     rows += [("memory", f"{about['ram_bytes'] / 2**30:.0f} GiB"), ("load at the start", f"{about['load']:.1f}")]
     rows += list(about["versions"].items())
     rows.append(("command", "pipeline " + " ".join(map(str, found["command"]))))
-    return html.table(("", ""), rows)
+    return rows
 
 
-def _section(name: str, suite: dict, plots: Callable[[dict], Iterable[tuple[str, str, str, Draw]]]) -> str:
-    drawn = "".join(
-        f"<figure><figcaption>{caption}</figcaption>{html.svg(f'{name} {number}', draw, below, beside)}</figure>"
+def _section(name: str, suite: dict) -> dict:
+    """Of a suite: `title`, `figures` of (caption, SVG), `tables` of (title, head, rows)."""
+    title, plots = _SECTIONS[name]
+    figures = [
+        (caption, html.svg(f"{name} {number}", draw, below, beside))
         for number, (caption, below, beside, draw) in enumerate(plots(suite))
-    )
-    tables = dict(suite["tables"])
-    if suite["arms"]:
-        tables = {"arms": [_arm(arm, row) for arm, row in suite["arms"].items()]} | tables
-    listed = "".join(
-        f"<details><summary>{title}</summary><div class=scroll>{_table(rows)}</div></details>"
-        for title, rows in tables.items()
-        if rows
-    )
-    return f'<div class="plots">{drawn}</div>{listed}'
+    ]
+    tables = {"arms": [_arm(arm, row) for arm, row in suite["arms"].items()]} | suite["tables"]
+    return {"title": title, "figures": figures, "tables": [_table(*each) for each in tables.items() if each[1]]}
 
 
 def _arm(name: str, row: dict) -> dict:
@@ -63,9 +56,9 @@ def _arm(name: str, row: dict) -> dict:
     return shown
 
 
-def _table(rows: list[dict]) -> str:
+def _table(title: str, rows: list[dict]) -> tuple[str, list[str], list[list[str]]]:
     head = list(dict.fromkeys(key for row in rows for key in row))
-    return html.table(head, [[_shown(row.get(key, "")) for key in head] for row in rows])
+    return title, head, [[_shown(row.get(key, "")) for key in head] for row in rows]
 
 
 def _shown(value: object) -> str:

@@ -6,7 +6,6 @@ import io
 import json
 import math
 from collections.abc import Callable
-from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 from cache import Store, UserError
 from cache import codec as codecs
 from pipeline.data.index import Index
-from pipeline.system.html import BLUE, GREY, document, note, svg, table
+from pipeline.system.html import BLUE, GREY, document, svg
 from pipeline.system.terminal import decimal
 
 _LISTED = 200  # keys in a list
@@ -69,27 +68,24 @@ def render(store: Store, index: Index, there: list, looked: Looked, pairs: list[
     """
     manifest = store.manifest
     fields = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
-    sections = {
-        "Size": _sizes(store, there),
-        "What the code loses": _losses(manifest.fidelity, manifest.temperature),
-        "Completeness": _completeness(store, there),
-        "View pairs": _gallery(index, pairs),
-        "Distributions": note(
-            f"{len(looked.weight):,} pairs, drawn at random from {looked.blocks:,} of {len(there):,} committed blocks."
-        )
-        + _plots(manifest.fidelity.get("budget"), manifest.temperature, looked),
-        "Samples without labels": _without_labels(index, looked),
-        "Manifest": _definitions({**fields, "codec": _described(manifest.codec)}),
-    }
-    about = (
-        f"{manifest.samples:,} samples, {manifest.views:,} views, {manifest.classes:,} classes; "
-        f"policy {manifest.policy.get('name', '?')}, code {manifest.codec['name']}; store {store.path}"
+    return document(
+        "pipeline/labels/page.html",
+        title=f"Soft labels of {manifest.teacher}",
+        about=f"{manifest.samples:,} samples, {manifest.views:,} views, {manifest.classes:,} classes; "
+        f"policy {manifest.policy.get('name', '?')}, code {manifest.codec['name']}; store {store.path}",
+        sizes=_sizes(store, there),
+        losses=_losses(manifest.fidelity, manifest.temperature),
+        completeness=_completeness(store, there),
+        cards=[_card(index, pair) for pair in pairs],
+        distributions=_distributions(manifest.fidelity.get("budget"), manifest.temperature, looked, len(there)),
+        quarantined=_quarantined(index),
+        skipped=_skipped(index, looked),
+        manifest={**fields, "codec": _described(manifest.codec)},
     )
-    return document(f"Soft labels of {manifest.teacher}", about, sections)
 
 
-def _sizes(store: Store, there: list) -> str:
-    """Bytes of this code on disk and in memory, and of the plain ones."""
+def _sizes(store: Store, there: list) -> dict:
+    """Table of bytes of this code on disk and in memory, and of the plain ones."""
     samples, count, classes = store.manifest.samples, store.manifest.views, store.manifest.classes
     pairs = sum(stop - start for start, stop in (store.block_range(block) for _, block in there))
     stored = store.sizes()
@@ -113,14 +109,14 @@ def _sizes(store: Store, there: list) -> str:
             cells = (f"{vector:.4g} B", *sizes, f"{fp16 / vector:.3g} ×")
         rows.append((name, *cells))
     head = ("", "per vector", f"view of {samples:,} pairs", f"{count:,} views", "smaller than fp16")
-    scaled = "" if len(there) == count * store.manifest.blocks else " Scaled up from the blocks that are there."
-    return table(head, rows) + note(f"Memory holds one view at a time, two while the next loads.{scaled}")
+    whole = len(there) == count * store.manifest.blocks
+    return {"head": head, "rows": rows, "scaled": not whole}
 
 
-def _losses(fidelity: dict, temperature: float) -> str:
-    """What the manifest says was measured when the code was chosen."""
+def _losses(fidelity: dict, temperature: float) -> list[tuple[str, object]]:
+    """Rows of what the manifest says was measured when the code was chosen."""
     if not fidelity:
-        return "<p>Not measured when the store was made.</p>"
+        return []
     kl = fidelity.get("kl")
     rows = [
         *((f"KL divergence at T = {t}, nats", value) for t, value in (kl if isinstance(kl, dict) else {}).items()),
@@ -129,60 +125,51 @@ def _losses(fidelity: dict, temperature: float) -> str:
         ("the largest logit stays the largest", fidelity.get("agreement")),
         ("pairs measured", fidelity.get("pairs")),
     ]
-    return table(("", ""), [(name, f"{v:.4g}" if isinstance(v, float) else v) for name, v in rows])
+    return [(name, f"{v:.4g}" if isinstance(v, float) else v) for name, v in rows]
 
 
-def _completeness(store: Store, there: list) -> str:
+def _completeness(store: Store, there: list) -> dict:
+    """Numbers of blocks, and rows of the views."""
     blocks = store.manifest.blocks
     committed = np.bincount([view for view, _ in there], minlength=store.manifest.views)
-    head = f"<p>{len(there):,} of {blocks * store.manifest.views:,} blocks are committed.</p>"
     rows = [
         (f"view {view}", f"{count:,} of {blocks:,}", "complete" if count == blocks else "incomplete")
         for view, count in enumerate(committed.tolist())
     ]
-    return f"{head}<details><summary>per view</summary>{table(('', 'blocks', ''), rows)}</details>"
+    return {"committed": len(there), "blocks": blocks * store.manifest.views, "rows": rows}
 
 
-def _gallery(index: Index, pairs: list[Pair]) -> str:
-    if not pairs:
-        return "<p>No labels yet.</p>"
-    cards = []
-    for pair in pairs:
-        label = -1 if index.class_list.unlabelled else int(index.records["label"][pair.row])
-        captions = "original", f"augmented: {', '.join(pair.fired) or 'another crop'}"
-        cells = [
-            f"<figure>{_picture(pixels)}<figcaption>{escape(caption)}</figcaption></figure>"
-            for pixels, caption in zip(pair.pixels, captions, strict=True)
-        ]
-        for title, logits in (("before coding", pair.before), ("after coding", pair.after)):
-            cells += [] if logits is None else [_top(index, title, said, label) for said in logits]
-        about = f"{_key(index, pair.row)}, row {pair.row:,}, view {pair.view}; w = {pair.weight:.4f}"
-        cards.append(
-            f'<article data-view="{pair.view}" data-row="{pair.row}"><h3>{escape(_class_name(index, label))}</h3>'
-            f'<small>{escape(about)}</small><div class="two">{"".join(cells)}</div></article>'
-        )
-    above = note("What the student sees, and the softmax of its labels at T = 1; the true class is bold.")
-    return f'{above}<div class="pairs">{"".join(cards)}</div>'
+def _card(index: Index, pair: Pair) -> dict:
+    """A pair as a page shows it: pictures of (base64 of a PNG, caption), answers of (caption, rows)."""
+    label = -1 if index.class_list.unlabelled else int(index.records["label"][pair.row])
+    captions = "original", f"augmented: {', '.join(pair.fired) or 'another crop'}"
+    said = (("before coding", pair.before), ("after coding", pair.after))
+    return {
+        "view": pair.view,
+        "row": pair.row,
+        "name": _class_name(index, label),
+        "about": f"{_key(index, pair.row)}, row {pair.row:,}, view {pair.view}; w = {pair.weight:.4f}",
+        "small": pair.pixels.shape[1] <= 64,
+        "pictures": [(_png(pixels), caption) for pixels, caption in zip(pair.pixels, captions, strict=True)],
+        "answers": [(caption, _top(index, each, label)) for caption, both in said if both is not None for each in both],
+    }
 
 
-def _top(index: Index, title: str, logits: np.ndarray, label: int) -> str:
+def _top(index: Index, logits: np.ndarray, label: int) -> list[tuple[int, float, str, bool]]:
+    """Class, probability at T = 1, name, and whether it is the label."""
     p = softmax(logits, 1)
-    rows = "".join(
-        f'<tr data-class="{c}" data-p="{p[c]:.9g}" class="{"label" if c == label else ""}">'
-        f'<td>{escape(_class_name(index, c))}</td><td class="n">{100 * p[c]:.1f} %</td></tr>'
-        for c in np.argsort(-p, kind="stable")[:_TOP].tolist()
-    )
-    return f"<table><caption>{title}</caption>{rows}</table>"
+    best = np.argsort(-p, kind="stable")[:_TOP].tolist()
+    return [(c, float(p[c]), _class_name(index, c), c == label) for c in best]
 
 
-def _picture(pixels: np.ndarray) -> str:
+def _png(pixels: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    small = ' class="small"' if len(pixels) <= 64 else ""
-    return f'<img{small} alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return base64.b64encode(file.getvalue()).decode()
 
 
-def _plots(budget: object, temperature: float, looked: Looked) -> str:
+def _distributions(budget: object, temperature: float, looked: Looked, committed: int) -> dict:
+    """Numbers of pairs and blocks, figures, and a table of the blocks."""
     what = f"KL(T = {temperature:g})"
     kl, slope = (np.array([entry[at] for entry in looked.fidelity]) for at in (2, 3))
 
@@ -203,59 +190,41 @@ def _plots(budget: object, temperature: float, looked: Looked) -> str:
         (kl, per_block(kl, budget), "committed block", f"{what}, nats; dashed: budget"),
         (slope, per_block(slope, 1.0), "committed block", "slope of the labels; dashed: unbiased"),
     )
-    drawn = [
-        f"<figure>{svg(f'plot {number}', draw, below, beside)}</figure>"
+    figures = [
+        ("", svg(f"plot {number}", draw, below, beside))
         for number, (values, draw, below, beside) in enumerate(plots)
         if np.isfinite(values).any()
     ]
-    rows = [(view, block, f"{kl:.4g}", f"{slope:.4f}") for view, block, kl, slope in looked.fidelity]
-    blocks = table(("view", "block", what, "slope"), rows)
-    return f'<div class="plots">{"".join(drawn)}</div><details><summary>blocks</summary>{blocks}</details>'
+    return {
+        "pairs": len(looked.weight),
+        "blocks": looked.blocks,
+        "committed": committed,
+        "figures": figures,
+        "head": ("view", "block", what, "slope"),
+        "rows": [(view, block, f"{kl:.4g}", f"{slope:.4f}") for view, block, kl, slope in looked.fidelity],
+    }
 
 
-def _without_labels(index: Index, looked: Looked) -> str:
-    """The quarantined with their causes, which `prepare` wrote down, and the skipped."""
-    quarantined, count = [], 0
+def _quarantined(index: Index) -> dict:
+    """Their number, and with their causes those that `prepare` wrote down."""
+    rows, written = [], 0
     file = index.path / "quarantine.jsonl"
     with open(file, errors="surrogateescape") if file.exists() else io.StringIO() as lines:
-        for count, line in enumerate(lines, 1):
-            if count <= _LISTED:
+        for written, line in enumerate(lines, 1):
+            if written <= _LISTED:
                 try:
                     entry = json.loads(line)
-                    quarantined.append([entry.get(name) for name in ("key", "cause", "shard", "offset")])
+                    rows.append([entry.get(name) for name in ("key", "cause", "shard", "offset")])
                 except (ValueError, AttributeError):
-                    quarantined.append([line])
-    text = f"<p>{int((index.records['status'] != 0).sum()):,} samples are quarantined (status 1).</p>"
-    if quarantined:
-        text += _listed(("key", "cause", "shard", "byte"), quarantined, count)
-    text += f"<p>{len(looked.skipped):,} samples of the blocks looked at were skipped by the teacher pass (w is NaN)."
-    text += "</p>"
-    if looked.skipped:
-        some = list(looked.skipped.items())
-        rows = [(_key(index, row), f"{row:,}", ", ".join(map(str, at))) for row, at in some[:_LISTED]]
-        text += _listed(("key", "row", "in view"), rows, len(some))
-    return text
+                    rows.append([line])
+    return {"count": int((index.records["status"] != 0).sum()), "rows": rows, "left_out": written - len(rows)}
 
 
-def _listed(head: tuple, rows: list, count: int) -> str:
-    more = f"<p>and {count - _LISTED:,} more</p>" if count > _LISTED else ""
-    return f"<details><summary>which</summary>{table(head, rows)}{more}</details>"
-
-
-def _definitions(values: dict) -> str:
-    items = (f"<dt>{escape(str(name))}</dt><dd>{_shown(value)}</dd>" for name, value in values.items())
-    return f"<dl>{''.join(items)}</dl>"
-
-
-def _shown(value: object) -> str:
-    """Any JSON value."""
-    if isinstance(value, dict):
-        return _definitions(value)
-    if isinstance(value, list | tuple):
-        if any(isinstance(item, list | tuple | dict) for item in value):
-            return f"<ol>{''.join(f'<li>{_shown(item)}</li>' for item in value)}</ol>"
-        return escape(", ".join(map(str, value)))
-    return escape(str(value))
+def _skipped(index: Index, looked: Looked) -> dict:
+    """Their number in the blocks looked at, and some of them."""
+    some = list(looked.skipped.items())[:_LISTED]
+    rows = [(_key(index, row), f"{row:,}", ", ".join(map(str, views))) for row, views in some]
+    return {"count": len(looked.skipped), "rows": rows, "left_out": len(looked.skipped) - len(rows)}
 
 
 def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:

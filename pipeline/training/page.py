@@ -7,14 +7,14 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Iterable
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from pipeline.system.files import write_atomically
-from pipeline.system.html import document, note, svg, table
+from pipeline.system.html import document, svg
 
 _DRAWN = 800  # points of a line, more than a plot has pixels across
 _MARKED = 40  # points that are marked: a line through one point is invisible
@@ -60,14 +60,17 @@ def write(out: Path) -> Path:
     network = config.get("student") or config.get("teacher") or "a network"
     title = f"{network} on {config.get('data', 'unknown data')}, {config.get('loss', 'cross-entropy')}"
     trained = f"{_counted(epochs[-1]) if epochs else 0:,.0f} of {config.get('epochs', '?')} epochs"
-    sections = {
-        "Run": _run(config, facts),
-        "Validation": _validation(epochs),
-        "Training": _training(steps, epochs),
-        "Course": _course(steps, epochs),
-    }
     path = out / "report.html"
-    write_atomically(path, document(title, f"{trained}; run {out}", sections))
+    page = document(
+        "pipeline/training/page.html",
+        title=title,
+        about=f"{trained}; run {out}",
+        **_run(config, facts),
+        validation=_validation(epochs),
+        training=_training(steps, epochs),
+        figures=_course(steps, epochs),
+    )
+    write_atomically(path, page)
     return path
 
 
@@ -79,7 +82,8 @@ def _normalisation(facts: dict) -> str | None:
     return "; ".join(", ".join(f"{value!s:.6}" for value in each[:3]) for each in both if each)
 
 
-def _run(config: dict, facts: dict) -> str:
+def _run(config: dict, facts: dict) -> dict:
+    """`command`, `facts` and `options`, as a page shows them."""
     command, versions = facts.get("command"), facts.get("versions")
     rows = {
         "started": facts.get("started"),
@@ -92,20 +96,18 @@ def _run(config: dict, facts: dict) -> str:
         "teacher": facts.get("teacher"),
         "store": facts.get("store"),
     }
-    html = table(("", ""), [(name, value) for name, value in rows.items() if value not in (None, "")])
-    if isinstance(command, list):
-        html = f'<pre class="scroll">{escape(shlex.join(map(str, command)))}</pre>{html}'
-    if config:
-        options = [(k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for k, v in config.items()]
-        html += f"<details><summary>all options</summary>{table(('option', 'value'), options)}</details>"
-    return html
+    return {
+        "command": shlex.join(map(str, command)) if isinstance(command, list) else None,
+        "facts": [(name, value) for name, value in rows.items() if value not in (None, "")],
+        "options": [(k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for k, v in config.items()],
+    }
 
 
-def _validation(epochs: list[dict]) -> str:
-    """The last accuracy, and the best if it is another."""
+def _validation(epochs: list[dict]) -> list[tuple]:
+    """Rows of the last accuracy, and of the best if it is another."""
     found = [pair for pair in _validated(epochs) if _number(pair[1], "top1") is not None]
     if not found:
-        return note("Not validated.")
+        return []
 
     def row(name: str, record: dict, val: dict) -> tuple:
         kinds = {"top1": "%", "top5": "%", "loss": "", "samples": ",.0f"}
@@ -113,12 +115,11 @@ def _validation(epochs: list[dict]) -> str:
 
     finite = [pair for pair in found if _drawable(_number(pair[1], "top1"))] or found
     best = max(finite, key=lambda pair: pair[1]["top1"])
-    rows = [row("last", *found[-1]), *([] if best is found[-1] else [row("best top-1", *best)])]
-    return table(("", "after epochs", "top-1", "top-5", "loss, nats", "samples"), rows)
+    return [row("last", *found[-1]), *([] if best is found[-1] else [row("best top-1", *best)])]
 
 
-def _training(steps: list[dict], epochs: list[dict]) -> str:
-    """The last epoch's means, and the last step if it came later: a run that broke down in between shows it."""
+def _training(steps: list[dict], epochs: list[dict]) -> dict:
+    """Table of the last epoch's means and, if it came later, of the last step: where a run breaks down."""
     columns = {}
     if epochs:
         columns[f"epoch {_counted(epochs[-1]):,.0f}, mean"] = epochs[-1]
@@ -144,25 +145,16 @@ def _training(steps: list[dict], epochs: list[dict]) -> str:
     rows = [(name, *(_shown(_number(r, key), form) for r in columns.values())) for key, (name, form) in kinds.items()]
     for part in _PARTS:
         rows.append((f"{part}, ms per step", *(_shown(_ms(record, part)) for record in columns.values())))
-    rows = [row for row in rows if any(row[1:])]
-    return table(("", *columns), rows) if rows else note("No record of a step or an epoch.")
+    return {"head": ("", *columns), "rows": [row for row in rows if any(row[1:])]}
 
 
-def _course(steps: list[dict], epochs: list[dict]) -> str:
+def _course(steps: list[dict], epochs: list[dict]) -> list[tuple[str, Markup]]:
+    """Captions and plots."""
     validated = [{**val, "epoch": record["epoch"]} for record, val in _validated(epochs)]
     sources = [(_ACCURACY, [], validated), *((plot, steps, epochs) for plot in _PLOTS)]
-    figures = [_figure(plot.title, plot.beside, _lines(plot, *records)) for plot, *records in sources]
-    figures.append(_figure("Time of a step", "ms per step", _stack(epochs)))
-    html = "".join(figure for figure in figures if figure)
-    if not html:
-        return note("Nothing to draw.")
-    return f'{note("Thin: steps. Bold: epochs.")}<div class="plots">{html}</div>'
-
-
-def _figure(title: str, beside: str, draw: Callable[[Any], None] | None) -> str:
-    if draw is None:
-        return ""
-    return f"<figure><figcaption>{title}</figcaption>{svg(title, draw, 'epochs', beside)}</figure>"
+    drawn = [(plot.title, plot.beside, _lines(plot, *records)) for plot, *records in sources]
+    drawn.append(("Time of a step", "ms per step", _stack(epochs)))
+    return [(title, svg(title, draw, "epochs", beside)) for title, beside, draw in drawn if draw]
 
 
 def _lines(plot: _Plot, steps: list[dict], epochs: list[dict]) -> Callable[[Any], None] | None:

@@ -278,7 +278,7 @@ class Notes:
 def noted(monkeypatch):
     def svg(name, draw, below, beside) -> str:
         draw(axes := Notes())
-        return html.escape(f"{name} {below} {beside} {axes.said}")
+        return f"{name} {below} {beside} {axes.said}"
 
     monkeypatch.setattr(run_page, "svg", svg)
 
