@@ -100,7 +100,7 @@ class PillowPairs(Dataset):
         self.job = job
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, drawn = request(self.job, step)
+        rows, drawn, _ = request(self.job, step)
         index = opened(self.job.data)
         images = torch.empty((2, len(rows), POLICY.base.size, POLICY.base.size, 3), dtype=torch.uint8)
         pixels = images.numpy()
