@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from pipeline.training.methods import METHODS
 from pipeline.views import policy as policies
 from pipeline.views.policy import Policy
 
@@ -39,6 +40,11 @@ class Setting:
     temperature: float = 4.0
     time: int = 1
     """Epochs, in those of the others."""
+
+    @property
+    def energy(self) -> bool:
+        """Whether its store has to keep energies."""
+        return "energy" in METHODS[self.loss].needs
 
     def __str__(self) -> str:
         parts = [self.loss]
@@ -188,6 +194,19 @@ def others() -> Study:
     return Study(tuple(settings), contrasts)
 
 
+def methods() -> Study:
+    """Every method of --loss that learns from stored logits, against the two that are always there."""
+    kinds = {name: kind.needs for name, kind in METHODS.items()}
+    names = [name for name, needs in kinds.items() if "logits" in needs and not needs & {"features", "attack"}]
+    contrasts = {
+        f"{name} − {reference}": less(setting(name), setting(reference))
+        for reference in ("kd", "ccd")
+        for name in names
+        if name not in ("kd", reference)
+    }
+    return Study(tuple(setting(name) for name in names), contrasts)
+
+
 def views(epochs: int) -> Study:
     """Few views that come again and again, against one per epoch, at equal steps."""
     settings, contrasts = [], {}
@@ -247,8 +266,8 @@ def time() -> Study:
 
 
 STUDIES: tuple[str, ...] = (
-    "losses", "views", "long", "policy", "few-shot", "temperature", "teacher", "others", "fraction", "time",
-    "operations",
+    "losses", "views", "long", "policy", "few-shot", "temperature", "teacher", "others", "methods", "fraction",
+    "time", "operations",
 )  # fmt: skip
 """In the order of their worth: what is cut short has whole studies."""
 
@@ -264,6 +283,7 @@ def studies(names: Iterable[str], policy_: Policy, epochs: int, both: bool) -> d
         "temperature": temperature,
         "teacher": teacher,
         "others": others,
+        "methods": methods,
         "fraction": fraction,
         "time": time,
         "operations": lambda: operations(op.name for op in policy_.table),

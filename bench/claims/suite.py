@@ -9,6 +9,7 @@
     temperature T of 1, 2 and 4
     teacher     one that was trained with JDA, against one without (b)
     others      dkd, dist and others, with JDA pairs and on originals alone (e)
+    methods     every --loss that learns from stored logits, against kd and ccd (e)
     fraction    the share of augmented views (c)
     time        1, 3 and 10 times the epochs, on a quarter of the samples
     operations  each operation of the policy by itself
@@ -158,9 +159,9 @@ class Workbench:
         keys: dict[tuple[Setting, int], str] = {}
         jobs: dict[tuple, Job] = {}
         for which, seed in _in_turn(wanted):
-            trained, store = ("teacher", which.teacher), ("store", which.teacher, which.policy)
+            trained, store = ("teacher", which.teacher), ("store", which.teacher, which.policy, which.energy)
             jobs.setdefault(trained, Job(partial(self._teacher, which.teacher)))
-            jobs.setdefault(store, Job(partial(self._pass, teachers, which.teacher, which.policy), (trained,)))
+            jobs.setdefault(store, Job(partial(self._pass, teachers, *store[1:]), (trained,)))
             make = partial(self._student, teachers, finished, keys, which, seed)
             jobs["student", which, seed] = Job(make, (store,))
         self._announce(jobs)
@@ -215,18 +216,19 @@ class Workbench:
         )
         return processes.trained, config, dataclasses.replace(asked, model=f"{spec}@{out / 'model.safetensors'}")
 
-    def _store(self, teacher: Trained, chosen: str) -> tuple[str, Path]:
-        """Key and folder of the labels."""
+    def _store(self, teacher: Trained, chosen: str, energy: bool) -> tuple[str, Path]:
+        """Key and folder of the labels; those with energies have others, as these cannot be added to a store."""
         policy = policy_of(chosen, self.trial.policy).to_config()
-        key = _key(self.data.fingerprint, teacher.fingerprint, policy, self.trial.epochs)
+        key = _key(self.data.fingerprint, teacher.fingerprint, policy, self.trial.epochs, *["energy"] * energy)
         return key, self.work / f"labels-{key}.zarr"
 
-    def _pass(self, teachers: Mapping[str, Trained], name: str, chosen: str) -> tuple:
+    def _pass(self, teachers: Mapping[str, Trained], name: str, chosen: str, energy: bool) -> tuple:
         return processes.labelled, PrecomputeTeacher(
             **self.machine,
             data=self.data.path,
             teacher=teachers[name].spec,
-            store=str(self._store(teachers[name], chosen)[1]),
+            store=str(self._store(teachers[name], chosen, energy)[1]),
+            energy=energy,
             temperature=min(TEMPERATURES),
             views=self.trial.epochs,
             policy=self._policy_file(chosen),
@@ -236,7 +238,7 @@ class Workbench:
     def _student(
         self, teachers: Mapping[str, Trained], finished: harness.Finished, keys: dict, which: Setting, seed: int
     ) -> tuple | None:
-        store, path = self._store(teachers[which.teacher], which.policy)
+        store, path = self._store(teachers[which.teacher], which.policy, which.energy)
         keys[which, seed] = key = self._student_key(which, seed, store)
         if key in finished.results:
             return None

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -29,11 +30,13 @@ from bench.claims.studies import (
     studies,
 )
 from cache import UserError
-from pipeline.config import Bench, TrainStudent
+from pipeline.config import Bench, Loss, TrainStudent
 from pipeline.data.index import Index
 from pipeline.demo import POLICY
 from pipeline.training import train_student
 from pipeline.views.policy import POLICIES
+
+FEATURES, ATTACKS = ("fitnet", "simkd", "crd", "vid", "ft"), ("bss", "tald")
 
 
 @pytest.fixture
@@ -241,6 +244,18 @@ def test_an_interrupted_benchmark_continues_and_shares_what_is_finished(options,
     # Another recipe is another student.
     claims.run(dataclasses.replace(options, student="cifar/resnet14", seeds=1))
     assert len(taught) == 12 + len(kinds) + 6
+
+
+def test_methods_of_stored_logits_meet_kd_and_ccd(options, taught):
+    """All of them but those that ask for features or a live teacher; energies are in a store of their own."""
+    found = claims.run(dataclasses.replace(options, arms="methods", seeds=1))
+    names = [name for name in get_args(Loss) if name not in ("ce", *FEATURES, *ATTACKS)]
+    assert [config.loss for config in taught] == names and {config.augmented_fraction for config in taught} == {0.5}
+    rows = [row["comparison"] for row in found["tables"]["methods: differences"]]
+    assert rows == [f"{name} − kd" for name in names[1:]] + [f"{name} − ccd" for name in names[2:]]
+    energy = {config.store for config in taught if config.loss == "energy"}
+    plain = {config.store for config in taught if config.loss != "energy"}
+    assert [cache_of(store).energy for stores in (energy, plain) for store in stores] == [True, None]
 
 
 def test_policies_have_stores_and_teachers_weights_of_their_own(options, taught, monkeypatch):
