@@ -23,7 +23,7 @@ _RATIOS = 1024  # steps of the log-uniform aspect ratio
 
 # Fourth counter word: what a word is for. The third is the view, the first two are the key hash. From 0x400 on they are
 # of `pipeline.views.mixing`.
-_FLIPS_AND_SIGNS, _MASK, _CROP = 0x100, 0x200, 0x300
+_FLIPS_AND_SIGNS, _MASK, _WHICH, _CROP = 0x100, 0x200, 0x280, 0x300
 
 
 def draw(
@@ -48,12 +48,21 @@ def draw(
     extra = words(seed, key_hash, view, _FLIPS_AND_SIGNS, 1)
     out["flip"] = (extra[:, :2] >> np.uint32(31)) * np.uint8(base.flip)
     out["signs"] = extra[:, 2]
-    ops = len(policy.table)
-    fires = words(seed, key_hash, view, _MASK, -(-ops // 4))[:, :ops] < np.uint64(round(policy.probability * 2**32))
-    out["mask"] = (fires << np.arange(ops, dtype=np.uint64)).sum(axis=1)
+    out["mask"] = _mask(seed, key_hash, view, policy)
     crop_words = words(seed, key_hash, view, _CROP, 2 * ATTEMPTS).reshape(len(key_hash), 2, ATTEMPTS, 4)
     out["box"] = _pad_crop(crop_words, height, width, base) if base.pad >= 0 else _rrc(crop_words, height, width, base)
     return out
+
+
+def _mask(seed: int, key_hash: np.ndarray, view: int, policy: Policy) -> np.ndarray:
+    """Which ops of the table fire, u64 (B,); with layers at most one of each repetition of it."""
+    bits = policy.layers or len(policy.table)
+    drawn = words(seed, key_hash, view, _MASK, -(-bits // 4))[:, :bits]
+    fires, places = drawn < np.uint64(round(policy.probability * 2**32)), np.arange(bits)
+    if policy.layers:
+        ops = len(policy.table) // bits
+        places = ops * places + below(words(seed, key_hash, view, _WHICH, -(-bits // 4))[:, :bits], ops)
+    return (fires.astype(np.uint64) << places.astype(np.uint64)).sum(axis=1)
 
 
 def words(seed: int, key_hash: np.ndarray, view: int, purpose: int, blocks: int) -> np.ndarray:

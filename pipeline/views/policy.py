@@ -9,7 +9,7 @@ from typing import Any
 
 from cache import UserError
 from cache.errors import did_you_mean
-from kernels.jda.ops import CODES, TABLES, Op, compile_table
+from kernels.jda.ops import CODES, MAX_OPS, TABLES, Op, compile_table
 from pipeline.config import yaml_file
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -76,12 +76,16 @@ class Policy:
 
     name: str
     probability: float
-    """Each op fires independently with this probability, always in list order."""
+    """Each op fires independently with this probability, always in list order; with `layers` each that was drawn."""
     table: tuple[Op, ...]
+    """With `layers` the ops that are drawn from, so many times over."""
     base: Base
     mean: tuple[float, ...]
     """Per channel, for input in [0, 1]."""
     std: tuple[float, ...]
+    layers: int = 0
+    """n > 0: RandAugment (Cubuk et al., NeurIPS 2020): n ops are drawn one after the other, uniformly and with
+    replacement. 0: every op is asked."""
     mix: Mix | None = None
     """None: no view has anything of another sample."""
     erase: Erase | None = None
@@ -94,10 +98,10 @@ class Policy:
     def to_config(self) -> dict:
         """JSON-safe, complete: `from_config` gives an equal policy."""
         config = dataclasses.asdict(self)
-        config["ops"] = [[op.name, op.magnitude] for op in self.table]
+        config["ops"] = [[op.name, op.magnitude] for op in self.table[: len(self.table) // (self.layers or 1)]]
         del config["table"]
-        for name in ("mix", "erase"):
-            if config[name] is None:
+        for name in ("layers", "mix", "erase"):
+            if not config[name]:
                 del config[name]  # as in stores from before there was any
         return json.loads(json.dumps(config))  # lists for tuples
 
@@ -127,9 +131,9 @@ def from_config(config: object, where: str = "policy") -> Policy:
     """A policy from plain data, every value checked.
 
     Keys: `name`, `probability`, `ops` (a published name, or a list of `[op, magnitude]`), `base` (fields of `Base`),
-    `mean`, `std`, `mix` (fields of `Mix`), `erase` (fields of `Erase`). Raises UserError naming the key.
+    `mean`, `std`, `layers`, `mix` (fields of `Mix`), `erase` (fields of `Erase`). Raises UserError naming the key.
     """
-    config = _mapping(config, where, ("name", "probability", "ops", "base", "mean", "std", "mix", "erase"))
+    config = _mapping(config, where, ("name", "probability", "ops", "base", "mean", "std", "layers", "mix", "erase"))
     for key in ("probability", "ops", "base"):
         if key not in config:
             raise UserError(f"{where}: missing key {key}", fix=f"add {key}")
@@ -139,10 +143,15 @@ def from_config(config: object, where: str = "policy") -> Policy:
         table = TABLES[config["ops"]]
     else:
         table = tuple(_op(item, where) for item in _list(config["ops"], f"{where}: ops"))
-        try:
-            compile_table(table)
-        except ValueError as error:
-            raise UserError(f"{where}: {error}", fix="correct ops") from None
+    layers = config.get("layers", 0)
+    if type(layers) is not int or not 0 <= layers <= MAX_OPS:
+        raise UserError(f"{where}: layers", found=layers, expected=f"a whole number in [0, {MAX_OPS}]")
+    table *= layers or 1
+    try:
+        compile_table(table)
+    except ValueError as error:
+        fix = "correct ops" + ", or take fewer layers: each has all of them" * (layers > 1)
+        raise UserError(f"{where}: {error}", fix=fix) from None
     mean, std = (
         _numbers(config.get(key, list(default)), f"{where}: {key}", 3, 0.0, 1.0)
         for key, default in zip(("mean", "std"), IMAGENET_STATS, strict=True)
@@ -156,6 +165,7 @@ def from_config(config: object, where: str = "policy") -> Policy:
         base=_base(config["base"], f"{where}: base"),
         mean=mean,
         std=std,
+        layers=layers,
         mix=_mix(config["mix"], f"{where}: mix") if "mix" in config else None,
         erase=_erase(config["erase"], f"{where}: erase") if "erase" in config else None,
     )
