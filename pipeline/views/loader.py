@@ -41,8 +41,8 @@ class Loader:
         """Yield one `Batch` per request of `plan`, in its order, working ahead in the background.
 
         `pairs=False` makes only the first view. A sample that cannot be read or decoded is entered in `skipped` and
-        left out of its batch, which may become empty. Closing the generator stops all of its threads. Raises UserError
-        if more samples are skipped than `max_bad` allows.
+        left out of its batch, which may become empty. So is one whose partner cannot, but it is not entered. Closing
+        the generator stops all of its threads. Raises UserError if more samples are skipped than `max_bad` allows.
         """
         job = Job(self.index, self.policy, self.threads, self.skipped, pairs, digests)
         if self.decoder == "cpu":
