@@ -80,9 +80,11 @@ class CrossEntropy:
 
 def with_partners(hard: Tensor, logits: Tensor, target: Tensor, seen: Seen, label_smoothing: float) -> Tensor:
     """Cross-entropies `hard` (n,) of logits f32 (n, C) with targets i64 (n,), of mixed views with both their labels."""
-    view, at = np.nonzero(seen.chosen)
-    if not (mixed := mixed_of(seen.batch, at, logits.device)):
+    if seen.batch.mixed is None:
         return hard
+    view, at = np.nonzero(seen.chosen)
+    mixed = mixed_of(seen.batch, at, logits.device)
+    assert mixed is not None
     return hard + devices.put(view, logits.device) * reference.beyond_own(logits, target, mixed, label_smoothing)
 
 

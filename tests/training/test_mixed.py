@@ -220,7 +220,7 @@ def test_a_teacher_learns_from_both_labels(mixing, tmp_path, monkeypatch):
         batch_size=40, lr=0.0001, device="cpu", threads=1,
     )  # fmt: skip
     train_teacher.run(config)
-    monkeypatch.setattr("pipeline.training.objectives.mixed_of", lambda *_: None)
+    monkeypatch.setattr("pipeline.training.objectives.with_partners", lambda hard, *_: hard)
     train_teacher.run(other := dataclasses.replace(config, out=tmp_path / "own"))
     assert log(config)[0]["loss"] != pytest.approx(log(other)[0]["loss"], rel=1e-3)
 
