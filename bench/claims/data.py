@@ -38,7 +38,9 @@ class Trial:
 
 
 def _digits() -> Trial:
+    """At 32 pixels, as the committed results are; the demo's policy has 16."""
     policy = policies.load(demo.POLICY)
+    policy = dataclasses.replace(policy, base=policy.base.resized(32))
     return Trial("digits", "digits", demo.TEACHER, demo.STUDENT, policy, None, 8, 20, 64, 0.1, 1)
 
 
