@@ -1,6 +1,11 @@
 """Data sets that several tests read; each is prepared once, by the product, from real encoded images."""
 
+import os
 from pathlib import Path
+
+# Processes of pytest-xdist share the cores, which PyTorch in each of them would take for its own.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // workers, 1)))
 
 import pipeline  # noqa: F401, before torch and NumPy are imported here and in child processes  # isort: skip
 
@@ -16,19 +21,20 @@ from pipeline.labels import precompute
 from pipeline.networks import models
 
 LONG = (
-    "test_ccd_interpreted",
+    "test_jda",  # compiles the pixel kernels, which the others then find compiled
+    "test_ccd_interpreted",  # needs none of them
+    "test_jda_gpu",
     "test_distributed",
     "test_train",
-    "test_jda_gpu",
     "test_verify",
     "test_docs",
     "test_precompute",
 )
-"""Files that take longest: where several processes share the files these come first, or one works on alone."""
+"""Files that take longest, in the order in which they are begun: at the end one process would work on alone."""
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

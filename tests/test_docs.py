@@ -53,12 +53,13 @@ VALUES: dict[str, Callable[[str], str]] = {  # of a flag, wherever it stands
     "--nnodes": lambda _: "1",
     "--rdzv-endpoint": lambda _: "127.0.0.1:0",
 }
-_STEPS = ("--epochs", "1", "--batch-size", "8", "--few-shot", "0.1", "--device", "cpu")
+_STEPS = ("--epochs", "1", "--batch-size", "8", "--few-shot", "0.1", "--policy", "{policy}", "--device", "cpu")
 APPENDED = {  # flags that override those of the page; --views 1 only where the page leaves the number to a recipe
     "train-teacher": _STEPS,
     "train-student": _STEPS,
     "plan": ("--batch-size", "4", "--device", "cpu"),
-    **dict.fromkeys(("precompute-teacher", "evaluate", "verify", "inspect"), ("--device", "cpu")),
+    **dict.fromkeys(("precompute-teacher", "evaluate"), ("--policy", "{policy}", "--device", "cpu")),
+    **dict.fromkeys(("verify", "inspect"), ("--device", "cpu")),
 }
 PARSED = {  # commands whose options are checked, but which are not run
     "demo": "three minutes of what the other commands do; test_recipes runs its recipe",
@@ -95,6 +96,8 @@ class World(NamedTuple):
     """train/ and val/: folders of JPEGs by class."""
     pretrained: Path
     """Weights of cifar/resnet8."""
+    policy: Path
+    """The one named imagenet, with images of 64 pixels: a twelfth of the time."""
     s3: str = "s3://none"
     http: str = "http://none"
 
@@ -213,7 +216,7 @@ class Page:
         command = next((word for word in words if word in cli.COMMANDS), "")
         if command == "precompute-teacher" and "--views" not in words:
             words += ["--views", "1"]
-        return [*words, *APPENDED.get(command, ())]
+        return [*words, *(word.format_map(self.world._asdict()) for word in APPENDED.get(command, ()))]
 
     def replaced(self, text: str) -> str:
         for pattern, value in SUBSTITUTIONS:
@@ -267,7 +270,8 @@ def world(tmp_path_factory) -> World:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg(rng, 120, 90))
     models.save_weights(models.create("cifar/resnet8", 4, seed=1).module, folder / "pretrained.safetensors")
-    return World(folder / "source", folder / "pretrained.safetensors")
+    (folder / "policy.yaml").write_text("{name: imagenet, probability: 0.2, ops: imagenet, base: {size: 64}}")
+    return World(folder / "source", folder / "pretrained.safetensors", folder / "policy.yaml")
 
 
 @contextlib.contextmanager

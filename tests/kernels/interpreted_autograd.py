@@ -76,7 +76,7 @@ def arguments(encoded, dtype=torch.float32) -> tuple:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own inputs
-@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize("encoded", [False, pytest.param(True, marks=pytest.mark.slow)])  # one registration
 def test_opcheck_passes(encoded):
     torch.library.opcheck(autograd.distillation_loss, (*arguments(encoded), True))
     with torch.no_grad():

@@ -29,7 +29,7 @@ from pipeline.labels.epochs import decoder_of
 SIZES = {2: 5, 10: 17, 100: 2, 257: 2, 1001: 2, 8192: 1, 8193: 1, 21841: 1}  # classes: batch
 
 
-@pytest.mark.parametrize("classes", [2, 10, 100, 257, 1001, 8193, *long_rows(8192, 21841)])
+@pytest.mark.parametrize("classes", [2, 10, 100, 257, 1001, *long_rows(8192, 8193, 21841)])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "temperature": 2.0}, {"temperature": 7.0}], ids=str)
 def test_every_size_meets_float64(classes, options):
     case = random_case(classes, SIZES[classes])
@@ -120,7 +120,8 @@ def test_rows_are_decoded_in_registers(classes, kind, stored):
     assert_close(found, exact(students(batch, classes), target, teacher.unbind(1), weight=weight), loss=1e-6)
 
 
-CODES = [(40, 1, 0, 3), (40, 24, 8, 9), (40, 33, 33, 2), (300, 299, 16, 3), (1001, 513, 100, 2)]
+CODES = [(40, 1, 0, 3), (40, 24, 8, 3), (40, 33, 33, 2), (300, 299, 16, 1)]
+CODES += [pytest.param(1001, 513, 100, 2, marks=pytest.mark.slow)]  # as the one before it, in more tiles
 
 
 @pytest.mark.parametrize(("classes", "dims", "wide", "batch"), CODES)
@@ -145,7 +146,7 @@ def reference_steps(pairs) -> torch.Tensor:
     return torch.full((len(pairs.codes), 2, len(pairs.decoder.scale)), 136.0 if pairs.decoder.wide else 12.0).double()
 
 
-@pytest.mark.parametrize(("classes", "dims", "wide", "batch"), CODES[1:4:2])
+@pytest.mark.parametrize(("classes", "dims", "wide", "batch"), CODES[1:2])
 def test_the_loss_of_subspace_rows_is_that_of_their_logits(classes, dims, wide, batch):
     encoded, _ = subspace(classes, dims, wide, batch)
     decoder, order = encoded[0].decoder, torch.arange(batch).flip(0)
@@ -157,7 +158,7 @@ def test_the_loss_of_subspace_rows_is_that_of_their_logits(classes, dims, wide, 
     assert_close(found, exact(students(batch, classes), target, teacher.unbind(1), weight=weight), loss=1e-6)
 
 
-@pytest.mark.parametrize("classes", [257, 8203])
+@pytest.mark.parametrize("classes", [257, *long_rows(8203)])
 def test_padding_between_rows_is_neither_used_nor_harmed(classes):
     """Rows a multiple of 8 apart are read to the end of their padding: NaN there must not matter."""
     case = random_case(classes, 3)
@@ -225,19 +226,20 @@ def test_16_bit_students_are_as_exact_as_pytorch_in_float32(classes, dtype):
 
 def test_a_loss_scale_keeps_the_small_gradients_of_a_float16_student():
     """Nothing is lost but what float16 cannot hold even when scaled; without a scale a thousand times as much is."""
-    case = random_case(1000, 8, scale=2.0)
+    case = random_case(1000, 2, scale=2.0)
+    options = {"alpha": 1.0, "kd_weight": 0.05}  # gradients as small as those of a large batch
     logits = [row.half() for row in case["logits"]]
     scale = torch.tensor(2.0**14)
     rows = [row.requires_grad_() for row in logits[:2]]
-    loss = ccd_loss(*rows, *logits[2:], case["target"], alpha=1.0, loss_scale=scale, impl="triton")
+    loss = ccd_loss(*rows, *logits[2:], case["target"], **options, loss_scale=scale, impl="triton")
     (loss * scale).backward()
-    true = exact(logits[:2], case["target"], logits[2:], alpha=1.0)[1]
+    true = exact(logits[:2], case["target"], logits[2:], **options)[1]
     assert (true.half() == 0).float().mean() > 1e-3
     assert (rows[0].grad == 0).float().mean() < 1e-6
     assert rows[0].grad.dtype == torch.half
     torch.testing.assert_close(rows[0].grad.double() / 2**14, true, rtol=2e-3, atol=1e-9)
     again = [row.detach().requires_grad_() for row in logits[:2]]
-    ccd_loss(*again, *logits[2:], case["target"], alpha=1.0, loss_scale=scale, impl="triton").backward()
+    ccd_loss(*again, *logits[2:], case["target"], **options, loss_scale=scale, impl="triton").backward()
     torch.testing.assert_close(again[0].grad, true.half(), rtol=2e-3, atol=1e-7)  # unscaled by backward
 
 

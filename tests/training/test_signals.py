@@ -22,7 +22,7 @@ UNTIMED = {"seconds", "times", "wait_share", "images_per_s"}
         # Other moments of the same kinds are slow.
         pytest.param("step", 1, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param("step", 7, signal.SIGTERM, marks=pytest.mark.slow),
-        ("step", 12, signal.SIGINT),  # the last one of an epoch
+        pytest.param("step", 12, signal.SIGINT, marks=pytest.mark.slow),  # the last one of an epoch
         ("step", 23, signal.SIGKILL),
         pytest.param("step", 36, signal.SIGTERM, marks=pytest.mark.slow),  # the last one
         ("rename", 4, signal.SIGKILL),  # a first checkpoint is written whole, and has no name
