@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from cache import Store, UserError
@@ -73,19 +74,23 @@ def render(store: Store, index: Index, there: list, looked: Looked, pairs: list[
         title=f"Soft labels of {manifest.teacher}",
         about=f"{manifest.samples:,} samples, {manifest.views:,} views, {manifest.classes:,} classes; "
         f"policy {manifest.policy.get('name', '?')}, code {manifest.codec['name']}; store {store.path}",
+        store=manifest,
+        committed=len(there),
         sizes=_sizes(store, there),
         losses=_losses(manifest.fidelity, manifest.temperature),
-        completeness=_completeness(store, there),
+        views=_views(store, there),
         cards=[_card(index, pair) for pair in pairs],
-        distributions=_distributions(manifest.fidelity.get("budget"), manifest.temperature, looked, len(there)),
+        looked=looked,
+        figures=_figures(manifest.fidelity.get("budget"), manifest.temperature, looked),
+        blocks=[(view, block, f"{kl:.4g}", f"{slope:.4f}") for view, block, kl, slope in looked.fidelity],
         quarantined=_quarantined(index),
         skipped=_skipped(index, looked),
-        manifest={**fields, "codec": _described(manifest.codec)},
+        definitions={**fields, "codec": _described(manifest.codec)},
     )
 
 
-def _sizes(store: Store, there: list) -> dict:
-    """Table of bytes of this code on disk and in memory, and of the plain ones."""
+def _sizes(store: Store, there: list) -> list[tuple]:
+    """Rows of bytes of this code on disk and in memory, and of the plain ones."""
     samples, count, classes = store.manifest.samples, store.manifest.views, store.manifest.classes
     pairs = sum(stop - start for start, stop in (store.block_range(block) for _, block in there))
     stored = store.sizes()
@@ -108,9 +113,7 @@ def _sizes(store: Store, there: list) -> dict:
             sizes = (decimal(vector * 2 * samples), decimal(vector * 2 * samples * count))
             cells = (f"{vector:.4g} B", *sizes, f"{fp16 / vector:.3g} ×")
         rows.append((name, *cells))
-    head = ("", "per vector", f"view of {samples:,} pairs", f"{count:,} views", "smaller than fp16")
-    whole = len(there) == count * store.manifest.blocks
-    return {"head": head, "rows": rows, "scaled": not whole}
+    return rows
 
 
 def _losses(fidelity: dict, temperature: float) -> list[tuple[str, object]]:
@@ -128,15 +131,14 @@ def _losses(fidelity: dict, temperature: float) -> list[tuple[str, object]]:
     return [(name, f"{v:.4g}" if isinstance(v, float) else v) for name, v in rows]
 
 
-def _completeness(store: Store, there: list) -> dict:
-    """Numbers of blocks, and rows of the views."""
+def _views(store: Store, there: list) -> list[tuple]:
+    """Rows of how many blocks of each are committed."""
     blocks = store.manifest.blocks
     committed = np.bincount([view for view, _ in there], minlength=store.manifest.views)
-    rows = [
+    return [
         (f"view {view}", f"{count:,} of {blocks:,}", "complete" if count == blocks else "incomplete")
         for view, count in enumerate(committed.tolist())
     ]
-    return {"committed": len(there), "blocks": blocks * store.manifest.views, "rows": rows}
 
 
 def _card(index: Index, pair: Pair) -> dict:
@@ -168,9 +170,8 @@ def _png(pixels: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _distributions(budget: object, temperature: float, looked: Looked, committed: int) -> dict:
-    """Numbers of pairs and blocks, figures, and a table of the blocks."""
-    what = f"KL(T = {temperature:g})"
+def _figures(budget: object, temperature: float, looked: Looked) -> list[tuple[str, Markup]]:
+    """Of the distributions; they have no captions."""
     kl, slope = (np.array([entry[at] for entry in looked.fidelity]) for at in (2, 3))
 
     def histogram(values: np.ndarray) -> Callable[[Any], None]:
@@ -187,22 +188,14 @@ def _distributions(budget: object, temperature: float, looked: Looked, committed
     plots = (
         (looked.weight, histogram(looked.weight), "w = 1 + cos of the pair's logits", "pairs"),
         *((h, histogram(h), f"entropy of the labels at T = {t}, nats", "vectors") for t, h in looked.entropy.items()),
-        (kl, per_block(kl, budget), "committed block", f"{what}, nats; dashed: budget"),
+        (kl, per_block(kl, budget), "committed block", f"KL(T = {temperature:g}), nats; dashed: budget"),
         (slope, per_block(slope, 1.0), "committed block", "slope of the labels; dashed: unbiased"),
     )
-    figures = [
+    return [
         ("", svg(f"plot {number}", draw, below, beside))
         for number, (values, draw, below, beside) in enumerate(plots)
         if np.isfinite(values).any()
     ]
-    return {
-        "pairs": len(looked.weight),
-        "blocks": looked.blocks,
-        "committed": committed,
-        "figures": figures,
-        "head": ("view", "block", what, "slope"),
-        "rows": [(view, block, f"{kl:.4g}", f"{slope:.4f}") for view, block, kl, slope in looked.fidelity],
-    }
 
 
 def _quarantined(index: Index) -> dict:
