@@ -145,7 +145,7 @@ class _Run:
         replay.position = self.epoch, self.step
         self.log = Log(config.out, self.epoch, self.step, write=self.first)
         facts = run_record.describe(network, job.about)
-        self.writers = stack.enter_context(run_record.Writers(config, self.first, facts))
+        self.writers = stack.enter_context(run_record.Writers(config, self.first, facts, self.log.records))
         self.saver = checkpoint.Saver(config.out, config.checkpoint_steps)
         stack.callback(self.saver.close)
         self.meter, self.started = Meter(sums), time.perf_counter()

@@ -1,6 +1,6 @@
-"""The HTML page that a training run leaves behind: what was run, where it ended, and how it got there.
+"""The HTML page of a training run, from the records at hand: what was run, where it is, and how it got there.
 
-Its sources may be those of a killed run and cut short: whatever is missing or malformed there is left out here.
+What a record lacks is left out: kinds of runs differ, and a resumed one may be older than what is recorded today.
 """
 
 import json
@@ -8,7 +8,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from markupsafe import Markup
@@ -50,70 +50,69 @@ _PLOTS = (
 _ACCURACY = _Plot("Accuracy", "validation accuracy, %", {"top1": "top-1", "top5": "top-5"}, 100.0, 1.0)
 
 
-def write(out: Path) -> Path:
-    """Write `out`/report.html from config.json, metrics.jsonl and run.json of that folder; returns its path.
+class Course(NamedTuple):
+    """Plots, and how many epochs they show."""
 
-    Raises UserError if the page cannot be written.
+    epochs: int
+    figures: list[tuple[str, Markup]]
+    """Captions and plots."""
+
+
+def write(out: Path, config: dict, facts: dict, records: list[dict], course: Course | None) -> Path:
+    """Write `out`/report.html; returns its path.
+
+    `config` and `facts` are those of config.json and run.json, `records` those of metrics.jsonl. `course` may be older:
+    it takes seconds to draw, all else milliseconds. Raises UserError if the page cannot be written.
     """
-    config, facts = _object(_read(out / "config.json")), _object(_read(out / "run.json"))
-    steps, epochs = _records(_read(out / "metrics.jsonl"))
-    network = config.get("student") or config.get("teacher") or "a network"
-    title = f"{network} on {config.get('data', 'unknown data')}, {config.get('loss', 'cross-entropy')}"
-    trained = f"{_counted(epochs[-1]) if epochs else 0:,.0f} of {config.get('epochs', '?')} epochs"
-    path = out / "report.html"
+    steps, epochs = _parted(records)
+    trained = _counted(epochs[-1]) if epochs else 0
+    network = config.get("student") or config["teacher"]
     page = document(
         "pipeline/training/page.html",
-        title=title,
-        about=f"{trained}; run {out}",
-        **_run(config, facts),
+        title=f"{network} on {config['data']}, {config.get('loss', 'cross-entropy')}",
+        about=f"{trained:,} of {config['epochs']} epochs; run {out}",
+        command=shlex.join(facts["command"]),
+        facts=_facts(facts),
+        options=[(k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for k, v in config.items()],
         validation=_validation(epochs),
         training=_training(steps, epochs),
-        figures=_course(steps, epochs),
+        course=course,
+        trained=trained,
     )
+    path = out / "report.html"
     write_atomically(path, page)
     return path
 
 
-def _normalisation(facts: dict) -> str | None:
-    """Of the channels, as the network has them."""
-    both = [facts.get("mean"), facts.get("std")]
-    if not all(isinstance(each, list) for each in both):
-        return None
-    return "; ".join(", ".join(f"{value!s:.6}" for value in each[:3]) for each in both if each)
-
-
-def _run(config: dict, facts: dict) -> dict:
-    """`command`, `facts` and `options`, as a page shows them."""
-    command, versions = facts.get("command"), facts.get("versions")
+def _facts(facts: dict) -> list[tuple[str, object]]:
+    """Rows of what a run started with."""
     rows = {
-        "started": facts.get("started"),
-        "machine": facts.get("machine"),
-        "device": facts.get("device"),
-        "processes": facts.get("world"),
-        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
-        "parameters": _shown(_number(facts, "parameters"), ",.0f"),
-        "mean and std of its input": _normalisation(facts),
+        "started": facts["started"],
+        "machine": facts["machine"],
+        "device": facts["device"],
+        "processes": facts["world"],
+        "versions": ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
+        "parameters": f"{facts['parameters']:,}",
+        "mean and std of its input": "; ".join(
+            ", ".join(f"{value!s:.6}" for value in facts[name][:3]) for name in ("mean", "std")
+        ),
         "teacher": facts.get("teacher"),
         "store": facts.get("store"),
     }
-    return {
-        "command": shlex.join(map(str, command)) if isinstance(command, list) else None,
-        "facts": [(name, value) for name, value in rows.items() if value not in (None, "")],
-        "options": [(k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for k, v in config.items()],
-    }
+    return [(name, value) for name, value in rows.items() if value]
 
 
 def _validation(epochs: list[dict]) -> list[tuple]:
     """Rows of the last accuracy, and of the best if it is another."""
-    found = [pair for pair in _validated(epochs) if _number(pair[1], "top1") is not None]
+    found = [(record, record["val"]) for record in epochs if "top1" in record.get("val", {})]
     if not found:
         return []
 
     def row(name: str, record: dict, val: dict) -> tuple:
         kinds = {"top1": "%", "top5": "%", "loss": "", "samples": ",.0f"}
-        return name, f"{_counted(record):,.0f}", *(_shown(_number(val, key), form) for key, form in kinds.items())
+        return name, f"{_counted(record):,}", *(_shown(val.get(key), form) for key, form in kinds.items())
 
-    finite = [pair for pair in found if _drawable(_number(pair[1], "top1"))] or found
+    finite = [pair for pair in found if _drawable(pair[1]["top1"])] or found
     best = max(finite, key=lambda pair: pair[1]["top1"])
     return [row("last", *found[-1]), *([] if best is found[-1] else [row("best top-1", *best)])]
 
@@ -122,11 +121,10 @@ def _training(steps: list[dict], epochs: list[dict]) -> dict:
     """Table of the last epoch's means and, if it came later, of the last step: where a run breaks down."""
     columns = {}
     if epochs:
-        columns[f"epoch {_counted(epochs[-1]):,.0f}, mean"] = epochs[-1]
+        columns[f"epoch {_counted(epochs[-1]):,}, mean"] = epochs[-1]
     if steps and (not epochs or steps[-1]["epoch"] > epochs[-1]["epoch"]):
         step = steps[-1]
-        of = f" of {_shown(_number(step, 'steps'), ',.0f')}" if _number(step, "steps") else ""
-        columns[f"epoch {_counted(step):,.0f}, step {step['step']:,.0f}{of}"] = step
+        columns[f"epoch {_counted(step):,}, step {step['step']:,} of {step['steps']:,}"] = step
     kinds = {
         "loss": ("loss", ""),
         "ce": ("cross-entropy, nats", ""),
@@ -142,24 +140,26 @@ def _training(steps: list[dict], epochs: list[dict]) -> dict:
         "wait_share": ("share of a step spent waiting for data", "%"),
         "seconds": ("seconds since the start", ",.1f"),
     }
-    rows = [(name, *(_shown(_number(r, key), form) for r in columns.values())) for key, (name, form) in kinds.items()]
+    rows = [(name, *(_shown(r.get(key), form) for r in columns.values())) for key, (name, form) in kinds.items()]
     for part in _PARTS:
         rows.append((f"{part}, ms per step", *(_shown(_ms(record, part)) for record in columns.values())))
     return {"head": ("", *columns), "rows": [row for row in rows if any(row[1:])]}
 
 
-def _course(steps: list[dict], epochs: list[dict]) -> list[tuple[str, Markup]]:
-    """Captions and plots."""
-    validated = [{**val, "epoch": record["epoch"]} for record, val in _validated(epochs)]
-    sources = [(_ACCURACY, [], validated), *((plot, steps, epochs) for plot in _PLOTS)]
-    drawn = [(plot.title, plot.beside, _lines(plot, *records)) for plot, *records in sources]
-    drawn.append(("Time of a step", "ms per step", _stack(epochs)))
-    return [(title, svg(title, draw, "epochs", beside)) for title, beside, draw in drawn if draw]
+def drawn(records: list[dict]) -> Course:
+    """Raises UserError without matplotlib."""
+    steps, epochs = _parted(records)
+    validated = [{**record["val"], "epoch": record["epoch"]} for record in epochs if "val" in record]
+    plots = [(plot.title, plot.beside, _lines(plot, steps, epochs)) for plot in _PLOTS]
+    plots.insert(0, (_ACCURACY.title, _ACCURACY.beside, _lines(_ACCURACY, [], validated)))
+    plots.append(("Time of a step", "ms per step", _stack(epochs)))
+    figures = [(title, svg(title, draw, "epochs", beside)) for title, beside, draw in plots if draw]
+    return Course(_counted(epochs[-1]) if epochs else 0, figures)
 
 
 def _lines(plot: _Plot, steps: list[dict], epochs: list[dict]) -> Callable[[Any], None] | None:
     """Draws a line per key, thin through the steps and bold through the epochs; None without a point."""
-    at_steps = [r["epoch"] + r["step"] / (_number(r, "steps") or math.nan) for r in steps]
+    at_steps = [r["epoch"] + r["step"] / r["steps"] for r in steps]
     at_epochs = [r["epoch"] + plot.at for r in epochs]
     kinds = (
         ("steps", at_steps, steps, {"linewidth": 0.6, "alpha": 0.6}),
@@ -168,7 +168,7 @@ def _lines(plot: _Plot, steps: list[dict], epochs: list[dict]) -> Callable[[Any]
     lines = []
     for (key, name), colour in zip(plot.lines.items(), _COLOURS, strict=False):
         for kind, at, records, style in kinds:
-            x, y = _points(at, (_number(record, key) for record in records))
+            x, y = _points(at, (record.get(key) for record in records))
             if len(x):
                 lines.append((x, plot.factor * y, name, {**style, "color": colour, "gid": f"{key}-{kind}"}))
     if not lines:
@@ -195,7 +195,7 @@ def _stack(epochs: list[dict]) -> Callable[[Any], None] | None:
     # Both sides of each bar, then a gap.
     x = np.stack([start + 0.05 * every, start + 0.95 * every, np.full(len(start), math.nan)], 1).ravel()
     times = [[_ms(record, part) for part in _PARTS] for record in timed[::every]]
-    heights = np.array([[t if t is not None and _drawable(t) else 0.0 for t in row] for row in times])
+    heights = np.array([[t if _drawable(t) else 0.0 for t in row] for row in times])
     tops = heights.cumsum(1)
 
     def draw(axes: Any) -> None:
@@ -219,7 +219,7 @@ def _legend(axes: Any, handles: dict[str, Any]) -> None:
 
 def _points(at: Iterable[float], values: Iterable[float | None]) -> tuple[np.ndarray, np.ndarray]:
     """Finite points f64 (n,), thinned: of many, the lowest and the highest of each group, so that spikes stay."""
-    pairs = [(x, y) for x, y in zip(at, values, strict=True) if y is not None and _drawable(x) and _drawable(y)]
+    pairs = [(x, y) for x, y in zip(at, values, strict=True) if _drawable(y)]
     x, y = np.array(pairs, float).reshape(-1, 2).T
     if len(x) > _DRAWN:
         groups = np.array_split(np.arange(len(x)), _DRAWN // 2)
@@ -228,64 +228,22 @@ def _points(at: Iterable[float], values: Iterable[float | None]) -> tuple[np.nda
     return x, y
 
 
-def _records(text: str) -> tuple[list[dict], list[dict]]:
-    """Step and epoch records in the order of training; of one step or epoch logged again after a resume, the last."""
-    steps, epochs = {}, {}
-    for line in text.split("\n"):
-        record = _object(line)
-        epoch = _number(record, "epoch")
-        if not _drawable(epoch):
-            continue
-        if "step" not in record:
-            epochs[epoch] = record
-        elif _drawable(step := _number(record, "step")):
-            steps[epoch, step] = record
-    return [steps[at] for at in sorted(steps)], [epochs[at] for at in sorted(epochs)]
-
-
-def _validated(epochs: list[dict]) -> list[tuple[dict, dict]]:
-    """Epoch records with what their validation found."""
-    return [(record, record["val"]) for record in epochs if isinstance(record.get("val"), dict)]
+def _parted(records: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Those of steps and those of epochs."""
+    return [r for r in records if "step" in r], [r for r in records if "step" not in r]
 
 
 def _ms(record: dict, part: str) -> float | None:
-    times = record.get("times")
-    seconds = _number(times, part) if isinstance(times, dict) else None
+    seconds = record.get("times", {}).get(part)
     return None if seconds is None else 1000 * seconds
 
 
-def _counted(record: dict) -> float:
+def _counted(record: dict) -> int:
     """Epochs trained at the end of this one: records count from 0, people from 1."""
     return record["epoch"] + 1
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _object(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _number(record: dict, key: str) -> float | None:
-    """None if absent or not a number; NaN and infinity are numbers: a page should say that a run ended so."""
-    value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def _drawable(value: float | None) -> bool:
+def _drawable(value: float | None) -> TypeGuard[float]:
     return value is not None and abs(value) <= _LARGEST
 
 

@@ -1,7 +1,8 @@
-"""What a run tells others while it goes on: `run.json`, TensorBoard, Weights & Biases, and a page at the end."""
+"""What a run tells others while it goes on: `run.json`, TensorBoard, Weights & Biases, and a page."""
 
 import importlib
 import json
+import math
 import sys
 import time
 import zlib
@@ -19,7 +20,8 @@ from pipeline.system.files import write_atomically
 from pipeline.training import page
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # by the option that asks for it
-_PAGE_S = 120  # between pages; one takes seconds to draw
+_PAGE_S = 1.0  # between pages; one takes milliseconds
+_COURSE_S = 300.0  # between drawings of its plots, which take seconds
 
 
 def describe(network: Placed, about: dict) -> dict:
@@ -41,23 +43,25 @@ def describe(network: Placed, about: dict) -> dict:
 class Writers:
     """As a context; does nothing on other processes than the first."""
 
-    def __init__(self, config: Training, first: bool, facts: dict):
-        """Raises UserError if what was asked for is not installed."""
+    def __init__(self, config: Training, first: bool, facts: dict, records: list[dict]):
+        """`records` are those of the run's log, as it grows. Raises UserError if what was asked for is missing."""
         self._out, self._first, self._tensorboard, self._wandb = config.out, first, None, None
-        self._shown = time.monotonic()
+        self._records, self._course = records, None
+        self._shown, self._drawn = -math.inf, time.monotonic()
         if not first:
             return
+        options = (config.out / "config.json").read_bytes()
+        self._config, self._facts = json.loads(options), facts
         write_atomically(config.out / "run.json", json.dumps(facts, indent=1, default=str).encode())
         if config.tensorboard:
             writer = _needed("tensorboard")
             self._tensorboard = writer.SummaryWriter(str(config.out / "tensorboard"))
         if config.wandb:
-            options = (config.out / "config.json").read_bytes()
             wandb = _needed("wandb")
             # The same for a resumed run, wherever it lies now; another for a folder of the same name elsewhere.
             run = f"{config.out.name}-{zlib.crc32(options):08x}"
             self._wandb = wandb.init(
-                project=config.wandb, id=run, resume="allow", config=json.loads(options), dir=str(config.out)
+                project=config.wandb, id=run, resume="allow", config=self._config, dir=str(config.out)
             )
 
     def __enter__(self) -> "Writers":
@@ -78,12 +82,18 @@ class Writers:
         values |= {f"val_{name}": value for name, value in record.get("val", {}).items()}
         self._write(number, {f"epoch/{name}": value for name, value in values.items()})
         if self._first and time.monotonic() - self._shown > _PAGE_S:  # so that a killed run has a page too
-            page.write(self._out)
-            self._shown = time.monotonic()
+            self._show(draw=time.monotonic() - self._drawn > _COURSE_S)
 
     def close(self) -> Path | None:
         """Write the page; its path."""
-        return page.write(self._out) if self._first else None
+        return self._show(draw=True) if self._first else None
+
+    def _show(self, draw: bool) -> Path:
+        if draw:
+            self._course, self._drawn = page.drawn(self._records), time.monotonic()
+        path = page.write(self._out, self._config, self._facts, self._records, self._course)
+        self._shown = time.monotonic()
+        return path
 
     def _write(self, number: int, values: dict[str, float]) -> None:
         if self._tensorboard:

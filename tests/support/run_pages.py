@@ -1,6 +1,5 @@
 """Records of a run and the page that they make, for the tests that read it."""
 
-import json
 import re
 from pathlib import Path
 
@@ -40,6 +39,8 @@ RUN = {
     "started": "2026-11-21T10:00:00+00:00",
     "world": 8,
     "parameters": 11_689_512,
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
     "teacher": "timm/resnet34",
     "store": "s3://bucket/labels",
 }
@@ -61,14 +62,10 @@ def records(epochs: int = 3, steps: int = 4, seed: int = 0) -> list[dict]:
     return found
 
 
-def written(out: Path, lines: list | bytes, config: object = CONFIG, run: object = RUN) -> Path:
+def written(out: Path, lines: list, config: dict = CONFIG, run: dict = RUN) -> Path:
     """The page of a run with these records."""
     out.mkdir(exist_ok=True)
-    text = lines if isinstance(lines, bytes) else "".join(json.dumps(line) + "\n" for line in lines).encode()
-    (out / "metrics.jsonl").write_bytes(text)
-    (out / "config.json").write_text(json.dumps(config))
-    (out / "run.json").write_text(json.dumps(run))
-    assert run_page.write(out) == out / "report.html"
+    assert run_page.write(out, config, run, lines, run_page.drawn(lines)) == out / "report.html"
     return out / "report.html"
 
 

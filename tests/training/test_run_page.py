@@ -1,12 +1,13 @@
-"""The page of a run says what its records say, draws what there is, and survives whatever a killed run left."""
+"""The page of a run says what its records say, draws what there is, and survives numbers of runs that broke down."""
 
-import html
 import json
 import math
 import re
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -31,6 +32,7 @@ from support.run_pages import (
 from cache import UserError
 from pipeline.system import files
 from pipeline.training import page as run_page
+from pipeline.training import record as run_record
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def page(file) -> Node:
 def test_the_title_names_student_data_and_loss(page, tmp_path):
     assert page.all("h1")[0].text() == page.all("title")[0].text() == "timm/resnet18 on data/train, ccd"
     assert "3 of 9 epochs" in page.text()
-    teacher = Node(written(tmp_path / "t", [], {"teacher": "cifar/resnet8", "data": "d"}).read_text())
+    teacher = Node(written(tmp_path / "t", [], {"teacher": "cifar/resnet8", "data": "d", "epochs": 1}).read_text())
     assert teacher.all("h1")[0].text() == "cifar/resnet8 on d, cross-entropy"
 
 
@@ -237,81 +239,14 @@ def test_of_many_steps_the_spikes_are_drawn_and_the_page_stays_small(tmp_path):
     assert len(drawn) <= 800 and file.stat().st_size < 2 * 11 * 800 * 26
 
 
-GARBAGE = {
-    "half a line": b'{"epoch": 2, "loss": 0.1, "va',
-    "a list": b"[1, 2]",
-    "null": b"null",
-    "text": b'"epoch"',
-    "nothing": b"",
-    "no epoch": b'{"loss": 0.5, "val": {"top1": 1.0}}',
-    "an epoch of text": b'{"epoch": "<b>9</b>", "loss": 0.5}',
-    "a true epoch": b'{"epoch": true, "loss": 0.5}',
-    "epoch NaN": b'{"epoch": NaN, "loss": 0.5}',
-    "an infinite epoch": b'{"epoch": Infinity, "loss": 0.5}',
-    "an endless epoch": b'{"epoch": 1' + b"0" * 400 + b', "loss": 0.5}',
-    "an epoch of too many digits": b'{"epoch": 1' + b"0" * 5000 + b', "loss": 0.5}',
-    "no step": b'{"epoch": 8, "step": null, "steps": 4, "loss": 0.5}',
-    "not UTF-8": b'\xff\xfe{"epoch": 8}',
-    "zero bytes": bytes(64),
-    "too deep": b"[" * 100_000,
-}
-
-
-class Notes:
-    """Axes that write down what is asked of them; matplotlib takes a second to draw a page."""
-
-    def __init__(self) -> None:
-        self.said: list = []
-
-    def __getattr__(self, name: str):
-        if name == "figure":
-            return self
-
-        def note(*given, **options):
-            self.said.append((name, [np.asarray(each).tolist() for each in given], options))
-            return (name,)
-
-        return note
-
-
-@pytest.fixture
-def noted(monkeypatch):
-    def svg(name, draw, below, beside) -> str:
-        draw(axes := Notes())
-        return f"{name} {below} {beside} {axes.said}"
-
-    monkeypatch.setattr(run_page, "svg", svg)
-
-
-@pytest.mark.parametrize("name", GARBAGE)
-def test_a_malformed_line_is_as_good_as_none(name, noted, tmp_path):
-    bad, lines = GARBAGE[name], [json.dumps(record).encode() for record in records()]
-    texts = []
-    for at, many in enumerate(([bad, *lines[:7], bad, *lines[7:], bad], lines)):
-        texts.append(written(tmp_path / str(at), b"\n".join(many)).read_text().replace(str(tmp_path / str(at)), ""))
-    assert texts[0] == texts[1] and "'plot'" in html.unescape(texts[0])
-
-
-@pytest.mark.parametrize("bad", [None, True, "0.5", "<b>", [], [0.5], {}, {"top1": "x"}], ids=repr)
-def test_a_malformed_value_is_as_good_as_none(bad, noted, tmp_path):
-    """Every key but that which says where a record belongs."""
-    keys = {"steps", "seconds", "scale", "val", "times", *MEANS}
-    kept = [
-        record if i % 2 else {k: bad if k in keys else v for k, v in record.items()}
-        for i, record in enumerate(records())
-    ]
-    gone = [record if i % 2 else without([record], *keys)[0] for i, record in enumerate(records())]
-    texts = [written(tmp_path / "r", lines).read_text() for lines in (kept, gone)]
-    assert texts[0] == texts[1]
-
-
-@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e308, -1e308, 10**400, -(10**400), 1e30, 5e-324, 0, -1])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e308, -1e308, 1e30, 5e-324, 0, -1])
 def test_wild_numbers_are_survived(value, tmp_path):
     """Alone, and beside ordinary ones; warnings are errors here."""
 
     def wild(record: dict) -> dict:
         return {
-            k: wild(v) if isinstance(v, dict) else v if k in ("epoch", "step") else value for k, v in record.items()
+            k: wild(v) if isinstance(v, dict) else v if k in ("epoch", "step", "steps") else value
+            for k, v in record.items()
         }
 
     alone = [wild(record) for record in records()]
@@ -319,59 +254,49 @@ def test_wild_numbers_are_survived(value, tmp_path):
     page = Node(written(tmp_path / "r", alone).read_text())
     for text in re.findall(r"<svg.*?</svg>", (tmp_path / "r" / "report.html").read_text(), re.DOTALL):
         assert not re.search(r"\b(nan|inf)\b", ElementTree.canonicalize(text))
-    assert cells(section(page, "Training"))["loss"] == [
-        format(float(str(value).replace("1" + 400 * "0", "inf")), ",.5g")
-    ]
+    assert cells(section(page, "Training"))["loss"] == [format(value, ",.5g")]
 
 
-@pytest.mark.parametrize("there", [(), ("config.json",), ("run.json",), ("metrics.jsonl",)])
-@pytest.mark.parametrize("otherwise", [None, b"", b"{", b"[]", b"7", b"\xff\x00"])
-def test_missing_and_damaged_files_are_left_out(there, otherwise, tmp_path):
-    written(tmp_path / "r", records()[:1] if "metrics.jsonl" in there else [])
-    for name in {"config.json", "run.json", "metrics.jsonl"} - set(there):
-        (tmp_path / "r" / name).unlink()
-        if otherwise is not None:
-            (tmp_path / "r" / name).write_bytes(otherwise)
-    page = Node(run_page.write(tmp_path / "r").read_text())
-    assert bool(plots(page)) == ("metrics.jsonl" in there)
-    assert bool(page.all("details")) == ("config.json" in there)
-    assert bool(page.all("pre")) == ("run.json" in there)
-
-
-@pytest.mark.parametrize("bad", [None, True, 7, "text", [], {}, [None, 1], {"a": None}], ids=repr)
-def test_facts_of_another_kind_are_survived(bad, tmp_path):
-    file = written(tmp_path / "r", [], dict.fromkeys(CONFIG, bad), dict.fromkeys(RUN, bad))
-    assert Node(file.read_text()).all("h1")
-
-
-def test_of_a_step_or_epoch_logged_again_the_last_counts(file, tmp_path):
-    """A killed run has logged steps beyond the checkpoint that it resumed from."""
+def test_plots_may_be_older_than_the_rest(tmp_path):
+    """They take seconds to draw, and the rest milliseconds."""
     lines = records()
-    stale = records(seed=9)
-    again = written(tmp_path / "r", [*lines[:5], stale[8], *stale[5:8], *lines[5:]])
-    assert again.read_text().replace(str(again.parent), "") == file.read_text().replace(str(file.parent), "")
+    page = Node(run_page.write(tmp_path, CONFIG, RUN, lines, run_page.drawn(lines[:5])).read_text())
+    assert "3 of 9 epochs" in page.text() and "Drawn after epoch 1." in section(page, "Course").text()
+    assert len(line(plots(page)["Loss and its parts"], "loss-steps")) == 4
+    page = Node(run_page.write(tmp_path, CONFIG, RUN, lines, None).read_text())
+    assert "3 of 9 epochs" in page.text() and "Not drawn yet." in page.text() and not plots(page)
+
+
+def test_an_epoch_has_a_page_unless_the_last_is_a_second_old_and_plots_every_five_minutes(tmp_path, monkeypatch):
+    clock, lines, seen = SimpleNamespace(now=0.0, monotonic=lambda: clock.now), [], []
+    monkeypatch.setattr(run_record, "time", clock)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    config: Any = SimpleNamespace(out=tmp_path, tensorboard=False, wandb=None)
+    writers = run_record.Writers(config, True, RUN, lines)
+    for epoch, clock.now in enumerate([0.5, 1.0, 2.0, 300.0, 302.0, 310.0]):
+        lines.append({"epoch": epoch, "loss": 0.5})
+        writers.epoch(epoch, epoch + 1, {})
+        text = Node((tmp_path / "report.html").read_text()).text()
+        seen.append((int(re.findall(r"(\d) of 9 epochs", text)[0]), "Loss and its parts" in text))
+    assert seen == [(1, False), (1, False), (3, False), (4, False), (5, True), (6, True)]
+    assert "Drawn after epoch 5." in text
+    writers.close()
+    assert "Drawn after" not in (tmp_path / "report.html").read_text()
 
 
 def test_the_same_records_make_the_same_page(file):
     before = file.read_bytes()
-    assert run_page.write(file.parent).read_bytes() == before
+    assert written(file.parent, records()).read_bytes() == before
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     file = written(tmp_path / "r", [])
     before = file.read_bytes()
-    (tmp_path / "r/metrics.jsonl").write_text(json.dumps(records()[0]))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(UserError, match=r"cannot write .*report\.html"):
         patched.setattr(files.os, "replace", full)
-        run_page.write(tmp_path / "r")
-    assert file.read_bytes() == before and sorted(path.name for path in file.parent.iterdir()) == [
-        "config.json",
-        "metrics.jsonl",
-        "report.html",
-        "run.json",
-    ]
-    assert run_page.write(tmp_path / "r").read_bytes() != before
+        written(tmp_path / "r", records())
+    assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]

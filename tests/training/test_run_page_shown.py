@@ -23,7 +23,7 @@ def hostile(tmp_path_factory) -> Path:
     bad = HOSTILE
     config = {**{key: f"{bad}{key}" for key in CONFIG}, bad: bad, "nested": {bad: [bad]}, "surrogate": "\udcff"}
     run = {
-        **{key: f"{bad}{key}" for key in RUN},
+        **{key: f"{bad}{key}" if isinstance(value, str) else value for key, value in RUN.items()},
         "command": [f"{bad}argument"],
         "versions": {f"{bad}name": f"{bad}number"},
     }

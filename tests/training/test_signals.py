@@ -6,7 +6,9 @@ import signal
 
 import pytest
 import torch
+from support.nodes import Node, section
 from support.processes import finished, stopped
+from support.run_pages import cells
 from support.runs import assert_same_weights, log
 
 from pipeline.system import signals
@@ -42,6 +44,15 @@ def test_signals_leave_no_trace_in_the_weights(whole, tmp_path, event, count, nu
         for records in (log(run), log(whole))
     )
     assert ours == theirs
+
+
+def test_a_killed_run_has_a_page_of_its_last_epoch(options, tmp_path):
+    run = dataclasses.replace(options, out=tmp_path / "run")
+    assert stopped(train_student.run, run, "step", 13, signal.SIGKILL)
+    page = Node((run.out / "report.html").read_text())
+    (last,) = log(run)
+    assert "1 of 3 epochs" in page.text()
+    assert cells(section(page, "Training"))["loss"] == [f"{last['loss']:,.5g}"]
 
 
 def test_a_signal_saves_the_step_under_way(whole, tmp_path):
