@@ -187,6 +187,7 @@ def test_the_page_stands_alone_and_shows_every_suite(found, tmp_path, monkeypatc
     assert page.tags.count("svg") == page.tags.count("figure") == 3 + 3 + 2 + 2
     for words in ("End to end", "Loader", "Store", "Loss kernels", "live teacher", "KL(T = 4), nats", "<x>"):
         assert words in text
+    assert "x" not in page.tags, "an arm's name is text"
     assert str(tmp_path / "out" / "bench.html") in re.sub(r"\s", "", capsys.readouterr().out)
 
 
