@@ -14,7 +14,7 @@ from cache.codec.fidelity import TEMPERATURE
 from cache.store import beside
 
 REFERENCE = "exact"
-BUDGETS = (0.01, 0.03, 0.04, 0.05, 0.06, 0.1, 0.2, 0.21, 0.4, 1.0)
+BUDGETS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.1, 0.2, 0.21, 0.4, 1.0)
 """Nats."""
 CORRECTED = (0.05, 0.2)
 """Budgets at which `Corrected` is tried."""

@@ -2,7 +2,8 @@
 
 One small student per arm and seed learns from decoded labels alone (no hard labels). Everything but the labels is the
 same for all arms of a seed: initial weights, batches, inputs. So differences to the student of exact labels are taken
-within a seed, and the standard error is that of the mean of these differences.
+within a seed, and the standard error is that of the mean of these differences. Each seed has dither keys of its own, as
+stores of several seeds have, so the error covers which noise labels happen to have.
 
 - The simulated teacher: 40,000 pairs in 3 views, 1,000 steps of 1,024 pairs. Held-out pairs are fresh draws; accuracy
   is against their true class, of the view that is not augmented, as test sets are.
@@ -10,9 +11,9 @@ within a seed, and the standard error is that of the mean of these differences.
   judged by how often its top class is the student's too, and by KL(teacher ‖ student), on all of VAL, both views.
   `bench.labels.photographs` makes such data.
 
-Labels are encoded once per view and decoded batch by batch, as a loader would. Bytes on disk are those of `pack` for
-the first `CHUNK_PAIRS` pairs of a view, a store's chunk; bytes all told have w and digests with them where a store
-keeps these; bytes in memory are the row's. Peers' rows include what the peer needs to make the view again
+Labels are encoded once per view and seed and decoded batch by batch, as a loader would. Bytes on disk are those of
+`pack` for the first `CHUNK_PAIRS` pairs of a view, a store's chunk; bytes all told have w and digests with them where a
+store keeps these; bytes in memory are the row's. Peers' rows include what the peer needs to make the view again
 (`bench.labels.peers`); other arms need nothing. A finished student is kept in WORK/codec-transfer.json under a hash of
 all that it depends on: run again to resume.
 """
@@ -35,7 +36,7 @@ from bench import harness
 from bench.labels import problems, simulated
 from bench.labels.arms import ARMS, REFERENCE, Coder, Make, arms, beside_bytes
 from bench.labels.problems import Problem
-from cache import UserError
+from cache import UserError, philox
 from cache.codec.fidelity import divergence
 from cache.errors import did_you_mean
 from pipeline.config import Bench
@@ -110,18 +111,23 @@ def _problem(options: Bench) -> Problem:
 
 
 class Labels:
-    """An arm's labels of all views, as its codec keeps them; a view is encoded when first asked for."""
+    """An arm's labels of all views, as its codec keeps them; a view of a seed is encoded when first asked for."""
 
     def __init__(self, problem: Problem, make: Make):
         self.problem = problem
         self.codec = make(problem.logits[0][:FIT_PAIRS].numpy())
         self.share = getattr(self.codec, "share", 1.0)
         """Of the pairs, those that labels are kept of, the same number of each view."""
-        self._rows: dict[int, np.ndarray] = {}
-        self._first = np.empty((0, 0), np.uint8) if self.codec is None else self._encode(self.codec, 0, CHUNK_PAIRS)
+        self._seed = -1
+        self._coded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # view: rows and keys, of the seed
+        self._first = (
+            np.empty((0, 0), np.uint8)
+            if self.codec is None
+            else self._encode(self.codec, 0, problem.streams[0][:CHUNK_PAIRS])
+        )
 
-    def _encode(self, coder: Coder, view: int, pairs: int | None = None) -> np.ndarray:
-        logits, stream = self.problem.logits[view][:pairs].numpy(), self.problem.streams[view][:pairs]
+    def _encode(self, coder: Coder, view: int, stream: np.ndarray) -> np.ndarray:
+        logits = self.problem.logits[view][: len(stream)].numpy()
         blocks = (slice(at, at + _ENCODE_PAIRS) for at in range(0, len(logits), _ENCODE_PAIRS))
         return np.concatenate([coder.encode(logits[block], stream[block]) for block in blocks])
 
@@ -133,13 +139,16 @@ class Labels:
         few = max(1, int(self.share * len(streams)))
         return np.argsort(streams)[:few][index * few // len(streams)]
 
-    def logits(self, view: int, index: np.ndarray) -> torch.Tensor:
-        """Decoded labels of some pairs, f32 (B, 2, C)."""
+    def logits(self, view: int, index: np.ndarray, seed: int) -> torch.Tensor:
+        """Decoded labels of some pairs, f32 (B, 2, C), with the noise that a store of that seed would have."""
         if self.codec is None:
             return self.problem.logits[view][torch.from_numpy(index)]
-        if view not in self._rows:
-            self._rows[view] = self._encode(self.codec, view)
-        return torch.from_numpy(self.codec.decode(self._rows[view][index], self.problem.streams[view][index]))
+        if seed != self._seed:
+            self._seed, self._coded = seed, {}
+        if view not in self._coded:
+            keys = philox.stream(seed, self.problem.streams[view], view)
+            self._coded[view] = self._encode(self.codec, view, keys), keys
+        return torch.from_numpy(self.codec.decode(*(array[index] for array in self._coded[view])))
 
     def _decoded(self, pairs: slice) -> torch.Tensor:
         if self.codec is None:
@@ -169,7 +178,14 @@ class Labels:
         """A hash of all that a student of these labels depends on: recipe, codec, and what the codec makes."""
         problem = self.problem
         recipe = [len(problem.streams[0]), options.steps, seed, options.teacher, options.student, options.temperature]
-        recipe += [PEAK, problem.batch, problems.HIDDEN, len(problem.logits), len(problem.held_logits)]
+        recipe += [
+            "keys of a seed",
+            PEAK,
+            problem.batch,
+            problems.HIDDEN,
+            len(problem.logits),
+            len(problem.held_logits),
+        ]
         config = None if self.codec is None else self.codec.config
         digest = hashlib.sha256(json.dumps([recipe, torch.__version__, config], sort_keys=True).encode())
         digest.update(self._first.tobytes() + self._decoded(slice(64)).numpy().tobytes())
@@ -198,7 +214,7 @@ def learn(problem: Problem, labels: Labels, seed: int, options: Bench) -> dict:
             shuffled = order.permutation(samples)
         view = epoch % len(problem.logits)
         index = labels.kept(shuffled[at * batch : (at + 1) * batch], view)
-        target = torch.softmax(labels.logits(view, index) / temperature, dim=-1)
+        target = torch.softmax(labels.logits(view, index, seed) / temperature, dim=-1)
         said = student(problem.inputs[view][torch.from_numpy(index)])
         loss = -(target * F.log_softmax(said / temperature, dim=-1)).sum(-1).mean() * temperature**2
         optimiser.zero_grad()

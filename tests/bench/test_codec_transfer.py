@@ -13,7 +13,7 @@ from bench.labels import codec_transfer, peers, problems, simulated
 from bench.labels.arms import ARMS, arms
 from bench.labels.codec_transfer import Labels
 from bench.labels.problems import Problem
-from cache import UserError
+from cache import UserError, philox
 from pipeline.config import Bench
 
 SMALL = Bench(suite="codec-transfer", samples=1024, steps=30, seeds=2, threads=1)
@@ -48,17 +48,19 @@ def test_the_simulated_teacher_is_the_published_one():
 
 
 def test_labels_are_decoded_views(problem):
-    """Every view with its own stream; batches in any order; the exact arm passes logits through."""
+    """Every view and seed with keys of its own; batches in any order; the exact arm passes logits through."""
     labels = Labels(problem, lambda logits: peers.Sampled(logits.shape[2], 50))
     codec = peers.Sampled(1000, 50)
-    index = np.array([600, 3, 77])
-    for view in (2, 0):
-        logits, stream = problem.logits[view].numpy(), problem.streams[view]
+    index, seen = np.array([600, 3, 77]), []
+    for view, seed in ((2, 0), (0, 0), (0, 1), (2, 0)):
+        logits, stream = problem.logits[view].numpy(), philox.stream(seed, problem.streams[view], view)
         expected = codec.decode(codec.encode(logits, stream)[index], stream[index])
-        np.testing.assert_array_equal(labels.logits(view, index).numpy(), expected)
+        np.testing.assert_array_equal(labels.logits(view, index, seed).numpy(), expected)
+        seen.append(expected)
+    assert (seen[1] != seen[2]).any() and (seen[0] == seen[3]).all()
     assert len(np.unique(np.concatenate(problem.streams))) == 3 * 700
     exact = Labels(problem, ARMS["exact"])
-    assert torch.equal(exact.logits(1, index), problem.logits[1][torch.from_numpy(index)])
+    assert torch.equal(exact.logits(1, index, 0), problem.logits[1][torch.from_numpy(index)])
 
 
 def test_sizes_are_bytes_per_vector(problem):
