@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from subprocess import DEVNULL
 from xml.etree import ElementTree
@@ -178,7 +178,10 @@ def run_limited(command: tuple[str, ...], log: Path, limit_s: float) -> int | No
     gone afterwards, so that none of them disturbs what is measured next.
     """
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=_ROOT, stdin=DEVNULL, stdout=output, stderr=output, process_group=0)
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore it
+        process = subprocess.Popen(
+            command, cwd=_ROOT, stdin=DEVNULL, stdout=output, stderr=output, process_group=0, preexec_fn=heard
+        )
         try:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
