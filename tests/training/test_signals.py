@@ -27,7 +27,7 @@ UNTIMED = {"seconds", "times", "wait_share", "images_per_s"}
         pytest.param("step", 12, signal.SIGINT, marks=pytest.mark.slow),  # the last one of an epoch
         ("step", 23, signal.SIGKILL),
         pytest.param("step", 36, signal.SIGTERM, marks=pytest.mark.slow),  # the last one
-        ("rename", 4, signal.SIGKILL),  # a first checkpoint is written whole, and has no name
+        ("rename", 5, signal.SIGKILL),  # a first checkpoint is written whole, and has no name
         pytest.param("rename", 12, signal.SIGKILL, marks=pytest.mark.slow),
         ("evaluate", 3, signal.SIGINT),  # after the last step of all
     ],
@@ -37,6 +37,8 @@ def test_signals_leave_no_trace_in_the_weights(whole, tmp_path, event, count, nu
     run = dataclasses.replace(whole, out=tmp_path / "run", resume=True)
     assert stopped(train_student.run, run, event, count, number)
     assert not (run.out / "model.safetensors").exists()
+    if (event, count) == ("rename", 5):
+        assert not (run.out / "checkpoint.pt").exists() and (run.out / "checkpoint.pt.partial").exists()
     finished(train_student.run, run)
     assert_same_weights(run, whole)
     ours, theirs = (
