@@ -131,4 +131,5 @@ def test_make_test_passes(inside):
     chosen = os.environ.get("CONTAINER_TESTS", "-k 'test_idx or test_store or test_tars or test_cores'")
     options = {"PYTEST_ADDOPTS": f"-p no:cacheprovider {chosen}"}
     done = inside(*MAKE, "test", **options)
+    print(done.stdout)  # for -rP: the counts, and the times where CONTAINER_TESTS asks for them
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
