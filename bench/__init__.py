@@ -22,7 +22,7 @@ MODULES = {
 
 TAKES = {
     "all": "arms batch_size data json logits out pairs rounds samples student teacher threads work",
-    "claims": "arms data epochs json out policy samples seeds student teacher threads work",
+    "claims": "arms data epochs json out policy samples seeds student teacher threads val work",
     "codec-transfer": "arms data json out samples seeds steps student teacher temperature threads val work",
     "end-to-end": "arms batch_size data json rounds student teacher work",
     "engine": "data json rounds threads work",

@@ -21,7 +21,9 @@ def expected(jobs: Iterable[tuple], trial: Trial, whole: int, samples: int, val:
     A step of each network is timed on noise; loading comes for nothing. `whole`: images that teachers learn from,
     `samples`: students, `val`: images to validate on.
     """
-    teacher, student = (_view_s(name.partition("@")[0], trial, classes) for name in (trial.teacher, trial.student))
+    size = trial.policy.base.size
+    teacher = _view_s(trial.teacher.partition("@")[0], trial.teacher_size or size, trial.batch_size, classes)
+    student = _view_s(trial.student.partition("@")[0], size, trial.batch_size, classes)
     seconds = 0.0
     for kind, what, *_ in jobs:
         if kind == "teacher":
@@ -40,12 +42,12 @@ def _views(which: Setting, trial: Trial, samples: int) -> float:
     return samples * which.share * trial.epochs * which.time * (1 if which.fraction in (0, 1) else 2)
 
 
-def _view_s(name: str, trial: Trial, classes: int) -> float:
+def _view_s(name: str, size: int, batch: int, classes: int) -> float:
     """Seconds of a step per view, with one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        count, size = 2 * trial.batch_size, trial.policy.base.size
+        count = 2 * batch
         module = models.create(name, classes).module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         noise = torch.randn(count, 3, size, size).to(memory_format=torch.channels_last)
         target = torch.zeros(count, dtype=torch.long)

@@ -1,13 +1,21 @@
 """What the claims are tried on: the data set, and networks, policy and recipe that suit it."""
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from bench.labels import real
+from cache import UserError
 from kernels.jda.ops import TABLES
 from pipeline import demo
 from pipeline.config import Bench
 from pipeline.data import index, order, prepare
+from pipeline.data.classes import Classes
 from pipeline.data.index import Index
 from pipeline.views import policy as policies
 from pipeline.views.policy import Base, Policy
@@ -28,13 +36,15 @@ class Trial:
     student: str
     policy: Policy
     samples: int | None
-    """None: all."""
+    """None, or more than there are: all."""
     epochs: int
     """Of a student."""
     teacher_epochs: int
     batch_size: int
     lr: float
     warmup_epochs: float
+    teacher_size: int | None = None
+    """Side in pixels that the teacher sees each view resized to; None: views stay as they are."""
 
 
 def _digits() -> Trial:
@@ -50,10 +60,23 @@ def _fashion() -> Trial:
     return Trial("fashion", f"idx:{_IDX}", "cifar/resnet14", "cifar/resnet8", policy, 600, 16, 1, 32, 0.05, 2)
 
 
+def _photographs(teacher: str) -> Trial:
+    """At 64 pixels, a network of few multiplications and a third of the images, so that a student takes a minute of a
+    core. The rate is Fashion-MNIST's."""
+    policy = Policy("photographs", 0.2, TABLES["imagenet"], Base(64, scale=(0.25, 1.0)), (0.5,) * 3, (0.5,) * 3)
+    return Trial("photographs", "", teacher, "timm/test_byobnet", policy, 1000, 16, 1, 32, 0.05, 2, real.SIZE)
+
+
 def trial(config: Bench) -> Trial:
-    """Fashion-MNIST where it is installed and no `--data` says otherwise; else what suits the digits; and on top what
-    the options say."""
-    chosen = _digits() if config.data or not _IDX.is_dir() else _fashion()
+    """Photographs where the teacher is one of `real.TEACHERS`; Fashion-MNIST where it is installed and no `--data`
+    says otherwise; else what suits the digits; and on top what the options say. Raises UserError."""
+    if config.teacher in real.TEACHERS:
+        chosen = _photographs(config.teacher)
+    elif config.val:
+        fix = f"give --teacher {real.TEACHERS[0]}, or leave --val out: DATA has a val part of its own"
+        raise UserError("--val without a teacher of photographs", found=config.teacher or "no --teacher", fix=fix)
+    else:
+        chosen = _digits() if config.data or not _IDX.is_dir() else _fashion()
     asked = {
         "teacher": config.teacher,
         "student": config.student,
@@ -73,16 +96,28 @@ def prepared(chosen: Trial, config: Bench, work: Path) -> Path:
 
 
 def pool(whole: Index, samples: int, folder: Path) -> Index:
-    """`samples` images of a data set, of each class alike, as one of their own: a teacher pass looks at those alone.
-
-    The index at `folder`, made if it is not there, has records of the whole one's and its shards.
-    """
+    """`samples` images of a data set, of each class alike, as one of their own at `folder`, made if it is not there: a
+    teacher pass looks at those alone."""
     if not folder.exists():
         good = whole.good
         rows = order.few_shot(good, whole.records["label"][good], samples / len(good))
-        partial = folder.with_name(f".{folder.name}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        source = f"{samples} of {whole.path}"
-        index.write(partial, whole.records[rows], whole.shards, [], source=source, classes=whole.class_list)
-        partial.rename(folder)
+        derive(whole, whole.records[rows], whole.class_list, f"{samples} of {whole.path}", folder)
     return Index.open(folder)
+
+
+def derive(
+    whole: Index, records: np.ndarray, classes: Classes, source: str, folder: Path, **arrays: np.ndarray
+) -> None:
+    """A data set at `folder` of the whole one's shards and of these of its records, with `arrays` as NAME.npy in it."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    index.write(partial, records, whole.shards, [], source=source, classes=classes)
+    for name, array in arrays.items():
+        np.save(partial / f"{name}.npy", array, allow_pickle=False)
+    partial.rename(folder)
+
+
+def key(*parts) -> str:
+    """A short hash of whatever something depends on."""
+    text = json.dumps([torch.__version__, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

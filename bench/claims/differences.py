@@ -23,30 +23,43 @@ def sign_flip_p(differences: Iterable[float]) -> float:
     return float(np.mean(np.abs(sums) >= abs(values.sum()) - 1e-9 * np.abs(values).sum()))
 
 
-def compared(contrast: Contrast, results: Mapping[Setting, list[dict]]) -> dict:
-    """Mean, standard error, 95 % interval by Student's t, and p of a contrast of top-1 in points, over the seeds that
-    all its settings have."""
+def compared(contrast: Contrast, results: Mapping[Setting, list[dict]], measure: str = "top1") -> dict:
+    """Mean, standard error, 95 % interval by Student's t, and p of a contrast of top-1 in points, or of another
+    measure in its unit, over the seeds that all its settings have."""
     seeds = [
-        sum(sign * top1 for sign, top1 in zip((s for _, s in contrast), each, strict=True))
-        for each in zip(*(_top1(results[which]) for which, _ in contrast), strict=False)
+        sum(sign * value for sign, value in zip((s for _, s in contrast), each, strict=True))
+        for each in zip(*(_values(results[which], measure) for which, _ in contrast), strict=False)
     ]
-    sd = _deviation(seeds)
-    se = None if sd is None else sd / math.sqrt(len(seeds))
-    mean = statistics.mean(seeds)
-    half = None if se is None else se * _T95[len(seeds) - 2]
-    interval = None if half is None else [mean - half, mean + half]
+    mean, se, interval = _estimate(seeds)
     return {"mean": mean, "se": se, "interval": interval, "p": sign_flip_p(seeds), "seeds": seeds}
 
 
 def arm(results: list[dict]) -> dict:
+    """Mean and standard deviation of what students came to; where a teacher judged them, its KL too, and intervals."""
+    judged = "kl" in results[0]
     found = {}
-    for name, values in (("top1", _top1(results)), ("cross_entropy", [result["loss"] for result in results])):
+    for name in ("top1", "cross_entropy", *["kl"] * judged):
+        values = _values(results, name)
         found[name] = {"mean": statistics.mean(values), "sd": _deviation(values), "seeds": values}
+        if judged:
+            found[name]["interval"] = _estimate(values)[2]
     return found
 
 
-def _top1(results: list[dict]) -> list[float]:
-    return [100 * result["top1"] for result in results]
+def _values(results: list[dict], measure: str) -> list[float]:
+    if measure == "top1":
+        return [100 * result["top1"] for result in results]
+    return [result[{"cross_entropy": "loss"}.get(measure, measure)] for result in results]
+
+
+def _estimate(values: Sequence[float]) -> tuple[float, float | None, list[float] | None]:
+    """Mean, its standard error, and its 95 % interval by Student's t; of one value the mean alone."""
+    mean, sd = statistics.mean(values), _deviation(values)
+    if sd is None:
+        return mean, None, None
+    se = sd / math.sqrt(len(values))
+    half = se * _T95[len(values) - 2]
+    return mean, se, [mean - half, mean + half]
 
 
 def _deviation(values: Sequence[float]) -> float | None:

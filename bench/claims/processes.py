@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +18,22 @@ import torch
 
 import cache
 from cache import UserError
-from pipeline.config import Evaluate, PrecomputeTeacher, TrainStudent, TrainTeacher
+from cache.codec.fidelity import divergence
+from pipeline.config import Evaluate, Machine, PrecomputeTeacher, TrainStudent, TrainTeacher
 from pipeline.data.index import Index
-from pipeline.labels import precompute
+from pipeline.labels import epochs, precompute
 from pipeline.networks import models
-from pipeline.networks.placed import placed
+from pipeline.networks.placed import Placed, placed
 from pipeline.system import device as devices
+from pipeline.system.terminal import progress
 from pipeline.training import evaluate, train_student, train_teacher
+from pipeline.views import plan
 from pipeline.views import policy as policies
+from pipeline.views.loader import Loader
+from pipeline.views.policy import Policy
 
 PROCESSES = 2
+_BATCH = 32  # images of one pass that answers
 
 
 @dataclass(frozen=True)
@@ -100,14 +108,14 @@ def _quiet():
         yield
 
 
-def trained(config: TrainTeacher | None, asked: Evaluate) -> Trained:
-    """Train a teacher if it is not there."""
+def trained(config: TrainTeacher | None, asked: Evaluate, size: int | None = None) -> Trained:
+    """Train a teacher if it is not there. It sees images resized to `size` pixels, if that is given."""
     with _quiet():
         if config and not (config.out / "model.safetensors").exists():
             train_teacher.run(config)
         index, policy = Index.open(asked.data), policies.load(asked.policy)
         network, device = models.create(asked.model, index.classes), devices.pick(asked)
-        there = placed(network, device, "fp32", policy)
+        there = placed(network, device, "fp32", policy, size)
         top1 = evaluate.evaluate(there, index, policy, asked.batch_size, asked)["top1"]
         return Trained(asked.model, network.fingerprint, top1)
 
@@ -126,7 +134,37 @@ def labelled(config: PrecomputeTeacher) -> dict:
     }
 
 
-def student(config: TrainStudent) -> dict:
-    """Of the last epoch: top1, loss, …, as `evaluate` has them."""
+def student(config: TrainStudent, judged_by: Path | None = None) -> dict:
+    """Of the last epoch: top1, loss, …, as `evaluate` has them; where there are logits of a teacher to be `judged_by`,
+    f32 (val samples, C), also kl, the mean KL(teacher ‖ student) at T = 1 in nats."""
     with _quiet():
-        return train_student.run(config)["val"]
+        found = train_student.run(config)["val"]
+        return found | {"kl": _kl(config, judged_by)} if judged_by else found
+
+
+def _kl(config: TrainStudent, judged_by: Path) -> float:
+    assert config.store and config.val
+    policy, _ = epochs.replayed(cache.open(config.store).manifest)
+    index = Index.open(config.val)
+    network = models.trained(f"{config.student}@{config.out / 'model.safetensors'}", index.classes)
+    there = placed(network, devices.pick(config), "fp32", policy)
+    return divergence(np.load(judged_by), answers(there, index, policy, config), 1)
+
+
+@torch.inference_mode()
+def answers(network: Placed, index: Index, policy: Policy, machine: Machine) -> np.ndarray:
+    """Logits f32 (good samples, C) of their evaluation views, in the order of the index. Raises UserError for one that
+    cannot be read."""
+    network.module.eval()
+    decoder = devices.decoder("auto", network.device)
+    loader = Loader(index, policy, threads=devices.threads(machine), decoder=decoder, max_bad=0)
+    requests = plan.requests(index, policy, 0, plan.cut(None, index.good, _BATCH))
+    found = []
+    with (
+        progress("answers", len(index.good), "images") as advance,
+        closing(loader.batches(requests, pairs=False)) as batches,
+    ):
+        for batch in batches:
+            found.append(network(batch.original).float().cpu().numpy())
+            advance(len(batch.rows))
+    return np.concatenate(found)

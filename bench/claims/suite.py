@@ -21,7 +21,9 @@ of as many samples also order and number of steps. A setting that several studie
 from the fourth on at the end.
 
 Without `--data` it is Fashion-MNIST where Debian's package `dataset-fashion-mnist` is installed, else the digits;
-`bench.claims.data` has what is chosen for each. `--samples` is how many images students train on.
+`--teacher lite0 --data DIR --val DIR` takes photographs, on which students are judged by how often their top class is
+the teacher's and by KL(teacher ‖ student). `bench.claims.data` has what is chosen for each. `--samples` is how many
+images students train on.
 
 Differences are taken within a seed. Their test is exact: p is the share of the 2^n choices of their signs whose mean is
 as far from 0 (two-sided, not corrected for the number of comparisons). With five seeds it is at least 2^(1-n) = 0.0625.
@@ -36,7 +38,6 @@ Students run side by side in processes with one thread of torch each, whatever t
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -47,16 +48,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from bench import harness
-from bench.claims import processes
+from bench.claims import photographs, processes
 from bench.claims.cost import expected
-from bench.claims.data import Trial, pool, prepared, trial
+from bench.claims.data import Trial, key, pool, prepared, trial
 from bench.claims.differences import arm, compared
 from bench.claims.processes import Job, Trained
-from bench.claims.report import plot, show
+from bench.claims.report import MEASURES, plot, show
 from bench.claims.studies import FEW, FULL, JDA, STUDIES, TEMPERATURES, Setting, policy_of, seeds_of, studies
+from bench.labels import real
 from cache import UserError
 from cache.errors import did_you_mean
 from pipeline.config import Bench, Evaluate, PrecomputeTeacher, TrainStudent, TrainTeacher
@@ -85,11 +85,14 @@ def run(config: Bench) -> dict:
     with processes.workers() as pool:
         results, tables = bench.train(pool, wanted)
     arms = {str(which): dataclasses.asdict(which) | arm(results[which]) for which in wanted}
-    for name, study in chosen.items():
-        tables[name] = [{"setting": str(which)} | arms[str(which)]["top1"] for which in study.settings]
-        tables[f"{name}: differences"] = [
-            {"comparison": what} | compared(contrast, results) for what, contrast in study.contrasts.items()
-        ]
+    measures = [(measure, suffix) for measure, (suffix, _) in MEASURES.items() if measure in next(iter(arms.values()))]
+    for measure, suffix in measures:
+        for name, study in chosen.items():
+            tables[name + suffix] = [{"setting": str(which)} | arms[str(which)][measure] for which in study.settings]
+            tables[f"{name}{suffix}: differences"] = [
+                {"comparison": what} | compared(contrast, results, measure)
+                for what, contrast in study.contrasts.items()
+            ]
     found = harness.document(
         "claims",
         machine=machine,
@@ -126,15 +129,18 @@ class Workbench:
         """Raises UserError unless the data set has a train and a val part and all names are known."""
         work = harness.work(config.work).absolute() / "claims"
         chosen = trial(config)
-        folder = prepared(chosen, config, work)
-        whole, val = Index.open(folder, split="train"), Index.open(folder, split="val")
-        if whole.path == val.path:
-            raise UserError(
-                f"{folder} has no val part", expected=f"{folder}/train and {folder}/val", fix="prepare both"
-            )
+        if chosen.teacher in real.TEACHERS:
+            chosen, whole, val = photographs.opened(chosen, config, work)
+        else:
+            folder = prepared(chosen, config, work)
+            whole, val = Index.open(folder, split="train"), Index.open(folder, split="val")
+            if whole.path == val.path:
+                raise UserError(
+                    f"{folder} has no val part", expected=f"{folder}/train and {folder}/val", fix="prepare both"
+                )
         models.create(chosen.student, whole.classes)
         data = whole
-        if chosen.samples:
+        if chosen.samples and chosen.samples < len(whole.good):
             data = pool(whole, chosen.samples, work / f"pool-{whole.fingerprint[:16]}-{chosen.samples}")
         return cls(config, work, chosen, whole, data, val)
 
@@ -142,6 +148,8 @@ class Workbench:
         chosen = dataclasses.asdict(self.trial) | {"policy": self.trial.policy.to_config()}
         if "@" in self.trial.teacher:
             chosen["teacher_epochs"] = None
+        if not self.trial.teacher_size:
+            del chosen["teacher_size"]
         sizes = {"samples": len(self.data.good), "val_samples": len(self.val.good)}
         return chosen | {"teacher_samples": len(self.whole.good)} | sizes | _RECIPE
 
@@ -176,9 +184,9 @@ class Workbench:
                 elif kind == "store":
                     tables["stores"].append({"policy": what[1], "teacher": what[0]} | result)
                 elif result:
-                    key = keys[what[0], what[1]]
-                    finished.put(key, result)
-                    shutil.rmtree(self._folder(key))
+                    mine = keys[what[0], what[1]]
+                    finished.put(mine, result)
+                    shutil.rmtree(self._folder(mine))
                     note += f": {result['top1']:.2%}"
                 advance(1, note)
         return {w: [finished.results[keys[w, seed]] for seed in range(n)] for w, n in wanted.items()}, tables
@@ -194,7 +202,7 @@ class Workbench:
         spec, policy = self.trial.teacher, self._policy_file(FULL)
         asked = Evaluate(**self.machine, data=self.val.path, model=spec, policy=policy)
         if "@" in spec:
-            return processes.trained, None, asked
+            return processes.trained, None, asked, self.trial.teacher_size
         recipe = _RECIPE | {
             "epochs": self.trial.teacher_epochs,
             "batch_size": 64,
@@ -202,8 +210,7 @@ class Workbench:
             "warmup_epochs": 0.5,
             "jda": name == JDA,
         }
-        key = _key(self.whole.fingerprint, spec, self.trial.policy.to_config(), recipe)
-        out = self.work / f"teacher-{key}"
+        out = self.work / f"teacher-{key(self.whole.fingerprint, spec, self.trial.policy.to_config(), recipe)}"
         config = TrainTeacher(
             **self.machine,
             **recipe,
@@ -219,14 +226,17 @@ class Workbench:
     def _store(self, teacher: Trained, chosen: str, energy: bool) -> tuple[str, Path]:
         """Key and folder of the labels; those with energies have others, as these cannot be added to a store."""
         policy = policy_of(chosen, self.trial.policy).to_config()
-        key = _key(self.data.fingerprint, teacher.fingerprint, policy, self.trial.epochs, *["energy"] * energy)
-        return key, self.work / f"labels-{key}.zarr"
+        about = [self.data.fingerprint, teacher.fingerprint, policy, self.trial.epochs, *["energy"] * energy]
+        if self.trial.teacher_size:
+            about.append(self.trial.teacher_size)
+        return key(*about), self.work / f"labels-{key(*about)}.zarr"
 
     def _pass(self, teachers: Mapping[str, Trained], name: str, chosen: str, energy: bool) -> tuple:
         return processes.labelled, PrecomputeTeacher(
             **self.machine,
             data=self.data.path,
             teacher=teachers[name].spec,
+            teacher_size=self.trial.teacher_size,
             store=str(self._store(teachers[name], chosen, energy)[1]),
             energy=energy,
             temperature=min(TEMPERATURES),
@@ -239,18 +249,19 @@ class Workbench:
         self, teachers: Mapping[str, Trained], finished: harness.Finished, keys: dict, which: Setting, seed: int
     ) -> tuple | None:
         store, path = self._store(teachers[which.teacher], which.policy, which.energy)
-        keys[which, seed] = key = self._student_key(which, seed, store)
-        if key in finished.results:
+        keys[which, seed] = mine = self._student_key(which, seed, store)
+        if mine in finished.results:
             return None
-        return processes.student, TrainStudent(
+        config = TrainStudent(
             **self.machine,
             **self._recipe(which, seed),
             data=self.data.path,
             val=self.val.path,
-            out=self._folder(key),
+            out=self._folder(mine),
             resume=True,
             store=str(path),
         )
+        return processes.student, config, photographs.judged_by(self.val)
 
     def _recipe(self, which: Setting, seed: int) -> dict:
         return {
@@ -270,22 +281,17 @@ class Workbench:
 
     def _student_key(self, which: Setting, seed: int, store: str) -> str:
         start = models.create(self.trial.student, self.data.classes, seed=seed).fingerprint
-        return _key(store, self.val.fingerprint, start, self._recipe(which, seed))
+        return key(store, self.val.fingerprint, start, self._recipe(which, seed))
 
-    def _folder(self, key: str) -> Path:
-        return self.work / f"student-{key}"
+    def _folder(self, student: str) -> Path:
+        return self.work / f"student-{student}"
 
     def _policy_file(self, chosen: str) -> str:
         text = json.dumps(policy_of(chosen, self.trial.policy).to_config(), indent=1)
-        path = self.work / f"policy-{_key(text)}.yaml"
+        path = self.work / f"policy-{key(text)}.yaml"
         self.work.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())
         return str(path)
-
-
-def _key(*parts) -> str:
-    text = json.dumps([torch.__version__, *parts], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _in_turn(wanted: Mapping[Setting, int]) -> list[tuple[Setting, int]]:

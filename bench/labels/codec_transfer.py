@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import harness
-from bench.labels import problems, simulated
+from bench.labels import problems, real, simulated
 from bench.labels.arms import ARMS, REFERENCE, Coder, Make, arms, beside_bytes
 from bench.labels.problems import Problem
 from cache import UserError, philox
@@ -102,12 +102,8 @@ def run(config: Bench) -> dict:
 def _problem(options: Bench) -> Problem:
     if options.teacher is None:
         return problems.simulation(options.samples, problems.HELD_OUT, VIEWS)
-    if options.data is None or options.val is None:
-        missing = "--data" if options.data is None else "--val"
-        fix = "prepare photographs, see bench/labels/photographs.py"
-        raise UserError(f"--teacher {options.teacher} without {missing}", expected="a prepared data set", fix=fix)
     student, work = options.student or problems.STUDENTS[0], harness.work(options.work)
-    return problems.photographs(options.teacher, student, options.data, options.val, REAL_VIEWS, work)
+    return problems.photographs(options.teacher, student, *real.parts(options), REAL_VIEWS, work)
 
 
 class Labels:

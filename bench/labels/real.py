@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from cache import UserError, philox
+from pipeline.config import Bench
 from pipeline.data.index import Index
 from pipeline.networks import weights
 from pipeline.networks.models import Network
@@ -39,6 +40,15 @@ PIXELS = 32
 _STAGE, _CELLS = 4, 2  # of the teacher's seven stages, the fifth; means over 2 x 2 parts of its image
 _PART, _BATCH = 128, 32  # pairs of one file and of one batch
 _SEED = 0
+
+
+def parts(options: Bench) -> tuple[Path, Path]:
+    """Photographs to learn from, `--data`, and those to judge by, `--val`. Raises UserError if either is missing."""
+    if options.data is None or options.val is None:
+        missing = "--data" if options.data is None else "--val"
+        fix = "prepare photographs, see bench/labels/photographs.py"
+        raise UserError(f"--teacher {options.teacher} without {missing}", expected="a prepared data set", fix=fix)
+    return options.data, options.val
 
 
 def network(name: str) -> Network:

@@ -37,7 +37,7 @@ class Bench(Options):
     """Prepared data set; without it synthetic:512 (claims: Fashion-MNIST if Debian's package is installed, else the
     digits), prepared once and kept in WORK."""
     val: Path | None = None
-    """codec-transfer: prepared data set that students of a real teacher are judged by."""
+    """claims, codec-transfer: prepared data set that students of a real teacher are judged by."""
     work: Path | None = None
     """Folder for what is made once; without it jda-distill/bench in the user's cache folder."""
     arms: str | None = None
@@ -60,7 +60,8 @@ class Bench(Options):
     find out on what float16 labels add to the KL of a subspace code."""
     samples: Natural = 0
     """store: rows of the plane, by default as many as ImageNet-1k has; codec-transfer: pairs per view (40,000);
-    claims: images that students learn from, of each class alike, by default 600 of Fashion-MNIST and all of others."""
+    claims: images that students learn from, of each class alike, by default 600 of Fashion-MNIST, about 1,000
+    photographs and all of others."""
     seeds: Count = 5
     """codec-transfer, claims: students per format or setting; claims: at most 3 away from the centre."""
     steps: Count = 1000
@@ -69,11 +70,12 @@ class Bench(Options):
     """codec-transfer: T at which students learn, peers' formats are stored and budgets hold."""
     teacher: str | None = None
     """claims: teacher as NAME@WEIGHTS; NAME is trained twice, without and with JDA. By default the demo's.
-    codec-transfer: lite0, lite1 or lite2 on DATA and VAL, by default the simulated teacher."""
+    claims, codec-transfer: lite0, lite1 or lite2 on DATA and VAL; codec-transfer by default the simulated teacher."""
     student: str | None = None
     """claims: student NAME, by default one that suits the data. codec-transfer with a real teacher: small, which sees
     pixels, or head, which sees features of the teacher's."""
     policy: str | None = None
     """claims: imagenet, cifar10, cifar100 or a YAML file, by default one that suits the data."""
     epochs: Annotated[int | None, Range(1, 10_000)] = None
-    """claims: epochs of a student, each on views of its own; by default 16 on Fashion-MNIST and 8 on others."""
+    """claims: epochs of a student, each on views of its own; by default 16 on Fashion-MNIST and photographs
+    and 8 on others."""
