@@ -61,9 +61,9 @@ def _fashion() -> Trial:
 
 
 def _photographs(teacher: str) -> Trial:
-    """At 64 pixels: there the teacher's top class is that of 160 pixels for two images in five, at 32 for one. A network
-    of few multiplications and a quarter of the images, so that a student takes a minute of a core. The rate is
-    Fashion-MNIST's."""
+    """At 64 pixels: there the teacher's top class is that of 160 for two images in five, at 32 for one in five. A
+    network of few multiplications and a quarter of the images, so that a student takes a minute of a core. The rate
+    is Fashion-MNIST's."""
     policy = Policy("photographs", 0.2, TABLES["imagenet"], Base(64, scale=(0.25, 1.0)), (0.5,) * 3, (0.5,) * 3)
     return Trial("photographs", "", teacher, "timm/test_byobnet", policy, 750, 16, 1, 32, 0.05, 2, real.SIZE)
 
@@ -96,9 +96,12 @@ def prepared(chosen: Trial, config: Bench, work: Path) -> Path:
     return folder
 
 
-def pool(whole: Index, samples: int, folder: Path) -> Index:
-    """`samples` images of a data set, of each class alike, as one of their own at `folder`, made if it is not there: a
-    teacher pass looks at those alone."""
+def pool(whole: Index, samples: int | None, work: Path) -> Index:
+    """`samples` images of a data set, of each class alike, as one of their own in `work`, made if it is not there: a
+    teacher pass looks at those alone. The whole one where there are no more, or for None."""
+    if not samples or samples >= len(whole.good):
+        return whole
+    folder = work / f"pool-{whole.fingerprint[:16]}-{samples}"
     if not folder.exists():
         good = whole.good
         rows = order.few_shot(good, whole.records["label"][good], samples / len(good))

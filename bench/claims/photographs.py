@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.claims import processes
-from bench.claims.data import Trial, derive, key
+from bench.claims.data import Trial, derive, key, pool
 from bench.labels import real
 from cache import UserError
 from pipeline.config import Bench, Machine
@@ -25,8 +25,8 @@ _LOGITS = "teacher"
 
 
 def opened(chosen: Trial, config: Bench, work: Path) -> tuple[Trial, Index, Index]:
-    """The trial with its teacher as NAME@WEIGHTS, photographs to learn from and those to judge by; weights and labels
-    are made in `work` if they are not there. Raises UserError."""
+    """The trial with its teacher as NAME@WEIGHTS, photographs to learn from, as many as it says, and all to judge by;
+    weights and labels are made in `work` if they are not there. Raises UserError."""
     data, val = (Index.open(path, part) for path, part in zip(real.parts(config), ("train", "val"), strict=True))
     if data.fingerprint == val.fingerprint:
         raise UserError("--val has the photographs of --data", found=val.path, fix="prepare others")
@@ -37,8 +37,10 @@ def opened(chosen: Trial, config: Bench, work: Path) -> tuple[Trial, Index, Inde
     if not weights.exists():
         work.mkdir(parents=True, exist_ok=True)
         teacher.save(weights)
-    whole, held = (labelled(index, teacher, chosen.policy, work, machine) for index in (data, val))
-    return dataclasses.replace(chosen, teacher=f"{network.name}@{weights}"), whole, held
+    # Chosen before they have these labels: most classes have a few images, and one of each would be too many.
+    few = pool(data, chosen.samples, work)
+    made, held = (labelled(index, teacher, chosen.policy, work, machine) for index in (few, val))
+    return dataclasses.replace(chosen, teacher=f"{network.name}@{weights}"), made, held
 
 
 def labelled(index: Index, teacher: Placed, policy: Policy, work: Path, machine: Machine) -> Index:

@@ -139,10 +139,7 @@ class Workbench:
                     f"{folder} has no val part", expected=f"{folder}/train and {folder}/val", fix="prepare both"
                 )
         models.create(chosen.student, whole.classes)
-        data = whole
-        if chosen.samples and chosen.samples < len(whole.good):
-            data = pool(whole, chosen.samples, work / f"pool-{whole.fingerprint[:16]}-{chosen.samples}")
-        return cls(config, work, chosen, whole, data, val)
+        return cls(config, work, chosen, whole, pool(whole, chosen.samples, work), val)
 
     def about(self) -> dict:
         chosen = dataclasses.asdict(self.trial) | {"policy": self.trial.policy.to_config()}

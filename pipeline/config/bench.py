@@ -60,7 +60,7 @@ class Bench(Options):
     find out on what float16 labels add to the KL of a subspace code."""
     samples: Natural = 0
     """store: rows of the plane, by default as many as ImageNet-1k has; codec-transfer: pairs per view (40,000);
-    claims: images that students learn from, of each class alike, by default 600 of Fashion-MNIST, about 750
+    claims: images that students learn from, of each class alike, by default 600 of Fashion-MNIST, 750
     photographs and all of others."""
     seeds: Count = 5
     """codec-transfer, claims: students per format or setting; claims: at most 3 away from the centre."""

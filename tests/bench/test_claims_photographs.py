@@ -129,7 +129,7 @@ def test_students_are_judged_by_agreement_and_kl(options, monkeypatch):
     (store,) = (options.work / "claims").glob("labels-*.zarr")
     manifest = cache.open(str(store)).manifest
     assert (manifest.teacher_size, manifest.classes, manifest.size) == (TEACHER_SIDE, 1000, SIDE)
-    assert found["options"]["teacher_size"] == TEACHER_SIDE and manifest.samples == found["options"]["samples"]
+    assert found["options"]["teacher_size"] == TEACHER_SIDE and manifest.samples == 40 == found["options"]["samples"]
 
     val = claims.Workbench.open(options).val
     p = softmax(np.load(val.path / "teacher.npy").astype(np.float64))
