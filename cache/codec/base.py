@@ -7,9 +7,11 @@ from typing import Protocol
 import numpy as np
 
 from cache.errors import UserError
+from cache.outside import anything, record, require
 
 MAX_CLASSES = 1 << 20
 FIX = "choose one of these, or read the store with the version that wrote it"
+RESTORE = "restore the store from a copy"
 MAX_LOGIT = 65504.0  # the largest finite float16; every codec refuses more, so that changing codecs is always safe
 
 
@@ -41,16 +43,11 @@ def require_encodable(logits: np.ndarray, classes: int, what: str = "logit") -> 
 
 def require_keys(config: object, where: str, name: str, version: int, keys: tuple[str, ...]) -> dict:
     """A config from outside as a mapping of the keys of this codec in this format. Raises UserError."""
-    if not isinstance(config, dict) or config.keys() != {"name", "format", *keys}:
-        found = sorted(map(str, config)) if isinstance(config, dict) else repr(config)
-        expected = f"a mapping of {', '.join(('name', 'format', *keys))}"
-        raise UserError(where, found=f"{found!s:.200}", expected=expected, fix=FIX)
-    if config["name"] != name:
-        raise UserError(f"{where}: unknown name", found=f"{config['name']!r:.80}", expected=name, fix=FIX)
-    found = config["format"]
-    if type(found) is not int or found != version:
-        raise UserError(f"{where}: unknown format of {name}", found=f"{found!r:.80}", expected=version, fix=FIX)
-    return config
+    found = record(config, where, FIX, dict.fromkeys(("name", "format", *keys), (anything,)))
+    require(found["name"] == name, found["name"], f"{where}: unknown name", FIX, name)
+    known = type(found["format"]) is int and found["format"] == version
+    require(known, found["format"], f"{where}: unknown format of {name}", FIX, f"{version}")
+    return found
 
 
 def checked_rows(rows: np.ndarray, codec: "Code") -> np.ndarray:

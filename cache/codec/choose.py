@@ -19,6 +19,7 @@ from cache.codec.features import Features
 from cache.codec.fidelity import TEMPERATURE, drift
 from cache.codec.subspace import Subspace
 from cache.errors import UserError
+from cache.outside import require, whole
 
 DEFAULT_BUDGET = 0.05
 """Nats of KL per vector, at the temperature that the code is for."""
@@ -116,11 +117,8 @@ def from_config(config: object, where: str = "codec") -> Codec:
     """The codec of a config from outside, every value checked. Raises UserError naming the key."""
     if (name := _name(config)) in _FITTED:
         return _FITTED[name].from_config(require_keys(config, where, name, 1, _FITTED[name].CONFIG_KEYS), where)
-    if isinstance(config, dict) and "name" in config and name not in _PLAIN:
-        found = f"{config['name']!r:.80}"
-        raise UserError(f"{where}: unknown name", found=found, expected=" or ".join((*_PLAIN, *_FITTED)), fix=FIX)
-    classes = require_keys(config, where, name, 1, ("classes",))["classes"]
-    if type(classes) is not int or not 1 <= classes <= MAX_CLASSES:
-        expected = f"a whole number in [1, {MAX_CLASSES}]"
-        raise UserError(f"{where}: classes", found=f"{classes!r:.80}", expected=expected, fix=FIX)
-    return _PLAIN[name](classes)
+    if isinstance(config, dict) and "name" in config:
+        known = " or ".join((*_PLAIN, *_FITTED))
+        require(name in _PLAIN, config["name"], f"{where}: unknown name", FIX, known)
+    found = require_keys(config, where, name, 1, ("classes",))
+    return _PLAIN[name](whole(found["classes"], f"{where}: classes", FIX, 1, MAX_CLASSES))

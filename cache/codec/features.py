@@ -15,11 +15,11 @@ from functools import cached_property
 import numpy as np
 
 from cache.codec import fitting, subspace
-from cache.codec.base import MAX_CLASSES, require_encodable, require_keys
+from cache.codec.base import MAX_CLASSES, RESTORE, require_encodable, require_keys
 from cache.codec.fidelity import TEMPERATURE, divergence
 from cache.codec.fitting import Directions
 from cache.codec.subspace import Subspace
-from cache.errors import UserError
+from cache.outside import require, whole
 
 NOISE = 0.2
 CONFIG_KEYS = ("classes", "code", "weight", "bias")
@@ -157,8 +157,8 @@ def array_shapes(header: dict, where: str) -> dict[str, tuple[str, tuple[str, ..
 def join(header: dict, arrays: dict[str, np.ndarray], where: str) -> dict:
     """The config of a header from outside and its arrays. Raises UserError for arrays that are not its own."""
     weight, bias = arrays["weight"], arrays["bias"]
-    if header["head"] != (digest := _digest(weight, bias)):
-        raise _wrong(f"{where}: head", f"{header['head']!r:.80}", digest)
+    digest = _digest(weight, bias)
+    require(header["head"] == digest, header["head"], f"{where}: head", RESTORE, digest)
     head = {"weight": base64.b64encode(weight.tobytes()).decode(), "bias": base64.b64encode(bias.tobytes()).decode()}
     own = {name: array for name, array in arrays.items() if name not in head}
     code = subspace.join(header["code"], own, f"{where}: code")
@@ -178,21 +178,15 @@ def from_config(config: dict, where: str) -> Features:
 
 
 def _classes(config: dict, where: str) -> int:
-    value = config["classes"]
-    if type(value) is not int or not 1 <= value <= MAX_CLASSES:
-        raise _wrong(f"{where}: classes", f"{value!r:.80}", f"a whole number in [1, {MAX_CLASSES}]")
-    return value
+    return whole(config["classes"], f"{where}: classes", RESTORE, 1, MAX_CLASSES)
 
 
 def _require_head(codec: Features, where: str) -> None:
     for name, values in zip(("weight", "bias"), codec.head, strict=True):
-        if not (np.abs(values) <= _MAX_HEAD).all():  # NaN compares false
-            raise _wrong(f"{where}: {name}", "a value that is not finite or too large", f"numbers in ±{_MAX_HEAD:g}")
+        good = bool((np.abs(values) <= _MAX_HEAD).all())  # NaN compares false
+        found = "a value that is not finite or too large"
+        require(good, found, f"{where}: {name}", RESTORE, f"numbers in ±{_MAX_HEAD:g}")
 
 
 def _digest(weight: np.ndarray, bias: np.ndarray) -> str:
     return hashlib.sha256(weight.tobytes() + bias.tobytes()).hexdigest()
-
-
-def _wrong(key: str, found: object, expected: object) -> UserError:
-    return UserError(key, found=found, expected=expected, fix="restore the store from a copy")

@@ -22,8 +22,9 @@ from functools import cached_property
 import numpy as np
 
 from cache.codec import entropy
-from cache.codec.base import MAX_CLASSES, checked_rows, keys, require_encodable, untouched
+from cache.codec.base import MAX_CLASSES, RESTORE, checked_rows, keys, require_encodable, untouched
 from cache.errors import UserError
+from cache.outside import require, whole
 
 MAX_DIMS = 4096
 
@@ -243,8 +244,8 @@ def array_shapes(header: dict, where: str) -> dict[str, tuple[str, tuple[str, ..
 
 def join(header: dict, arrays: dict[str, np.ndarray], where: str) -> dict:
     """The config of a header from outside and its arrays. Raises UserError for arrays that are not its own."""
-    if header["arrays"] != (digest := _digest(arrays)):
-        raise _wrong(f"{where}: arrays", f"{header['arrays']!r:.80}", digest)
+    digest = _digest(arrays)
+    require(header["arrays"] == digest, header["arrays"], f"{where}: arrays", RESTORE, digest)
     texts = {name: base64.b64encode(array.tobytes()).decode() for name, array in arrays.items()}
     return {"name": "subspace", "format": 1, **{name: header[name] for name in _SIZES}, **texts}
 
@@ -256,45 +257,30 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _wrong(key: str, found: object, expected: object) -> UserError:
-    return UserError(key, found=found, expected=expected, fix="restore the store from a copy")
-
-
 def _sizes(config: dict, where: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for name, low, high in (
-        ("classes", 2, MAX_CLASSES),
-        ("dims", 1, MAX_DIMS),
-        ("trellis", 0, MAX_DIMS),
-        ("wide", 0, MAX_DIMS),
-    ):
-        value = config[name]
-        high = high if name == "classes" else min(high, sizes["classes" if name == "dims" else "dims"])
-        if type(value) is not int or not low <= value <= high:
-            raise _wrong(f"{where}: {name}", f"{value!r:.80}", f"a whole number in [{low}, {high}]")
-        sizes[name] = value
+    for name, low, bound in (("classes", 2, ""), ("dims", 1, "classes"), ("trellis", 0, "dims"), ("wide", 0, "dims")):
+        high = min(MAX_DIMS, sizes[bound]) if bound else MAX_CLASSES
+        sizes[name] = whole(config[name], f"{where}: {name}", RESTORE, low, high)
     return sizes
 
 
 def from_base64(text: object, size: int, where: str) -> bytes:
     """So many bytes. Raises UserError."""
-    if type(text) is not str or len(text) != 4 * -(-size // 3):
-        raise _wrong(where, f"{len(text)} characters" if type(text) is str else type(text).__name__, f"{size} bytes")
-    try:
-        data = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise _wrong(where, error, f"{size} bytes in base64") from None
+    found, data = f"{len(text)} characters" if type(text) is str else type(text).__name__, b""
+    if type(text) is str and len(text) == 4 * -(-size // 3):
+        try:
+            data = base64.b64decode(text, validate=True)
+            found = f"{len(data)} bytes"
+        except ValueError as error:
+            found = error
     if len(data) != size:
-        raise _wrong(where, f"{len(data)} bytes", f"{size} bytes")
+        raise UserError(where, found=found, expected=f"{size} bytes in base64", fix=RESTORE)
     return data
 
 
 def from_config(config: dict, where: str) -> Subspace:
     """The codec of a config from outside, every value checked. Raises UserError naming the key."""
-
-    def wrong(key: str, found: object, expected: object) -> UserError:
-        return _wrong(f"{where}: {key}", found, expected)
-
     fields: dict = _sizes(config, where)
     for name, (dtype, _, shape) in array_shapes(fields, where).items():
         size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -302,8 +288,8 @@ def from_config(config: dict, where: str) -> Subspace:
     codec = Subspace(**fields)
     for name, low, high in _RANGES:
         values = codec.array(name).astype(np.float64)
-        if not ((values >= low) & (values <= high)).all():  # NaN compares false
-            raise wrong(name, f"a value outside [{low:g}, {high:g}]", "what fit writes")
-    if (codec.array("beta")[codec.trellis :] > entropy.BETA_UNIT).any():
-        raise wrong("beta", f"a value beyond {entropy.BETA_UNIT} off the trellis", "what fit writes")
+        good = bool(((values >= low) & (values <= high)).all())  # NaN compares false
+        require(good, "a value beyond", f"{where}: {name}", RESTORE, f"values in [{low:g}, {high:g}]")
+    good = not (codec.array("beta")[codec.trellis :] > entropy.BETA_UNIT).any()
+    require(good, "a value beyond", f"{where}: beta", RESTORE, f"at most {entropy.BETA_UNIT} off the trellis")
     return codec

@@ -12,30 +12,16 @@ import numpy as np
 
 from cache import codec as codecs
 from cache.errors import UserError
+from cache.outside import anything, cut, numbers, record, require, text, whole
 
 FORMAT = 3
 FORMATS = (2, FORMAT)
 """Those that can be read: 2 has the codec's arrays in the manifest, w in full and a digest per view."""
-_MAX_TEXT = 4096
 _MAX_MAPPING = 1 << 20  # characters of JSON; a codec may have far more, and bounds them itself
 _MAX_CLASS_LIST = 64 << 20
-_SHOWN = 80
 _MAX_CHUNK_BYTES = 1 << 31
-_MAX_SIDE = 1 << 16
 _MAX_BLOCKS = 1 << 22  # each is a handful of files
-
-_WHOLE = {  # field -> smallest and largest value
-    "samples": (1, 1 << 40),
-    "classes": (1, codecs.MAX_CLASSES),
-    "views": (1, 1 << 16),
-    "size": (1, _MAX_SIDE),
-    "teacher_size": (1, _MAX_SIDE),
-    "block_rows": (1, 1 << 20),
-}
-_TEXTS = ("dataset", "teacher", "teacher_weights")
-_OPTIONAL = {"class_list", "teacher_size", "energy"}
-_MAPPINGS = ("policy", "base", "decoder", "codec", "versions", "fidelity")
-
+_FIX = "correct the option it comes from, or make a damaged store again with precompute-teacher"
 _ELSEWHERE = "or run precompute-teacher into another store"
 _FIXES = {  # the fields that are compared; `versions` and `fidelity` are for information
     "dataset": f"point --data at the data set the store was made for, {_ELSEWHERE}",
@@ -120,9 +106,9 @@ class Manifest:
         """
         kl = self.fidelity.get("kl")
         found = {}
-        for text, value in kl.items() if isinstance(kl, dict) else ():
+        for said, value in kl.items() if isinstance(kl, dict) else ():
             with contextlib.suppress(ValueError):
-                if type(value) is float and value >= 0 and 0 < (at := float(text)) < math.inf:
+                if type(value) is float and value >= 0 and 0 < (at := float(said)) < math.inf:
                     found[at] = value
         if not found:
             return None
@@ -158,23 +144,18 @@ class Manifest:
         """
         if not isinstance(attributes, dict) or "format" not in attributes:
             raise UserError(f"{where}: not that of a store of soft labels", fix="check --store")
-        if type(attributes["format"]) is not int or attributes["format"] not in FORMATS:
-            raise UserError(
-                f"{where}: unknown format",
-                found=shown(attributes["format"]),
-                expected=" or ".join(map(str, FORMATS)),
-                fix="read the store with the version that wrote it",
-            )
-        _check_fields(attributes, where)
-        numbers = {name: tuple(float(value) for value in attributes[name]) for name in ("mean", "std")}
-        fields = {name: value for name, value in attributes.items() if name != "crc32"}
-        codec = fields["codec"]
-        if attributes["format"] > 2:
-            codec = codecs.join(codec, arrays or {}, f"{where}: codec")
-        manifest = cls(**{**fields, **numbers, "seed": int(attributes["seed"]), "codec": codec})
+        known = type(attributes["format"]) is int and attributes["format"] in FORMATS
+        fix = "read the store with the version that wrote it"
+        require(known, attributes["format"], f"{where}: unknown format", fix, " or ".join(map(str, FORMATS)))
+        fields = record(attributes, f"{where}: fields", _FIX, _FIELDS, _OPTIONAL)
+        if fields["format"] > 2:
+            fields["codec"] = codecs.join(fields["codec"], arrays or {}, f"{where}: codec")
+        else:
+            require("energy" not in fields, True, f"{where}: energy", _FIX, "nothing in a store of format 2")
+        said, crc = fields.pop("crc32"), _crc({key: value for key, value in attributes.items() if key != "crc32"})
+        manifest = cls(**fields)
         _check_bounds(manifest, where)
-        if attributes["crc32"] != _crc(fields):
-            raise _wrong(where, "crc32", attributes["crc32"], _crc(fields))
+        require(said == crc, said, f"{where}: crc32", _FIX, f"{crc}")
         return manifest
 
 
@@ -188,7 +169,7 @@ def check(manifest: Manifest, **expected) -> None:
         if differing := difference(name, getattr(manifest, name), expected[name]):
             path, found, wanted = differing
             raise UserError(
-                f"the store has another {shown(path)}", found=shown(found), expected=shown(wanted), fix=_FIXES[name]
+                f"the store has another {_told(path)}", found=_told(found), expected=_told(wanted), fix=_FIXES[name]
             )
 
 
@@ -204,75 +185,62 @@ def difference(path: str, found: object, expected: object) -> tuple[str, object,
     return None
 
 
-def _check_fields(attributes: dict, where: str) -> None:
-    names = {field.name for field in dataclasses.fields(Manifest)} | {"crc32"}
-    if attributes.keys() | _OPTIONAL != names:
-        unknown = shown(sorted(map(str, attributes.keys() - names)))
-        raise UserError(
-            f"{where}: fields",
-            found=f"unknown {unknown}, missing {sorted(names - attributes.keys() - _OPTIONAL)}",
-            expected="exactly those of its format",
-            fix="make the store again with precompute-teacher",
-        )
-    for name, (low, high) in _WHOLE.items():
-        if name not in attributes:  # an optional one
-            continue
-        value = attributes[name]
-        if type(value) is not int or not low <= value <= high:
-            raise _wrong(where, name, value, f"a whole number in [{low}, {high}]")
-    for name in _TEXTS:
-        value = attributes[name]
-        if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT:
-            raise _wrong(where, name, value, f"a text of 1 to {_MAX_TEXT} characters")
-    for name in _MAPPINGS:
-        if not isinstance(attributes[name], dict):
-            raise _wrong(where, name, attributes[name], "a mapping")
-        if name != "codec" and (size := len(json.dumps(attributes[name]))) > _MAX_MAPPING:
-            raise _wrong(where, name, f"{size} characters", f"at most {_MAX_MAPPING}")
-    if attributes.get("energy", True) is not True or ("energy" in attributes and attributes["format"] == 2):
-        raise _wrong(where, "energy", attributes["energy"], "true, in a store of format 3, or nothing")
-    listed = attributes.get("class_list")
-    if "class_list" in attributes and not isinstance(listed, dict):
-        raise _wrong(where, "class_list", listed, "a mapping")
-    if (size := len(json.dumps(listed))) > _MAX_CLASS_LIST:
-        raise _wrong(where, "class_list", f"{size} characters", f"at most {_MAX_CLASS_LIST}")
-    for name, low in (("mean", -1e6), ("std", 1e-6)):
-        value = attributes[name]
-        good = isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) for v in value)
-        if not good or not all(low <= v <= 1e6 for v in value):  # NaN compares false
-            raise _wrong(where, name, value, f"three numbers in [{low:g}, 1e+06]")
-    seed = attributes["seed"]
-    good = isinstance(seed, str) and len(seed) <= 20 and seed.isdecimal()
-    if not good or int(seed) >= 1 << 64 or str(int(seed)) != seed:
-        raise _wrong(where, "seed", seed, "a text, the decimal digits of an unsigned 64-bit number")
+def _dict(value: Any, where: str, fix: str | None, most: int | None = None) -> dict:
+    """A mapping of at most so many characters of JSON."""
+    require(isinstance(value, dict), value, where, fix, "a mapping")
+    if most is not None and (size := len(json.dumps(value))) > most:
+        raise UserError(where, found=f"{size} characters", expected=f"at most {most}", fix=fix)
+    return value
+
+
+def _seed(value: Any, where: str, fix: str | None) -> int:
+    good = isinstance(value, str) and len(value) <= 20 and value.isdecimal() and str(int(value)) == value
+    good = good and int(value) < 1 << 64
+    return int(require(good, value, where, fix, "a text, the decimal digits of an unsigned 64-bit number"))
+
+
+def _true(value: Any, where: str, fix: str | None) -> bool:
+    return require(value is True, value, where, fix, "true, or nothing")
+
+
+_name, _small = (text, 1, 4096), (_dict, 1 << 20)  # a codec may have far more, and bounds it itself
+_FIELDS = {  # of the attributes: their checks and bounds
+    "dataset": _name,
+    "samples": (whole, 1, 1 << 40),
+    "classes": (whole, 1, codecs.MAX_CLASSES),
+    "teacher": _name,
+    "teacher_weights": _name,
+    "mean": (numbers, 3, -1e6, 1e6),
+    "std": (numbers, 3, 1e-6, 1e6),
+    "seed": (_seed,),
+    "views": (whole, 1, 1 << 16),
+    "size": (whole, 1, 1 << 16),
+    "block_rows": (whole, 1, 1 << 20),
+    **dict.fromkeys(("policy", "base", "decoder", "versions", "fidelity"), _small),
+    "codec": (_dict,),
+    "class_list": (_dict, 64 << 20),
+    "teacher_size": (whole, 1, 1 << 16),
+    "energy": (_true,),
+    **dict.fromkeys(("format", "crc32"), (anything,)),
+}
+_OPTIONAL = ("class_list", "teacher_size", "energy")
 
 
 def _check_bounds(manifest: Manifest, where: str) -> None:
     """Values that are each in range may still ask for absurd arrays together."""
     codec = codecs.from_config(manifest.codec, f"{where}: codec")
-    if codec.classes != manifest.classes:
-        raise _wrong(where, "codec.classes", codec.classes, f"{manifest.classes}, the number of classes")
     chunk_bytes = min(manifest.block_rows, manifest.samples) * codec.row_bytes
-    if chunk_bytes > _MAX_CHUNK_BYTES:
-        raise _wrong(where, "block_rows", f"blocks of {chunk_bytes} bytes", f"at most {_MAX_CHUNK_BYTES} bytes")
-    if manifest.views * manifest.blocks > _MAX_BLOCKS:
-        raise _wrong(where, "block_rows", f"{manifest.views * manifest.blocks} blocks", f"at most {_MAX_BLOCKS}")
+    blocks, rows = manifest.views * manifest.blocks, f"{where}: block_rows"
+    expected = f"{manifest.classes}, the number of classes"
+    require(codec.classes == manifest.classes, codec.classes, f"{where}: codec.classes", _FIX, expected)
+    most = f"at most {_MAX_CHUNK_BYTES} bytes"
+    require(chunk_bytes <= _MAX_CHUNK_BYTES, f"blocks of {chunk_bytes} bytes", rows, _FIX, most)
+    require(blocks <= _MAX_BLOCKS, f"{blocks} blocks", rows, _FIX, f"at most {_MAX_BLOCKS}")
 
 
-def _wrong(where: str, name: str, found: object, expected: object) -> UserError:
-    return UserError(
-        f"{where}: {name}",
-        found=shown(found if not isinstance(found, str) else repr(found)),
-        expected=expected,
-        fix="correct the option it comes from, or make a damaged store again with precompute-teacher",
-    )
-
-
-def shown(value: object) -> str:
-    """A value of any origin on one line, of which a codec's basis would be millions of characters."""
-    value = "none" if value is None else value
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 20]}… ({len(text)} characters)"
+def _told(value: object) -> str:
+    """One of two values that differ, on one line; a codec's basis would be millions of characters."""
+    return cut(value if isinstance(value, str) and value.isprintable() else "none" if value is None else repr(value))
 
 
 def _crc(attributes: dict) -> int:

@@ -1,10 +1,12 @@
 """YAML that people write: each key once, and whatever is wrong with it in one line."""
 
+import os
 from pathlib import Path
 
 import yaml
 
 from cache.errors import UserError
+from cache.outside import content
 
 _MOST_BYTES = 1 << 20
 _MOST_NODES = 20_000  # an alias counts as what it stands for, so that nine lines cannot be a billion values
@@ -12,15 +14,9 @@ _MOST_NODES = 20_000  # an alias counts as what it stands for, so that nine line
 
 def read(path: Path, what: str) -> object:
     """The one document in a file. Raises UserError, calling the file `what`, for any other content."""
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"cannot read {what} {path}", found="no regular file", fix="check the path")
-        with path.open("rb") as file:
-            text = file.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"cannot read {what} {path}", found=error.strerror, fix="check the path") from None
-    if len(text) > _MOST_BYTES:
-        raise UserError(f"{what} {path} is too large", found=f"over {_MOST_BYTES:,} bytes", fix="check the path")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"cannot read {what} {path}", found="no regular file", fix="check the path")
+    text = content(path, f"{what} {path}", "check the path", _MOST_BYTES)
     try:
         return yaml.load(text, _Loader)
     except _Twice as twice:

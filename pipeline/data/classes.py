@@ -5,7 +5,6 @@ two of them calls `require_same`; nothing else compares class lists. Names are c
 file system spells é as one code point and another as two.
 """
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -15,11 +14,16 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from cache import outside
 from cache.errors import UserError, did_you_mean
 
 RULES = ("lexical", "natural")
 UNLABELLED = "none"
-_MOST = 2**31 - 1
+_RECORD = {
+    "count": (outside.whole, 1, 2**31 - 1),
+    "names": (outside.nullable, outside.strings),
+    "rule": (outside.nullable, outside.kind, str),
+}
 _SHOWN = 6
 _MAX_FILE_BYTES = 64 << 20
 
@@ -54,25 +58,17 @@ class Classes:
     @classmethod
     def from_json(cls, record: object, where: str = "class record") -> "Classes":
         """The classes of a record, or of its JSON text, of any origin. Raises UserError naming `where` it stood."""
+        what, fix = f"unusable classes in {where}", "make the file again"
         if isinstance(record, str | bytes):
             try:
-                record = json.loads(record)
-            except (ValueError, RecursionError):
-                raise _unusable(where, "no JSON") from None
-        if not isinstance(record, dict) or record.keys() != {"count", "names", "rule"}:
-            raise _unusable(where, f"{record!s:.80}")
-        count, names, rule = record["count"], record["names"], record["rule"]
-        if type(count) is not int or not 1 <= count <= _MOST:
-            raise _unusable(where, f"count {count!s:.40}")
-        if not (rule is None or isinstance(rule, str)):
-            raise _unusable(where, f"rule {rule!s:.40}")
-        if names is not None:
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise _unusable(where, "names that are not all texts")
-            if len(names) != count:
-                raise _unusable(where, f"{len(names)} names for {count} classes")
-            names = tuple(names)
-        return cls(count, names, rule)
+                record = outside.parsed(record)
+            except ValueError as error:
+                raise UserError(what, found=error, expected="JSON", fix=fix) from None
+        found = outside.record(record, what, fix, _RECORD)
+        count, names = found["count"], None if found["names"] is None else tuple(found["names"])
+        if names is not None and len(names) != count:
+            raise UserError(f"{what}: names", found=len(names), expected=count, fix=fix)
+        return cls(count, names, found["rule"])
 
     def require_same(self, other: "Classes", here: str, there: str) -> None:
         """Raise UserError with the first difference, unless both list the same classes in the same order.
@@ -219,7 +215,6 @@ def printable(text: str) -> str:
 def read_list(path: str | Path) -> Classes:
     """The classes that a text file (UTF-8) names, one a line. Raises UserError for none, an empty one, or a twin."""
     names = _read(path, "--class-order", " or ".join(RULES)).rstrip("\n").split("\n")
-    names = [name.removesuffix("\r") for name in names]
     if not all(names):
         raise UserError(f"--class-order {path} has an empty line", found=f"line {names.index('') + 1}", fix="remove it")
     if twin := _twin(names):
@@ -245,17 +240,12 @@ def read_map(path: str | Path) -> dict[str, str]:
 
 
 def _read(path: str | Path, option: str, otherwise: str = "") -> str:
+    fix = f"give {otherwise}, or check the path" if otherwise else "check the path"
+    data = outside.content(Path(path), f"{option} {path}", fix, _MAX_FILE_BYTES)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read(_MAX_FILE_BYTES)
-    except OSError as error:
-        expected = f"{otherwise}, or a file" if otherwise else None
-        raise UserError(
-            f"cannot read {option} {path}", found=error.strerror, expected=expected, fix="check it"
-        ) from None
-    except (UnicodeDecodeError, ValueError):
+        return re.sub("\r\n?", "\n", data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
         raise UserError(f"cannot read {option} {path}", expected="text in UTF-8", fix="save it so") from None
-    return text
 
 
 def _bad_map(path: str | Path, found: str) -> UserError:
@@ -263,11 +253,6 @@ def _bad_map(path: str | Path, found: str) -> UserError:
     return UserError(
         f"unusable --class-map {path}", found=f"{found:.200}", expected="a mapping of name to name", fix=fix
     )
-
-
-def _unusable(where: str, found: str) -> UserError:
-    expected = "count, names and rule"
-    return UserError(f"unusable classes in {where}", found=found, expected=expected, fix="make the file again")
 
 
 def _twin(names: Sequence[str]) -> str | None:

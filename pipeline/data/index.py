@@ -21,26 +21,23 @@ from typing import Any
 import numpy as np
 from google_crc32c import value as crc32c
 
+from cache import outside
 from cache.errors import UserError
 from pipeline.config import Machine
 from pipeline.data import classes as class_lists
 from pipeline.data import tokens
 from pipeline.data.classes import Classes
-from pipeline.data.records import RECORD, checked, damaged, fingerprint
+from pipeline.data.records import AGAIN, RECORD, checked, damaged, fingerprint
 from pipeline.data.remote import Unreadable, is_remote
 from pipeline.data.shards import CACHE_BYTES, Reader, stem
 
 _FORMAT = 3  # 1 held the CRC-32 of zlib; 2 did not say what numbered the classes
-_META_TYPES: dict[str, type | tuple[type, ...]] = {
-    "format": int,
-    "source": str,
-    "classes": int,
-    "class_names": (list, type(None)),
-    "class_rule": (str, type(None)),
-    "shards": list,
-    "samples": int,
-    "quarantined": int,
-    "fingerprint": str,
+_META = {
+    **dict.fromkeys(("format", "classes", "samples", "quarantined"), (outside.kind, int)),
+    **dict.fromkeys(("source", "fingerprint"), (outside.kind, str)),
+    "class_rule": (outside.nullable, outside.kind, str),
+    "class_names": (outside.nullable, outside.strings),
+    "shards": (outside.strings,),
 }
 _MAX_META_BYTES = 64 << 20
 _BLOCK = 512  # of a tar file
@@ -108,7 +105,7 @@ def key_at(reader: Reader, shard: str, offset: int, expected_hash: int) -> str:
     raise UserError(
         f"shard {shard} has changed since it was indexed",
         found=f"no such key at byte {offset}",
-        fix="run pipeline prepare again",
+        fix=AGAIN,
     )
 
 
@@ -240,40 +237,18 @@ class Index:
 
 def _read_meta(path: Path) -> dict[str, Any]:
     """dataset.json with every key of the right type, and counts that fit each other."""
-    file = path / "dataset.json"
-    try:
-        if file.stat().st_size > _MAX_META_BYTES:
-            raise damaged(path, found=f"dataset.json over {_MAX_META_BYTES} bytes")
-        meta = json.loads(file.read_bytes())
-    except OSError as error:
-        raise damaged(path, found=f"dataset.json: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise damaged(path, found="dataset.json that is not JSON") from None
-    if not isinstance(meta, dict):
-        raise damaged(path, found=f"dataset.json that is a {type(meta).__name__}")
-    if meta.get("format") == 2:
+    where = f"the index of {path}, which is damaged: dataset.json"
+    meta = outside.document(path / "dataset.json", where, AGAIN, _MAX_META_BYTES)
+    if isinstance(meta, dict) and meta.get("format") == 2:
         meta = {"class_rule": None, **meta, "format": _FORMAT}
-    if meta.get("format") != _FORMAT:
-        raise UserError(
-            f"the index of {path} has another format",
-            found=repr(meta.get("format")),
-            expected=_FORMAT,
-            fix="run pipeline prepare again",
-        )
-    if meta.keys() != _META_TYPES.keys():
-        raise damaged(path, found=f"keys {sorted(meta)}", expected=sorted(_META_TYPES))
-    for name, kind in _META_TYPES.items():
-        if not isinstance(meta[name], kind) or isinstance(meta[name], bool):
-            raise damaged(path, found=f"{name} of type {type(meta[name]).__name__} in dataset.json")
+    if isinstance(meta, dict) and meta.get("format") != _FORMAT:
+        found = outside.shown(meta.get("format"))
+        raise UserError(f"the index of {path} has another format", found=found, expected=_FORMAT, fix=AGAIN)
+    outside.record(meta, where, AGAIN, _META)
     if meta["samples"] == 0:
         raise UserError(f"the data set at {path} is empty", fix="run pipeline prepare on a source with images")
     if not 1 <= meta["classes"] < 2**31:
-        raise damaged(path, found=f"{meta['classes']} classes")
-    for name in ("shards", "class_names"):
-        if not all(isinstance(item, str) for item in meta[name] or ()):
-            raise damaged(path, found=f"{name} that are not all strings")
+        raise damaged(path, found=f"{outside.shown(meta['classes'])} classes")
     if meta["class_names"] is not None and len(meta["class_names"]) != meta["classes"]:
         raise damaged(path, found=f"{len(meta['class_names'])} class names", expected=meta["classes"])
     return meta

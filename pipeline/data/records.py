@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from cache.errors import UserError
+from cache.outside import parsed
 from pipeline.data.remote import is_remote
 from pipeline.data.shards import Reader
 from pipeline.system.files import write_atomically
@@ -49,6 +50,7 @@ _CHUNK = 1 << 16  # rows
 _FARTHEST = 1 << 62  # an offset that a hostile index names must not wrap around where sizes are added
 _LENGTH_THREADS = 32
 _MAX_STAMP_BYTES = 64 << 20
+AGAIN = "run pipeline prepare again"
 
 
 def fingerprint(records: np.ndarray, classes: int) -> str:
@@ -75,9 +77,7 @@ def _identity(chunk: np.ndarray) -> bytes:
 
 def damaged(path: Path, *, found: object, expected: object = None) -> UserError:
     """What is said of an index at `path` that `prepare` did not write so."""
-    return UserError(
-        f"the index of {path} is damaged", found=found, expected=expected, fix="run pipeline prepare again"
-    )
+    return UserError(f"the index of {path} is damaged", found=found, expected=expected, fix=AGAIN)
 
 
 def checked(path: Path, meta: dict[str, Any], shards: list[str], reader: Reader) -> np.ndarray:
@@ -140,9 +140,9 @@ def _stamped(path: Path, stamp: dict[str, Any], shards: int) -> list[int] | None
     try:
         if file.stat().st_size > _MAX_STAMP_BYTES:
             return None
-        found = json.loads(file.read_bytes())
+        found = parsed(file.read_bytes())
         ends = found.pop("ends")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     sound = isinstance(ends, list) and len(ends) == shards and all(type(end) is int for end in ends)
     return ends if found == stamp and sound else None
@@ -167,5 +167,5 @@ def _read_through(path: Path, records: np.ndarray, meta: dict[str, Any], shards:
     if quarantined != meta["quarantined"]:
         raise damaged(path, found="another number of quarantined samples", expected=meta["quarantined"])
     if digest.hexdigest() != meta["fingerprint"]:
-        raise UserError(f"the index of {path} was altered", fix="run pipeline prepare again")
+        raise UserError(f"the index of {path} was altered", fix=AGAIN)
     return ends.tolist()

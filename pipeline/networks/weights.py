@@ -7,8 +7,8 @@ do, and wrappers around the names. No code in a file is run.
 import argparse
 import hashlib
 import json
-import math
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cache import UserError
+from cache import UserError, outside
 from cache.errors import did_you_mean
 from pipeline.data.classes import Classes
 from pipeline.system.files import write_atomically
@@ -37,6 +37,7 @@ _RAW = ("state_dict", "model", "model_state_dict", "net")
 _INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _COUNTERS = ("n_averaged", "total_ops", "total_params")  # of torch's AveragedModel, and of thop
 _WHOLE = "whole safetensors, or a whole file of torch.save"
+_LARGEST = sys.float_info.max
 _FILLED = "num_batches_tracked"  # which BatchNorm has had since 2018, and evaluation does not read
 
 
@@ -167,12 +168,9 @@ def numbers(found: Weights, key: str) -> tuple[float, ...] | None:
     if key not in found.about:
         return None
     try:
-        values = json.loads(found.about[key])
-        if len(values) != 3 or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
-            raise ValueError
-    except (ValueError, TypeError, RecursionError):
+        return outside.numbers(outside.parsed(found.about[key]), key, None, 3, -_LARGEST, _LARGEST)
+    except ValueError:
         raise _damaged(found.path, f"{key} {found.about[key]!r:.40}", "three numbers") from None
-    return tuple(map(float, values))
 
 
 def class_list(found: Weights) -> Classes | None:

@@ -3,18 +3,16 @@
 import contextlib
 import dataclasses
 import io
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 import cache
-from cache import UserError
+from cache import UserError, outside
 from cache import codec as codecs
 from cache.codec.fidelity import measure as fidelity
 from pipeline.config import Plan, PrecomputeTeacher, TrainStudent
@@ -34,7 +32,7 @@ _BATCHES, _VIEWS = 4, 2  # of the small job
 _PIXELS = 16 * 224**2  # of a batch on a CPU, per view: larger ones are no faster there, and take minutes
 _STEPS = 12  # that a student's dry run may take
 _SPREAD = 2.5  # of a logit, about ResNet-34's on ImageNet
-_MAX_BYTES, _MAX_TEXT, _MOST, _LEAST = 1 << 20, 300, 10**9, 1e-9
+_MAX_BYTES, _MOST, _LEAST = 1 << 20, 10**9, 1e-9
 _FIX = "give a file that pipeline plan --json wrote"
 
 
@@ -212,36 +210,11 @@ def _simulated_bytes(classes: int) -> tuple[float, float]:
 
 def read(path: Path) -> Rates:
     """The rates in a file that `pipeline plan --json` wrote. Raises UserError naming the key that is wrong."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"cannot read rates {path}", found=error.strerror, fix="check --rates") from None
-    if len(data) > _MAX_BYTES:
-        raise UserError(f"rates {path}", found=f"more than {_MAX_BYTES:,} bytes", expected="some kilobytes", fix=_FIX)
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):  # bytes that are no text are a ValueError too
-        raise UserError(f"cannot parse rates {path}", expected="JSON", fix=_FIX) from None
-    fields = {field.name: field.type for field in dataclasses.fields(Rates)}
-    found = document.get("rates") if isinstance(document, dict) else None
-    if not isinstance(found, dict) or found.keys() != fields.keys():
-        there = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
-        raise UserError(f"rates {path}", found=f"{there!s:.80}", expected=f"a mapping of {', '.join(fields)}", fix=_FIX)
-    return Rates(**{name: _value(kind, found[name], f"rates {path}: {name}") for name, kind in fields.items()})
+    found = outside.document(path, f"rates {path}", _FIX, _MAX_BYTES)
+    found = found.get("rates") if isinstance(found, dict) else found
+    return Rates(**outside.record(found, f"rates {path}", _FIX, _RATES))
 
 
-def _value(kind: object, value: object, where: str) -> Any:
-    """A short text, or a number in range. NaN compares false; true and false are no numbers here."""
-    shown = f"{value!a:.60}"
-    if type(value) is int and abs(value) > _MOST:  # which may have thousands of digits
-        shown = f"a number of {value.bit_length():,} bits"
-    if kind is str:
-        if isinstance(value, str) and value.isprintable() and len(value) <= _MAX_TEXT:
-            return value
-        raise UserError(where, found=shown, expected="a short text", fix=_FIX)
-    low = 1 if kind is int else 0 if where.endswith("_wait") else _LEAST
-    if isinstance(value, int | float) and type(value) in (int, kind) and low <= value <= _MOST:
-        return value
-    what = f"a {'whole ' if kind is int else ''}number from {low:g} to {_MOST:,}"
-    raise UserError(where, found=shown, expected=what, fix=_FIX)
+_KINDS = {str: (outside.text, 0, 300, True), int: (outside.whole, 1, _MOST), float: (outside.number, _LEAST, _MOST)}
+_RATES: dict[str, tuple] = {field.name: _KINDS[field.type] for field in dataclasses.fields(Rates)}
+_RATES |= dict.fromkeys(("stored_wait", "live_wait"), (outside.number, 0, _MOST))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from cache import UserError, difference
+from cache.outside import parsed
 from pipeline.config import Training
 from pipeline.system import ranks
 from pipeline.system.files import write_atomically
@@ -81,7 +82,7 @@ def _as_json(options: dict) -> dict:
 
 def _read(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text())
+        found = parsed(path.read_text())
     except ValueError:
         found = None
     if not isinstance(found, dict):

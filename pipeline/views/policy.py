@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cache import UserError
 from cache.errors import did_you_mean
+from cache.outside import listed, mapping, numbers, require, shown, whole
 from kernels.jda.ops import CODES, MAX_OPS, TABLES, Op, compile_table
 from pipeline.config import yaml_file
 
@@ -133,123 +132,90 @@ def from_config(config: object, where: str = "policy") -> Policy:
     Keys: `name`, `probability`, `ops` (a published name, or a list of `[op, magnitude]`), `base` (fields of `Base`),
     `mean`, `std`, `layers`, `mix` (fields of `Mix`), `erase` (fields of `Erase`). Raises UserError naming the key.
     """
-    config = _mapping(config, where, ("name", "probability", "ops", "base", "mean", "std", "layers", "mix", "erase"))
-    for key in ("probability", "ops", "base"):
-        if key not in config:
-            raise UserError(f"{where}: missing key {key}", fix=f"add {key}")
-    if isinstance(config["ops"], str):
-        if config["ops"] not in TABLES:
-            raise UserError(f"{where}: unknown op table", found=config["ops"], fix=did_you_mean(config["ops"], TABLES))
-        table = TABLES[config["ops"]]
-    else:
-        table = tuple(_op(item, where) for item in _list(config["ops"], f"{where}: ops"))
-    layers = config.get("layers", 0)
-    if type(layers) is not int or not 0 <= layers <= MAX_OPS:
-        raise UserError(f"{where}: layers", found=layers, expected=f"a whole number in [0, {MAX_OPS}]")
-    table *= layers or 1
+    found = mapping(config, where, None, _POLICY, ("probability", "ops", "base"))
+    layers, std = found.get("layers", 0), found.get("std", IMAGENET_STATS[1])
+    table = found["ops"] * (layers or 1)
     try:
         compile_table(table)
     except ValueError as error:
         fix = "correct ops" + ", or take fewer layers: each has all of them" * (layers > 1)
         raise UserError(f"{where}: {error}", fix=fix) from None
-    mean, std = (
-        _numbers(config.get(key, list(default)), f"{where}: {key}", 3, 0.0, 1.0)
-        for key, default in zip(("mean", "std"), IMAGENET_STATS, strict=True)
-    )
-    if min(std) <= 0:
-        raise UserError(f"{where}: std", found=list(std), expected="positive numbers")
-    return Policy(
-        name=str(config.get("name", Path(where).stem)),
-        probability=_numbers([config["probability"]], f"{where}: probability", 1, 0.0, 1.0)[0],
-        table=table,
-        base=_base(config["base"], f"{where}: base"),
-        mean=mean,
-        std=std,
-        layers=layers,
-        mix=_mix(config["mix"], f"{where}: mix") if "mix" in config else None,
-        erase=_erase(config["erase"], f"{where}: erase") if "erase" in config else None,
-    )
+    require(min(std) > 0, list(std), f"{where}: std", None, "positive numbers")
+    del found["ops"]
+    return Policy(**{"name": Path(where).stem, "mean": IMAGENET_STATS[0], **found, "table": table, "std": std})
 
 
-def _base(config: object, where: str) -> Base:
-    config = _mapping(config, where, tuple(field.name for field in dataclasses.fields(Base)))
-    if "size" not in config:
-        raise UserError(f"{where}: missing key size", fix="add size")
-    for key, low, high in (("size", 1, 4096), ("pad", -1, 4096)):
-        value = config.get(key, low)
-        if type(value) is not int or not low <= value <= high:
-            raise UserError(f"{where}: {key}", found=value, expected=f"a whole number in [{low}, {high}]")
-    if not isinstance(config.get("flip", True), bool):
-        raise UserError(f"{where}: flip", found=config["flip"], expected="true or false")
-    config = config | _spans(config, where)
-    if "centre" in config:
-        config["centre"] = _numbers([config["centre"]], f"{where}: centre", 1, 0.001, 1.0)[0]
-    return Base(**config)
+def _text(value: object, where: str, fix: str | None) -> str:
+    """Of any value, 7 and no as well."""
+    try:
+        return str(value)
+    except ValueError:  # a number of thousands of digits
+        raise UserError(where, found=shown(value), expected="a text") from None
 
 
-def _spans(config: dict, where: str) -> dict[str, Any]:
-    """`scale` and `ratio`, if they are there."""
-    found: dict[str, Any] = {}
-    for key, high in (("scale", 1.0), ("ratio", 10.0)):
-        if key in config:
-            found[key] = _numbers(config[key], f"{where}: {key}", 2, 0.001, high)
-            if found[key][0] > found[key][1]:
-                raise UserError(f"{where}: {key}", found=list(found[key]), expected="low before high")
-    return found
+def _one(value: object, where: str, fix: str | None, low: float, high: float) -> float:
+    """A number, which errors show as a list of one."""
+    return numbers([value], where, fix, 1, low, high)[0]
 
 
-def _mix(config: object, where: str) -> Mix:
-    config = _mapping(config, where, tuple(field.name for field in dataclasses.fields(Mix)))
-    highest = dict.fromkeys(config, 1.0) | dict.fromkeys(("mixup_alpha", "cutmix_alpha"), MAX_ALPHA)
-    found = {key: _numbers([value], f"{where}: {key}", 1, 0.0, highest[key])[0] for key, value in config.items()}
-    mix = Mix(**found)
+def _span(value: object, where: str, fix: str | None, high: float) -> tuple[float, ...]:
+    found = numbers(value, where, fix, 2, 0.001, high)
+    return require(found[0] <= found[1], found, where, fix, "low before high")
+
+
+def _flag(value: object, where: str, fix: str | None) -> bool:
+    return require(isinstance(value, bool), value, where, fix, "true or false")
+
+
+def _ops(value: object, where: str, fix: str | None) -> tuple[Op, ...]:
+    if not isinstance(value, str):
+        return tuple(_op(each, where) for each in listed(value, where, fix))
+    if value not in TABLES:
+        raise UserError(f"{where}: unknown op table", found=value, fix=did_you_mean(value, TABLES))
+    return TABLES[value]
+
+
+def _op(value: object, where: str) -> Op:
+    item = [value] if isinstance(value, str) else value
+    good = isinstance(item, list) and len(item) in (1, 2) and isinstance(item[0], str)
+    name, *magnitude = require(good, item, where, None, "[name, magnitude]")
+    if name not in CODES:
+        raise UserError(f"{where}: unknown op", found=name, fix=did_you_mean(name, CODES))
+    return Op(name, *numbers(magnitude or [0.0], f"{where}: magnitude of {name}", None, 1, -1e6, 1e6))
+
+
+def _base(value: object, where: str, fix: str | None) -> Base:
+    return Base(**mapping(value, where, fix, _BASE, ("size",)))
+
+
+def _mix(value: object, where: str, fix: str | None) -> Mix:
+    mix = Mix(**mapping(value, where, fix, _MIX))
     for key in ("mixup_alpha", "cutmix_alpha"):
-        if 0 < getattr(mix, key) < MIN_ALPHA:
-            raise UserError(f"{where}: {key}", found=getattr(mix, key), expected=f"0, or at least {MIN_ALPHA}")
+        alpha = getattr(mix, key)
+        require(not 0 < alpha < MIN_ALPHA, alpha, f"{where}: {key}", fix, f"0, or at least {MIN_ALPHA}")
     if not mix.mixup_alpha and not mix.cutmix_alpha:
         raise UserError(f"{where}: nothing to mix by", fix="give mixup_alpha or cutmix_alpha, or leave mix out")
     return mix
 
 
-def _erase(config: object, where: str) -> Erase:
-    config = _mapping(config, where, tuple(field.name for field in dataclasses.fields(Erase)))
-    config = config | _spans(config, where)
-    if "probability" in config:
-        config["probability"] = _numbers([config["probability"]], f"{where}: probability", 1, 0.0, 1.0)[0]
-    value = config.get("value", 0)
-    if type(value) is not int or not 0 <= value <= 255:
-        raise UserError(f"{where}: value", found=value, expected="a whole number in [0, 255]")
-    return Erase(**config)
+def _erase(value: object, where: str, fix: str | None) -> Erase:
+    return Erase(**mapping(value, where, fix, _ERASE))
 
 
-def _op(item: object, where: str) -> Op:
-    if isinstance(item, str):
-        item = [item]
-    if not isinstance(item, list) or len(item) not in (1, 2) or not isinstance(item[0], str):
-        raise UserError(f"{where}: op", found=item, expected="[name, magnitude]")
-    if item[0] not in CODES:
-        raise UserError(f"{where}: unknown op", found=item[0], fix=did_you_mean(item[0], CODES))
-    return Op(item[0], _numbers(item[1:] or [0.0], f"{where}: magnitude of {item[0]}", 1, -1e6, 1e6)[0])
-
-
-def _mapping(config: object, where: str, keys: tuple[str, ...]) -> dict:
-    if not isinstance(config, dict):
-        raise UserError(where, found=type(config).__name__, expected=f"a mapping with {', '.join(keys)}")
-    for key in config:
-        if key not in keys:
-            raise UserError(f"{where}: unknown key {key}", expected=", ".join(keys), fix=did_you_mean(str(key), keys))
-    return config
-
-
-def _list(value: object, where: str) -> list:
-    if not isinstance(value, list):
-        raise UserError(where, found=type(value).__name__, expected="a list")
-    return value
-
-
-def _numbers(value: object, where: str, count: int, low: float, high: float) -> tuple[float, ...]:
-    values = _list(value, where)
-    good = len(values) == count and all(type(v) in (int, float) and math.isfinite(v) for v in values)
-    if not good or not all(low <= v <= high for v in values):
-        raise UserError(where, found=value, expected=f"{count} number(s) in [{low}, {high}]")
-    return tuple(float(v) for v in values)
+_SPANS = {"scale": (_span, 1.0), "ratio": (_span, 10.0)}
+_BASE = {"size": (whole, 1, 4096), "pad": (whole, -1, 4096), **_SPANS, "flip": (_flag,), "centre": (_one, 0.001, 1.0)}
+_MIX = {
+    **dict.fromkeys(("mixup_alpha", "cutmix_alpha"), (_one, 0.0, MAX_ALPHA)),
+    **dict.fromkeys(("probability", "switch_probability"), (_one, 0.0, 1.0)),
+}
+_ERASE = {"probability": (_one, 0.0, 1.0), **_SPANS, "value": (whole, 0, 255)}
+_POLICY = {
+    "name": (_text,),
+    "probability": (_one, 0.0, 1.0),
+    "ops": (_ops,),
+    "base": (_base,),
+    **dict.fromkeys(("mean", "std"), (numbers, 3, 0.0, 1.0)),
+    "layers": (whole, 0, MAX_OPS),
+    "mix": (_mix,),
+    "erase": (_erase,),
+}

@@ -1,10 +1,10 @@
 """`_info.json` beside tars, as timm writes it: the samples of each shard, and, where it says so, the classes."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from cache.outside import parsed
 from pipeline.data import hub
 from pipeline.data.classes import Classes
 from pipeline.data.remote import Unreadable, is_remote
@@ -41,12 +41,12 @@ def beside(reader: Reader, shards: list[str]) -> Info:
     if not is_remote(first) and not os.path.isfile(place):
         return Info()
     try:
-        content = json.loads(reader.read(place, 0, min(reader.length(place), _MAX_BYTES)))
+        content = parsed(reader.read(place, 0, min(reader.length(place), _MAX_BYTES)))
     except Unreadable as error:
         if "404" not in error.cause:  # else classes would hang on the weather
             raise
         return Info()
-    except (ValueError, RecursionError):
+    except ValueError:
         return Info()
     if not isinstance(content, dict):
         return Info()

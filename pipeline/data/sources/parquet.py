@@ -5,7 +5,6 @@ https://huggingface.co/docs/datasets/image_dataset. Rows are streamed, a page of
 """
 
 import io
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from cache.errors import UserError
+from cache.outside import parsed
 from pipeline.data import classes as class_lists
 from pipeline.data.classes import Classes, numbered
 from pipeline.data.ledger import Ledger
@@ -152,9 +152,9 @@ def _inspect(reader: Reader, shard: str, options: Options) -> _File:
 
 def _features(metadata: dict[bytes, bytes]) -> dict[str, dict]:
     try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        features = parsed(metadata[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         return {}
 
 

@@ -1,12 +1,12 @@
 """What of a sample's members is its label, and what its key is."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from cache.errors import UserError
+from cache.outside import parsed
 from pipeline.data import classes as class_lists
 from pipeline.data.classes import UNLABELLED, Classes, nfc
 from pipeline.data.ledger import Flaw
@@ -49,13 +49,13 @@ class Rules:
         """The label in a member, or why there is none."""
         value: object
         try:
-            value = json.loads(text) if extension == "json" else text.decode("utf-8-sig").strip()
-        except (ValueError, RecursionError):
+            value = parsed(text) if extension == "json" else text.decode("utf-8-sig").strip()
+        except ValueError:
             return Flaw("label is not a whole number", f"bytes that are no {'JSON' if extension == 'json' else 'text'}")
         if self.label_key:
             value = _at(value, self.label_key)
             if value is None:
-                return Flaw(f"no {self.label_key} in the JSON", short(_keys(json.loads(text))))
+                return Flaw(f"no {self.label_key} in the JSON", short(_keys(parsed(text))))
         elif isinstance(value, dict):
             names = [name for name in ("label", "cls") if name in value]
             if not names:
