@@ -53,6 +53,8 @@ def checked(value: object, check, *bounds):
 @settings(deadline=None, max_examples=60)
 @given(value=ANY)
 @example(value=[1, 2.5])
+@example(value=True)
+@example(value=[True, 1])
 @example(value=math.nan)
 @example(value=[math.inf, 0])
 @example(value="word")
