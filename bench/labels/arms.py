@@ -27,12 +27,12 @@ class Coder(Protocol):
     """What an arm needs of a codec."""
 
     @property
-    def row_bytes(self) -> int: ...
+    def code_bytes(self) -> int: ...
     @property
     def config(self) -> dict: ...
-    def encode(self, given: np.ndarray, stream: np.ndarray, /) -> np.ndarray: ...
-    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray: ...
-    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes: ...
+    def encode(self, given: np.ndarray, dither_keys: np.ndarray, /) -> np.ndarray: ...
+    def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray: ...
+    def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Corrected:
     temperature: float
 
     @property
-    def row_bytes(self) -> int:
-        return self.code.row_bytes
+    def code_bytes(self) -> int:
+        return self.code.code_bytes
 
     @property
     def config(self) -> dict:
@@ -62,17 +62,17 @@ class Corrected:
         noise = np.where(np.arange(len(beta)) < self.code.trellis, entropy.TRELLIS_NOISE, (1 - (1 - beta) ** 2) / 12)
         return (self.code.synthesis.astype(np.float64) ** 2 * noise[:, None]).sum(axis=0)
 
-    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        return self.code.encode(logits, stream)
+    def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        return self.code.encode(logits, dither_keys)
 
-    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        logits = self.code.decode(rows, stream)
+    def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        logits = self.code.decode(codes, dither_keys)
         p = np.exp((logits - logits.max(axis=2, keepdims=True)) / self.temperature)
         p /= p.sum(axis=2, keepdims=True)
         return (logits + self.variance / self.temperature * (p - 0.5)).astype(np.float32)
 
-    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes:
-        return self.code.pack(rows, stream)
+    def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes:
+        return self.code.pack(codes, dither_keys)
 
 
 Make = Callable[[np.ndarray], Coder | None]
@@ -127,7 +127,7 @@ ARMS = arms()
 def beside_bytes(name: str, logits: np.ndarray) -> float:
     """Per vector of a chunk of pairs f32 (n, 2, C): w, digest and their checksums, which a store of ours keeps.
 
-    Other formats make their views again from what their rows hold, and keep neither.
+    Other formats make their views again from what their codes hold, and keep neither.
     """
     if not (name == "int8" or name.startswith("subspace")):
         return 0.0

@@ -28,7 +28,7 @@ _LEAST = 1e-8  # probabilities below are taken for it, as DistillKit's densify.p
 _REPLAY_KEY, _SAMPLE_KEY = 0x5245504C, 0x52534B44  # keys of Philox: what a row draws differs by use
 
 
-# --- rows of bytes, and their lossless stage
+# --- codes of bytes, and their lossless stage
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Field:
 
 
 class _Peer:
-    """What the formats share: rows made of fields, of the original and then of the augmented view."""
+    """What the formats share: codes made of fields, of the original and then of the augmented view."""
 
     packed = True
     layout: tuple[Field, ...]
 
     @property
-    def row_bytes(self) -> int:
+    def code_bytes(self) -> int:
         return 2 * sum(field.size_bytes for field in self.layout)
 
     @property
@@ -61,12 +61,12 @@ class _Peer:
         """JSON-safe."""
         return {"format": type(self).__name__.lower(), **dataclasses.asdict(self)}  # pyright: ignore[reportArgumentType]
 
-    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes:
-        """u8 (B, row_bytes) -> the smallest of some lossless codes of it, field by field."""
-        codes = [smallest(numbers) for numbers in read(rows, self.layout).values()]
-        return b"".join([len(rows).to_bytes(4, "little"), *codes])
+    def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes:
+        """u8 (B, code_bytes) -> the smallest of some lossless codes of it, field by field."""
+        parts = [smallest(numbers) for numbers in read(codes, self.layout).values()]
+        return b"".join([len(codes).to_bytes(4, "little"), *parts])
 
-    def unpack(self, data: bytes, stream: np.ndarray | None = None) -> np.ndarray:
+    def unpack(self, data: bytes, dither_keys: np.ndarray | None = None) -> np.ndarray:
         """What `pack` was given."""
         count, data = int.from_bytes(data[:4], "little"), data[4:]
         numbers = {}
@@ -76,7 +76,7 @@ class _Peer:
 
 
 def write(numbers: dict[str, np.ndarray], layout: tuple[Field, ...]) -> np.ndarray:
-    """Fields, each (B, 2, count), -> rows u8 (B, row_bytes)."""
+    """Fields, each (B, 2, count), -> codes u8 (B, code_bytes)."""
     parts = []
     for field in layout:
         part = np.ascontiguousarray(numbers[field.name], field.dtype).view(np.uint8)
@@ -85,13 +85,13 @@ def write(numbers: dict[str, np.ndarray], layout: tuple[Field, ...]) -> np.ndarr
             bits = np.unpackbits(part, axis=-1, count=field.bits, bitorder="little")
             part = np.packbits(bits.reshape(*part.shape[:2], -1), axis=-1, bitorder="little")
         parts.append(part)
-    rows = np.concatenate(parts, axis=2)
-    return rows.reshape(len(rows), -1)
+    codes = np.concatenate(parts, axis=2)
+    return codes.reshape(len(codes), -1)
 
 
-def read(rows: np.ndarray, layout: tuple[Field, ...]) -> dict[str, np.ndarray]:
-    """Rows u8 (B, row_bytes) -> fields, each (B, 2, count)."""
-    vectors = rows.reshape(len(rows), 2, -1)
+def read(codes: np.ndarray, layout: tuple[Field, ...]) -> dict[str, np.ndarray]:
+    """Codes u8 (B, code_bytes) -> fields, each (B, 2, count)."""
+    vectors = codes.reshape(len(codes), 2, -1)
     numbers, at = {}, 0
     for field in layout:
         part = vectors[..., at : at + field.size_bytes]
@@ -157,14 +157,14 @@ class TopK(_Peer):
     def layout(self) -> tuple[Field, ...]:
         return (*self.replay, Field("index", self.index, self.k), Field("value", self.value, self.k))
 
-    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes)."""
+    def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """f32 (B, 2, C), u64 (B,) -> u8 (B, code_bytes)."""
         index, log_p = _top(logits, self.k, self.temperature)
-        return write({"index": index, "value": np.exp(log_p), **_replay(self.replay, stream)}, self.layout)
+        return write({"index": index, "value": np.exp(log_p), **_replay(self.replay, dither_keys)}, self.layout)
 
-    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """u8 (B, row_bytes) -> f32 (B, 2, C)."""
-        numbers = read(rows, self.layout)
+    def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """u8 (B, code_bytes) -> f32 (B, 2, C)."""
+        numbers = read(codes, self.layout)
         p = numbers["value"].astype(np.float32)
         return _dense(numbers["index"], p, self.classes, self.temperature, self.tail)
 
@@ -221,16 +221,16 @@ class DistillKit(_Peer):
         rank = np.arange(self.k - 1, dtype=np.float32)
         return np.stack([np.ones_like(rank), rank, np.sqrt(rank)])
 
-    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C) -> u8 (B, row_bytes)."""
+    def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """f32 (B, 2, C) -> u8 (B, code_bytes)."""
         index, log_p = _top(logits, self.k, self.temperature)
         first = np.ascontiguousarray(log_p[..., :1]).view("<u4") + 0x8000 >> 16  # round to the nearest bfloat16
         terms = log_p[..., 1:] @ np.linalg.pinv(self._curve)
         return write({"index": index, "first": first, "terms": terms}, self.layout)
 
-    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """u8 (B, row_bytes) -> f32 (B, 2, C)."""
-        numbers = read(rows, self.layout)
+    def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """u8 (B, code_bytes) -> f32 (B, 2, C)."""
+        numbers = read(codes, self.layout)
         first = (numbers["first"].astype("<u4") << 16).view("<f4")
         log_p = np.concatenate([first, numbers["terms"] @ self._curve], axis=2)
         return _dense(numbers["index"], np.exp(log_p), self.classes, self.temperature, self.tail)
@@ -241,8 +241,8 @@ class Sampled(_Peer):
     """Random Sampling KD (Anshumann et al., *Sparse Logit Sampling*, ACL 2025): classes drawn from the teacher's own
     distribution, with replacement; a class's share of the draws is its probability, unbiased.
 
-    A row is the `draws` classes in ascending order, each in as few bits as tell 1000 apart: 125 bytes for 100 draws.
-    At T = 4 nearly all differ, so that classes with counts (3 bytes a class in the paper) would take more.
+    A vector is kept as the `draws` classes in ascending order, each in as few bits as tell 1000 apart: 125 bytes for
+    100 draws. At T = 4 nearly all differ, so that classes with counts (3 bytes a class in the paper) would take more.
     """
 
     classes: int
@@ -254,13 +254,13 @@ class Sampled(_Peer):
     def layout(self) -> tuple[Field, ...]:
         return (Field("index", "<u2", self.draws, bits=_bits(self.classes)),)
 
-    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes); a function of both, as the draws are of the stream."""
+    def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """f32 (B, 2, C), u64 (B,) -> u8 (B, code_bytes); a function of both, as the draws are of the keys."""
         below = (
             np.exp(_log_softmax(logits, self.temperature), dtype=np.float64).cumsum(axis=2).reshape(-1, self.classes)
         )
         below /= below[:, -1:]
-        uniform = (_words(stream, self.draws, _SAMPLE_KEY) + 0.5) * 2.0**-32
+        uniform = (_words(dither_keys, self.draws, _SAMPLE_KEY) + 0.5) * 2.0**-32
         uniform = np.sort(uniform, axis=2).reshape(len(below), -1)
         # One search for all: vector i's cumulative probabilities are moved to [i, i + 1].
         vector = np.arange(len(below))[:, None]
@@ -268,14 +268,14 @@ class Sampled(_Peer):
         index = np.minimum(index - vector * self.classes, self.classes - 1)
         return write({"index": index.reshape(len(logits), 2, -1)}, self.layout)
 
-    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """u8 (B, row_bytes) -> f32 (B, 2, C)."""
-        index = read(rows, self.layout)["index"].reshape(2 * len(rows), -1).astype(np.int64)
+    def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """u8 (B, code_bytes) -> f32 (B, 2, C)."""
+        index = read(codes, self.layout)["index"].reshape(2 * len(codes), -1).astype(np.int64)
         index += np.arange(len(index))[:, None] * self.classes
-        counts = np.bincount(index.ravel(), minlength=2 * len(rows) * self.classes)
+        counts = np.bincount(index.ravel(), minlength=2 * len(codes) * self.classes)
         share = np.arange(1, self.draws + 1) / self.draws
         logits = np.concatenate([[ABSENT], self.temperature * np.log(share)]).astype(np.float32)
-        return logits[counts].reshape(len(rows), 2, self.classes)
+        return logits[counts].reshape(len(codes), 2, self.classes)
 
 
 @dataclass(frozen=True)
@@ -298,8 +298,8 @@ class PerRow(_Peer):
         q = Field("q", "u1", self.classes, bits=self.bits if self.bits < 8 else 0)
         return Field("offset", "<f2", 1), Field("step", "<f2", 1), q
 
-    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C) -> u8 (B, row_bytes)."""
+    def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """f32 (B, 2, C) -> u8 (B, code_bytes)."""
         levels = (1 << self.bits) - 1
         low, high = logits.min(axis=2, keepdims=True), logits.max(axis=2, keepdims=True)
         # Rounded outwards, so that the steps reach from one end to the other.
@@ -311,9 +311,9 @@ class PerRow(_Peer):
         q = np.rint((logits - offset.astype(np.float32)) / np.where(step > 0, step, 1).astype(np.float32))
         return write({"offset": offset, "step": step, "q": np.minimum(q, levels).astype(np.uint8)}, self.layout)
 
-    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """u8 (B, row_bytes) -> f32 (B, 2, C)."""
-        numbers = read(rows, self.layout)
+    def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """u8 (B, code_bytes) -> f32 (B, 2, C)."""
+        numbers = read(codes, self.layout)
         return numbers["q"] * numbers["step"].astype(np.float32) + numbers["offset"].astype(np.float32)
 
 
@@ -329,13 +329,13 @@ class Dense(_Peer):
     def layout(self) -> tuple[Field, ...]:
         return Field("logits", "<f2", self.classes), Field("view", "<u4", 7)
 
-    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes)."""
-        return write({"logits": logits, **_replay(self.layout[1:], stream)}, self.layout)
+    def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """f32 (B, 2, C), u64 (B,) -> u8 (B, code_bytes)."""
+        return write({"logits": logits, **_replay(self.layout[1:], dither_keys)}, self.layout)
 
-    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """u8 (B, row_bytes) -> f32 (B, 2, C)."""
-        return read(rows, self.layout)["logits"].astype(np.float32)
+    def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """u8 (B, code_bytes) -> f32 (B, 2, C)."""
+        return read(codes, self.layout)["logits"].astype(np.float32)
 
 
 # --- common arithmetic
@@ -373,18 +373,18 @@ def _dense(index: np.ndarray, p: np.ndarray, classes: int, temperature: float, t
     return logits
 
 
-def _words(stream: np.ndarray, count: int, key: int) -> np.ndarray:
-    """u32 (B, 2, count), random words of each view of a row."""
-    low, high = (stream & np.uint64(0xFFFFFFFF))[:, None, None], (stream >> np.uint64(32))[:, None, None]
+def _words(dither_keys: np.ndarray, count: int, key: int) -> np.ndarray:
+    """u32 (B, 2, count), random words of each view of a pair."""
+    low, high = (dither_keys & np.uint64(0xFFFFFFFF))[:, None, None], (dither_keys >> np.uint64(32))[:, None, None]
     words = philox((low, high, np.arange(2)[:, None], np.arange(-(-count // 4))), key)
-    return words.reshape(len(stream), 2, -1)[..., :count]
+    return words.reshape(len(dither_keys), 2, -1)[..., :count]
 
 
-def _replay(fields: tuple[Field, ...], stream: np.ndarray) -> dict[str, np.ndarray]:
+def _replay(fields: tuple[Field, ...], dither_keys: np.ndarray) -> dict[str, np.ndarray]:
     """Stand-ins for the parameters of a view: coordinates in [0, 1), coins for single bytes, else any integers."""
     numbers = {}
     for field in fields:
-        words = _words(stream, field.count, _REPLAY_KEY)
+        words = _words(dither_keys, field.count, _REPLAY_KEY)
         kind = np.dtype(field.dtype)
         bits = 1 if kind.itemsize == 1 else 8 * kind.itemsize - (kind.kind == "i")
         numbers[field.name] = words * 2.0**-32 if kind.kind == "f" else words >> np.uint32(32 - bits)

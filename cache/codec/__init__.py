@@ -1,4 +1,4 @@
-"""Codecs: how a pair of logit vectors becomes one row of bytes and back."""
+"""Codecs: how a pair of logit vectors becomes some bytes, its codes, and back."""
 
 from cache.codec.base import MAX_CLASSES
 from cache.codec.choose import DEFAULT_BUDGET, NAMES, Codec, array_shapes, auto, fit, from_config, join, make, split

@@ -1,4 +1,12 @@
-"""What every codec demands of logits and rows."""
+"""What every codec demands of logits and codes.
+
+Codes are encoded labels, u8 (B, code_bytes), a pair's to each of B. Rows are rows of the index, and nothing else.
+
+The axis order, here and everywhere: what is said of samples is (B, 2, …), original before augmented, such as logits,
+features and energies of labels. A pair is stored, drawn and gathered as one, so its two halves lie side by side. What
+goes through a network is (2, B, …), such as pixels and a student's logits: without a copy it is one batch of 2B, all
+originals first, and each view's part of it is contiguous.
+"""
 
 import math
 import mmap
@@ -19,10 +27,10 @@ class Code(Protocol):
     """What a codec offers; see the head of `cache.codec.choose`."""
 
     @property
-    def row_bytes(self) -> int: ...
-    def encode(self, given: np.ndarray, stream: np.ndarray, /) -> np.ndarray: ...
-    def decode(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray: ...
-    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes: ...
+    def code_bytes(self) -> int: ...
+    def encode(self, given: np.ndarray, dither_keys: np.ndarray, /) -> np.ndarray: ...
+    def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray: ...
+    def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes: ...
 
 
 def require_encodable(logits: np.ndarray, classes: int, what: str = "logit") -> None:
@@ -50,18 +58,18 @@ def require_keys(config: object, where: str, name: str, version: int, keys: tupl
     return found
 
 
-def checked_rows(rows: np.ndarray, codec: "Code") -> np.ndarray:
-    """Rows u8 (B, row_bytes), contiguous; ValueError for anything else."""
-    if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != codec.row_bytes:
-        raise ValueError(f"expected rows u8 (B, {codec.row_bytes}), got {rows.dtype} {rows.shape}")
-    return np.ascontiguousarray(rows)
+def checked_codes(codes: np.ndarray, codec: "Code") -> np.ndarray:
+    """Codes u8 (B, code_bytes), contiguous; ValueError for anything else."""
+    if codes.dtype != np.uint8 or codes.ndim != 2 or codes.shape[1] != codec.code_bytes:
+        raise ValueError(f"expected codes u8 (B, {codec.code_bytes}), got {codes.dtype} {codes.shape}")
+    return np.ascontiguousarray(codes)
 
 
-def keys(stream: np.ndarray, rows: int) -> np.ndarray:
-    """Dither keys u64 (B,), one per row; ValueError for anything else."""
-    if stream.dtype != np.uint64 or stream.shape != (rows,):
-        raise ValueError(f"expected dither keys u64 ({rows},), got {stream.dtype} {stream.shape}")
-    return np.ascontiguousarray(stream)
+def checked_keys(dither_keys: np.ndarray, pairs: int) -> np.ndarray:
+    """Dither keys u64 (B,), one per pair; ValueError for anything else."""
+    if dither_keys.dtype != np.uint64 or dither_keys.shape != (pairs,):
+        raise ValueError(f"expected dither keys u64 ({pairs},), got {dither_keys.dtype} {dither_keys.shape}")
+    return np.ascontiguousarray(dither_keys)
 
 
 def untouched(shape: tuple[int, ...]) -> np.ndarray:

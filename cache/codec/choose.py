@@ -1,8 +1,8 @@
 """Which code: by name, by configuration, or the smallest within a budget.
 
-A codec codes pairs (original and augmented view of one sample): ``encode(logits, stream)`` gives rows of exactly
-``row_bytes`` bytes, ``decode(rows, stream)`` the logits. ``stream`` u64 (B,) is the row's dither key; codecs without
-dither take no notice of it. Codecs are equal if their ``config`` is.
+A codec codes pairs (original and augmented view of one sample): ``encode(logits, dither_keys)`` gives
+codes u8 (B, code_bytes), ``decode(codes, dither_keys)`` the logits. ``dither_keys`` u64 (B,) are the pairs'; codecs
+without dither take no notice of them. Codecs are equal if their ``config`` is.
 """
 
 import contextlib
@@ -63,12 +63,12 @@ def auto(logits: np.ndarray, kl_budget: float = DEFAULT_BUDGET, temperature: flo
     if not len(logits):
         raise UserError("no pairs to choose a codec by", fix="check the data set")
     held = logits[-max(len(logits) - fitting.held_out(len(logits)), 1) :]
-    stream = np.arange(len(held), dtype=np.uint64)
+    dither_keys = np.arange(len(held), dtype=np.uint64)
     best, fewest = None, math.inf
     for codec in _candidates(logits, kl_budget, temperature):
-        rows = codec.encode(held, stream)
-        size = len(codec.pack(rows, stream))
-        good = isinstance(codec, Fp16) or not drift(codec, held, rows, stream, temperature).beyond(kl_budget)
+        codes = codec.encode(held, dither_keys)
+        size = len(codec.pack(codes, dither_keys))
+        good = isinstance(codec, Fp16) or not drift(codec, held, codes, dither_keys, temperature).beyond(kl_budget)
         if good and size < fewest:
             best, fewest = codec, size
     assert best is not None

@@ -1,7 +1,7 @@
 """Dither, rounding and the entropy code of `cache.codec.subspace`: integer arithmetic, the same bits on every machine.
 
 A coefficient x, in steps, is kept as q = floor(x + u + 1/2) with a dither u in (-1/2, 1/2) that the reader draws
-again. u is a byte b of the row's Philox stream: u = (2b - 255) / 512; positions below are in units of 1/512 step.
+again. u is a byte b of the pair's Philox stream: u = (2b - 255) / 512; positions below are in units of 1/512 step.
 
 The entropy code knows the dither. x is modelled as a normal variable, so q has the probability of the interval of
 x that leads to it, [q - 1/2 - u, q + 1/2 - u]: at a few tenths of a step's spread this is half of what a code of q
@@ -59,7 +59,7 @@ def jit(function):
 
 @jit
 def dither(key, view, out):
-    """Fill `out` u8 (d,) with the dither bytes of one view of a row.
+    """Fill `out` u8 (d,) with the dither bytes of one view of a pair.
 
     With c = ceil(d / 16) calls of Philox4x32-10, byte j of call k (counter (k, view, 0, 0)) is that of coefficient
     j c + k: a kernel that makes the calls side by side holds 16 runs of consecutive coefficients.
@@ -82,28 +82,28 @@ def dither(key, view, out):
 
 
 @jit
-def quantise(steps, stream, trellis, wide, out):
-    """Coefficients in steps f32 (B, 2, d) -> rows u8 (B, 2, segment), kept to the range of their width.
+def quantise(steps, dither_keys, trellis, wide, out):
+    """Coefficients in steps f32 (B, 2, d) -> segments u8 (B, 2, segment), kept to the range of their width.
 
     The first `trellis` coefficients are rounded together.
     """
-    rows, _, size = steps.shape
+    pairs, _, size = steps.shape
     bytes_ = np.empty(size, np.uint8)
     q = np.empty(size, np.int32)
     x = np.empty(trellis, np.float32)
     paths = np.empty((trellis, _STATES), np.int32)
-    for row in range(rows):
+    for pair in range(pairs):
         for view in range(2):
-            dither(stream[row], view, bytes_)
+            dither(dither_keys[pair], view, bytes_)
             for i in range(trellis):
                 u = np.float32(TRELLIS_DITHER * (2 * np.int32(bytes_[i]) - 255) / UNIT)
-                x[i] = min(max(steps[row, view, i] + u, np.float32(-_BEYOND)), np.float32(_BEYOND))
+                x[i] = min(max(steps[pair, view, i] + u, np.float32(-_BEYOND)), np.float32(_BEYOND))
             nearest(x, wide, paths, q)
             for i in range(trellis, size):
                 u = np.float32((2 * np.int32(bytes_[i]) - 255) / UNIT)
                 low, high = (-128, 127) if i < wide else (-8, 7)
-                q[i] = min(max(math.floor(steps[row, view, i] + u + np.float32(0.5)), low), high)
-            _store(q, wide, out[row, view])
+                q[i] = min(max(math.floor(steps[pair, view, i] + u + np.float32(0.5)), low), high)
+            _store(q, wide, out[pair, view])
 
 
 @jit
@@ -133,18 +133,18 @@ def nearest(x, wide, paths, q):
 
 
 @jit
-def dequantise(rows, stream, wide, beta, out):
-    """Rows u8 (B, 2, segment) -> coefficients in steps f32 (B, 2, d): q - beta u, beta i32 (d,) in 1/`BETA_UNIT`."""
+def dequantise(segments, dither_keys, wide, beta, out):
+    """Segments u8 (B, 2, segment) -> coefficients in steps f32 (B, 2, d): q - beta u; beta i32 (d,), 1/`BETA_UNIT`."""
     size = out.shape[2]
     bytes_ = np.empty(size, np.uint8)
     q = np.empty(size, np.int32)
-    for row in range(len(rows)):
+    for pair in range(len(segments)):
         for view in range(2):
-            dither(stream[row], view, bytes_)
-            _load(rows[row, view], wide, q)
+            dither(dither_keys[pair], view, bytes_)
+            _load(segments[pair, view], wide, q)
             for i in range(size):
                 u = beta[i] * (2 * np.int32(bytes_[i]) - 255)
-                out[row, view, i] = np.float32(q[i]) - np.float32(u / (UNIT * BETA_UNIT))
+                out[pair, view, i] = np.float32(q[i]) - np.float32(u / (UNIT * BETA_UNIT))
 
 
 @jit
@@ -160,12 +160,12 @@ def _store(q, wide, out):
 
 
 @jit
-def _load(row, wide, q):
+def _load(segment, wide, q):
     half = (len(q) - wide + 1) // 2
     for i in range(wide):
-        q[i] = np.int8(row[i])
+        q[i] = np.int8(segment[i])
     for i in range(half):
-        byte = np.int32(row[wide + i])
+        byte = np.int32(segment[wide + i])
         q[wide + i] = ((byte & 15) ^ 8) - 8
         if wide + half + i < len(q):
             q[wide + half + i] = (byte >> 4 ^ 8) - 8
@@ -233,27 +233,27 @@ def _grid(i, trellis, wide, parity):
 
 
 @jit
-def encode(rows, stream, trellis, wide, spread, gain, beta, out):
-    """The entropy code of rows u8 (B, 2, segment), written as u32 words from the end of `out` on: their number.
+def encode(segments, dither_keys, trellis, wide, spread, gain, beta, out):
+    """The entropy code of segments u8 (B, 2, segment), written as u32 words from the end of `out` on: their number.
 
     `spread` i64 (2, d) the models' standard deviations, `gain` and `beta` i64 (d,). `out` must hold `2 d B + 2` words.
-    0 for rows that `quantise` does not make.
+    0 for segments that `quantise` does not make.
     """
     size = spread.shape[1]
     ratios = _ratios(spread)
     bytes_ = np.empty((2, size), np.uint8)
     q = np.empty((2, size), np.int32)
     parities = np.empty((2, size), np.int64)
-    stored = np.empty(rows.shape[2], np.uint8)
+    stored = np.empty(segments.shape[2], np.uint8)
     state = np.uint64(_LOW)
     at = len(out)
-    for row in range(len(rows) - 1, -1, -1):
-        dither(stream[row], 0, bytes_[0])
-        dither(stream[row], 1, bytes_[1])
+    for pair in range(len(segments) - 1, -1, -1):
+        dither(dither_keys[pair], 0, bytes_[0])
+        dither(dither_keys[pair], 1, bytes_[1])
         for view in range(2):
-            _load(rows[row, view], wide, q[view])
+            _load(segments[pair, view], wide, q[view])
             _store(q[view], wide, stored)
-            if not _parities(q[view], trellis, parities[view]) or not np.array_equal(stored, rows[row, view]):
+            if not _parities(q[view], trellis, parities[view]) or not np.array_equal(stored, segments[pair, view]):
                 return 0
         for view in range(1, -1, -1):
             for i in range(size - 1, -1, -1):
@@ -272,8 +272,8 @@ def encode(rows, stream, trellis, wide, spread, gain, beta, out):
 
 
 @jit
-def decode(words, stream, trellis, wide, spread, gain, beta, out):
-    """Fill rows u8 (B, 2, segment) from u32 words; False if the words cannot be those of so many rows."""
+def decode(words, dither_keys, trellis, wide, spread, gain, beta, out):
+    """Fill segments u8 (B, 2, segment) from u32 words; False if the words cannot be those of so many pairs."""
     size = spread.shape[1]
     ratios = _ratios(spread)
     bytes_ = np.empty((2, size), np.uint8)
@@ -282,9 +282,9 @@ def decode(words, stream, trellis, wide, spread, gain, beta, out):
         return False
     state = np.uint64(words[0]) | np.uint64(words[1]) << np.uint64(32)
     at = 2
-    for row in range(len(out)):
-        dither(stream[row], 0, bytes_[0])
-        dither(stream[row], 1, bytes_[1])
+    for pair in range(len(out)):
+        dither(dither_keys[pair], 0, bytes_[0])
+        dither(dither_keys[pair], 1, bytes_[1])
         for view in range(2):
             node = 0  # of the trellis
             for i in range(size):
@@ -312,5 +312,5 @@ def decode(words, stream, trellis, wide, spread, gain, beta, out):
                         return False
                     state = state << np.uint64(32) | np.uint64(words[at])
                     at += 1
-            _store(q[view], wide, out[row, view])
+            _store(q[view], wide, out[pair, view])
     return at == len(words) and state == np.uint64(_LOW)

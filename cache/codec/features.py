@@ -1,8 +1,8 @@
-"""`features`: what a teacher's last linear layer is given, and the layer itself: one row serves features and logits.
+"""`features`: what a teacher's last linear layer is given, and the layer itself: one code serves features and logits.
 
-Features are coded as `cache.codec.subspace` codes logits, but not centred: a dithered, unbiased row of integers along
-their principal directions. The head, weight and bias, is kept with the code, and logits are the head's of the decoded
-features, so that they are unbiased too. What a row's noise costs is measured in those logits, by the KL divergence. A
+Features are coded as `cache.codec.subspace` codes logits, but not centred: dithered, unbiased integers along their
+principal directions. The head, weight and bias, is kept with the code, and logits are the head's of the decoded
+features, so that they are unbiased too. What their noise costs is measured in those logits, by the KL divergence. A
 head of fewer classes than features does not feel all of them: a share `NOISE` of the features' variance, were it all
 noise, is priced like the whole budget, and both prices add up to it.
 """
@@ -30,7 +30,7 @@ _MAX_HEAD = 1e6  # of a weight, as of a code's own arrays
 
 @dataclass(frozen=True)
 class Features:
-    """A code of features, and the head that makes logits of them; rows and their packing are the code's."""
+    """A code of features, and the head that makes logits of them; codes and their packing are those of `code`."""
 
     code: Subspace
     """Of features: its `classes` are their number F."""
@@ -49,8 +49,8 @@ class Features:
         return self.code.classes
 
     @property
-    def row_bytes(self) -> int:
-        return self.code.row_bytes
+    def code_bytes(self) -> int:
+        return self.code.code_bytes
 
     @property
     def config(self) -> dict:
@@ -71,27 +71,27 @@ class Features:
         found = np.argsort(-self.code.array("spread")[0] * length, kind="stable")[:most]
         return self.code.array("mean").copy(), steps[found] / length[found, None]
 
-    def encode(self, features: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, F), u64 (B,) -> u8 (B, row_bytes). Raises UserError for features that no codec keeps."""
+    def encode(self, features: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """f32 (B, 2, F), u64 (B,) -> u8 (B, code_bytes). Raises UserError for features that no codec keeps."""
         require_encodable(features, self.width, "feature")
-        return self.code.quantised(features, stream)
+        return self.code.quantised(features, dither_keys)
 
-    def features(self, rows: np.ndarray, stream: np.ndarray | None = None) -> np.ndarray:
-        """u8 (B, row_bytes) -> features f32 (B, 2, F); `stream` as of `Subspace.decode`."""
-        return self.code.decode(rows, stream)
+    def features(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> np.ndarray:
+        """u8 (B, code_bytes) -> features f32 (B, 2, F); `dither_keys` as of `Subspace.decode`."""
+        return self.code.decode(codes, dither_keys)
 
-    def decode(self, rows: np.ndarray, stream: np.ndarray | None = None) -> np.ndarray:
-        """u8 (B, row_bytes) -> the head's logits of the features, f32 (B, 2, C), not centred."""
+    def decode(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> np.ndarray:
+        """u8 (B, code_bytes) -> the head's logits of the features, f32 (B, 2, C), not centred."""
         weight, bias = self.head
-        return self.features(rows, stream) @ weight.T + bias
+        return self.features(codes, dither_keys) @ weight.T + bias
 
-    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes:
+    def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes:
         """As `Subspace.pack`."""
-        return self.code.pack(rows, stream)
+        return self.code.pack(codes, dither_keys)
 
-    def unpack(self, data: bytes, stream: np.ndarray | None = None) -> np.ndarray:
+    def unpack(self, data: bytes, dither_keys: np.ndarray | None = None) -> np.ndarray:
         """As `Subspace.unpack`."""
-        return self.code.unpack(data, stream)
+        return self.code.unpack(data, dither_keys)
 
 
 def fit(
@@ -116,8 +116,8 @@ def fit(
             vectors[part], lambda basis: fitting.sensitivity(logits[part], basis @ exact.T, temperature) + price
         )
 
-    def cost(code: Subspace, part: slice, stream: np.ndarray) -> float:
-        decoded = code.decode(code.quantised(features[part], stream), stream).astype(np.float64)
+    def cost(code: Subspace, part: slice, dither_keys: np.ndarray) -> float:
+        decoded = code.decode(code.quantised(features[part], dither_keys), dither_keys).astype(np.float64)
         noise = np.square(decoded - vectors[part]).sum(-1).mean()
         return divergence(logits[part], decoded @ exact.T + bias, temperature) + price * noise
 
@@ -128,10 +128,10 @@ def fit(
     return made
 
 
-def noise(codec: Features, features: np.ndarray, rows: np.ndarray, stream: np.ndarray) -> float:
-    """Mean square of what rows u8 (n, row_bytes) are off by, as a share of the variance of the features (n, 2, F)."""
+def noise(codec: Features, features: np.ndarray, codes: np.ndarray, dither_keys: np.ndarray) -> float:
+    """Mean square of what codes u8 (n, code_bytes) are off by, as a share of the variance of the features (n, 2, F)."""
     true = features.astype(np.float64)
-    off = np.square(codec.features(rows, stream) - true).sum(-1).mean()
+    off = np.square(codec.features(codes, dither_keys) - true).sum(-1).mean()
     return float(off / max(np.square(true - true.mean(axis=(0, 1))).sum(-1).mean(), 1e-12))
 
 

@@ -38,22 +38,22 @@ class Fidelity:
 def measure(
     codec: Code,
     logits: np.ndarray,
-    stream: np.ndarray,
-    rows: np.ndarray | None = None,
+    dither_keys: np.ndarray,
+    codes: np.ndarray | None = None,
     temperature: float = TEMPERATURE,
 ) -> Fidelity:
-    """Of `codec` on logits f32 (n, 2, C) with dither keys u64 (n,); `rows`, if they are encoded already.
+    """Of `codec` on logits f32 (n, 2, C) with `dither_keys` u64 (n,); `codes`, if they are encoded already.
 
     KL is measured at `TEMPERATURES` and at `temperature`.
     """
-    rows = codec.encode(logits, stream) if rows is None else rows
-    true, decoded = _centred(logits), _centred(codec.decode(rows, stream))
+    codes = codec.encode(logits, dither_keys) if codes is None else codes
+    true, decoded = _centred(logits), _centred(codec.decode(codes, dither_keys))
     return Fidelity(
         kl={t: divergence(true, decoded, t) for t in sorted({*TEMPERATURES, temperature})},
         slope=_slope(true, decoded),
         agreement=float((true.argmax(-1) == decoded.argmax(-1)).mean()),
-        bytes_per_vector=len(codec.pack(rows, stream)) / (2 * len(rows)),
-        pairs=len(rows),
+        bytes_per_vector=len(codec.pack(codes, dither_keys)) / (2 * len(codes)),
+        pairs=len(codes),
     )
 
 
@@ -79,10 +79,10 @@ class Drift:
 
 
 def drift(
-    codec: Code, logits: np.ndarray, rows: np.ndarray, stream: np.ndarray, temperature: float = TEMPERATURE
+    codec: Code, logits: np.ndarray, codes: np.ndarray, dither_keys: np.ndarray, temperature: float = TEMPERATURE
 ) -> Drift:
-    """How far labels u8 (n, row_bytes) are from the logits f32 (n, 2, C) that they code."""
-    true, decoded = _centred(logits), _centred(codec.decode(rows, stream))
+    """How far codes u8 (n, code_bytes) are from the logits f32 (n, 2, C) that they say."""
+    true, decoded = _centred(logits), _centred(codec.decode(codes, dither_keys))
     kl = divergences(true, decoded, temperature).ravel()
     slope = _slope(true, decoded)
     off = (true * (decoded - slope * true)).sum(-1)

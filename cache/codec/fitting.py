@@ -46,8 +46,8 @@ def fit(logits: np.ndarray, kl: float, temperature: float = TEMPERATURE) -> Subs
     require_pairs(len(logits), "use --codec int8")
     require_encodable(logits, logits.shape[2])
 
-    def cost(code: Subspace, part: slice, stream: np.ndarray) -> float:
-        return measure(code, logits[part], stream, temperature=temperature).kl[temperature]
+    def cost(code: Subspace, part: slice, dither_keys: np.ndarray) -> float:
+        return measure(code, logits[part], dither_keys, temperature=temperature).kl[temperature]
 
     return search(_centred(logits), lambda part: _directions(logits[part], temperature), cost, kl, "use --codec int8")
 
@@ -71,12 +71,12 @@ def search(
     `fix` is said if the budget is not reached.
     """
     cut = held_out(len(vectors))
-    stream = np.arange(len(vectors) - cut, dtype=np.uint64)
+    dither_keys = np.arange(len(vectors) - cut, dtype=np.uint64)
     part = find(slice(cut))
     moments = _moments(_coefficients(vectors[cut:], part))
     nominal, tried = budget, []
     for _ in range(_ROUNDS):
-        found = cost(_code(part, moments, nominal), slice(cut, None), stream)
+        found = cost(_code(part, moments, nominal), slice(cut, None), dither_keys)
         off = abs(found / (_MARGIN * budget) - 1)
         tried.append((found > _MISSED * budget, off, found, nominal))
         if found <= 0 or off < _TOLERANCE:

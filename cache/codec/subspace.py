@@ -3,7 +3,7 @@
 A vector of logits, centred (softmax does not see its mean), less the mean over the data, is projected on directions
 b_i, and its coefficient along b_i is rounded with a dither u that the reader subtracts again (Gray & Stockham,
 *Dithered quantizers*, 1993): decoded = mean + sum_i (q_i - beta_i u_i) step_i b_i. The expectation over the dither is
-the truth, whatever the logits; the errors are independent between rows and views. Students average such errors away,
+the truth, whatever the logits; the errors are independent between pairs and views. Students average such errors away,
 whereas they learn a bias, be it a smaller one.
 
 Steps and beta are chosen per direction. A direction of spread s costs the rate I(s / step) (the mutual information of
@@ -22,7 +22,7 @@ from functools import cached_property
 import numpy as np
 
 from cache.codec import entropy
-from cache.codec.base import MAX_CLASSES, RESTORE, checked_rows, keys, require_encodable, untouched
+from cache.codec.base import MAX_CLASSES, RESTORE, checked_codes, checked_keys, require_encodable, untouched
 from cache.errors import UserError
 from cache.outside import require, whole
 
@@ -30,7 +30,7 @@ MAX_DIMS = 4096
 
 _ALIGN = 16  # bytes: a view's segment can be read in vectors
 _MAX_BYTES = 1 << 32
-_HEADER = 5  # number of rows, and whether their keys are left out
+_HEADER = 5  # number of pairs, and whether their dither keys are left out
 _KEY_BYTES = 8
 _RANGES = (  # of the arrays' values
     ("mean", -1e6, 1e6),
@@ -57,7 +57,7 @@ _AXES = {"c": "class", "d": "direction", "2": "image"}
 class Subspace:
     """One fitted code. Arrays are little-endian bytes, so that equality and JSON come for free.
 
-    A row is its dither key, u64, eight zeros, and two segments, original before augmented: `wide` signed bytes, then
+    A pair's codes are its dither key, u64, eight zeros, and two segments: `wide` signed bytes, then
     the other coefficients as nibbles (the first half of them low, the second high), padded to a multiple of 16 bytes.
     """
 
@@ -85,11 +85,11 @@ class Subspace:
 
     @property
     def segment(self) -> int:
-        """Bytes of one view of a row."""
+        """Bytes of one view of a pair."""
         return -(-(self.wide + (self.dims - self.wide + 1) // 2) // _ALIGN) * _ALIGN
 
     @property
-    def row_bytes(self) -> int:
+    def code_bytes(self) -> int:
         return _ALIGN + 2 * self.segment
 
     @property
@@ -133,96 +133,96 @@ class Subspace:
         flat = (vectors - self.array("mean")).reshape(-1, self.classes)
         return (flat @ self._analysis).reshape(len(vectors), 2, self.dims)
 
-    def encode(self, logits: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes). Raises UserError for logits that no codec keeps."""
+    def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        """f32 (B, 2, C), u64 (B,) -> u8 (B, code_bytes). Raises UserError for logits that no codec keeps."""
         require_encodable(logits, self.classes)
-        return self.quantised(logits - logits.mean(axis=2, keepdims=True), stream)
+        return self.quantised(logits - logits.mean(axis=2, keepdims=True), dither_keys)
 
-    def quantised(self, vectors: np.ndarray, stream: np.ndarray) -> np.ndarray:
+    def quantised(self, vectors: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
         """`encode` of vectors f32 (B, 2, C) as they are, centred or not."""
         views = np.empty((len(vectors), 2, self.segment), np.uint8)
-        key = keys(stream, len(views))
-        entropy.quantise(self.project(vectors), key, self.trellis, self.wide, views)
-        return self._rows(views, key)
+        dither_keys = checked_keys(dither_keys, len(views))
+        entropy.quantise(self.project(vectors), dither_keys, self.trellis, self.wide, views)
+        return self._codes(views, dither_keys)
 
-    def decode(self, rows: np.ndarray, stream: np.ndarray | None = None) -> np.ndarray:
-        """u8 (B, row_bytes) -> f32 (B, 2, C); centred, each vector's mean is zero but for rounding.
+    def decode(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> np.ndarray:
+        """u8 (B, code_bytes) -> f32 (B, 2, C); centred, each vector's mean is zero but for rounding.
 
-        `stream` u64 (B,), the rows' dither keys, stands in for those that the rows carry.
+        `dither_keys` u64 (B,) stand in for those that the codes carry.
         """
-        views, key = self._parts(rows)
-        key = key if stream is None else keys(stream, len(views))
+        views, carried = self._parts(codes)
+        dither_keys = carried if dither_keys is None else checked_keys(dither_keys, len(views))
         steps = np.empty((len(views), 2, self.dims), np.float32)
-        entropy.dequantise(views, key, self.wide, self.array("beta").astype(np.int32), steps)
+        entropy.dequantise(views, dither_keys, self.wide, self.array("beta").astype(np.int32), steps)
         decoded = steps.reshape(-1, self.dims) @ self.synthesis + self.array("mean")
         return decoded.reshape(len(views), 2, self.classes)
 
-    def pack(self, rows: np.ndarray, stream: np.ndarray | None = None) -> bytes:
-        """Entropy code of rows u8 (B, row_bytes).
+    def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes:
+        """Entropy code of codes u8 (B, code_bytes).
 
-        With the dither keys `stream` u64 (B,) given they are left out, as `unpack` will be given them too; a row of
-        zeros is then a row without labels. Raises ValueError for rows that `encode` does not make, or of other keys.
+        With `dither_keys` u64 (B,) given they are left out, as `unpack` will be given them too; zeros are then a pair
+        without labels. Raises ValueError for codes that `encode` does not make, or of other keys.
         """
-        views, key = self._parts(rows)
-        there = rows.any(axis=1)
-        if stream is not None and (key != keys(stream, len(views)))[there].any():
-            raise ValueError("rows of other dither keys")
-        views, key = views[there], key[there]
+        views, carried = self._parts(codes)
+        there = codes.any(axis=1)
+        if dither_keys is not None and (carried != checked_keys(dither_keys, len(views)))[there].any():
+            raise ValueError("codes of other dither keys")
+        views, carried = views[there], carried[there]
         words = np.empty(2 * self.dims * len(views) + 2, "<u4")
-        used = entropy.encode(views, key, self.trellis, self.wide, *self._models, words)
-        if not used or rows[:, _KEY_BYTES:_ALIGN].any():
-            raise ValueError("rows that no logits make")
-        kept = b"" if stream is not None else key.astype("<u8").tobytes()
-        head = len(rows).to_bytes(4, "little") + bytes([stream is not None])
+        used = entropy.encode(views, carried, self.trellis, self.wide, *self._models, words)
+        if not used or codes[:, _KEY_BYTES:_ALIGN].any():
+            raise ValueError("codes that no logits make")
+        kept = b"" if dither_keys is not None else carried.astype("<u8").tobytes()
+        head = len(codes).to_bytes(4, "little") + bytes([dither_keys is not None])
         return head + np.packbits(there).tobytes() + kept + words[len(words) - used :].tobytes()
 
-    def unpack(self, data: bytes, stream: np.ndarray | None = None) -> np.ndarray:
-        """What `pack` was given: u8 (B, row_bytes). Raises ValueError for bytes that are no code of such rows."""
+    def unpack(self, data: bytes, dither_keys: np.ndarray | None = None) -> np.ndarray:
+        """What `pack` was given: u8 (B, code_bytes). Raises ValueError for bytes that are no code of such codes."""
         if len(data) < _HEADER or data[4] > 1:
-            raise ValueError("no packed rows")
+            raise ValueError("no packed codes")
         count, left_out = int.from_bytes(data[:4], "little"), data[4] == 1
-        if left_out and stream is None:
-            raise ValueError("rows packed with their dither keys cannot be unpacked without")
-        if stream is not None and count != len(stream):
-            raise ValueError(f"{count} packed rows, expected {len(stream)}")
-        if count * self.row_bytes > _MAX_BYTES:
-            raise ValueError(f"{count} packed rows would take more than {_MAX_BYTES} bytes")
+        if left_out and dither_keys is None:
+            raise ValueError("codes packed with their dither keys cannot be unpacked without")
+        if dither_keys is not None and count != len(dither_keys):
+            raise ValueError(f"{count} packed codes, expected {len(dither_keys)}")
+        if count * self.code_bytes > _MAX_BYTES:
+            raise ValueError(f"{count} packed codes would take more than {_MAX_BYTES} bytes")
         at = _HEADER + -(-count // 8)
         if len(data) < at:
-            raise ValueError("packed rows cut short")
+            raise ValueError("packed codes cut short")
         there = np.unpackbits(np.frombuffer(data, np.uint8, at - _HEADER, _HEADER), count=count).astype(bool)
         if np.packbits(there).tobytes() != data[_HEADER:at]:
-            raise ValueError("no packed rows")
+            raise ValueError("no packed codes")
         if left_out:
-            assert stream is not None  # refused above
-            key = keys(stream, count)[there]
+            assert dither_keys is not None  # refused above
+            dither_keys = checked_keys(dither_keys, count)[there]
         else:
             size = 8 * int(there.sum())
             if len(data) < at + size:
-                raise ValueError("packed rows cut short")
-            key = np.frombuffer(data, "<u8", size // 8, at).astype(np.uint64)
+                raise ValueError("packed codes cut short")
+            dither_keys = np.frombuffer(data, "<u8", size // 8, at).astype(np.uint64)
             at += size
         if (len(data) - at) % 4:
-            raise ValueError("packed rows cut short")
-        views = untouched((len(key), 2, self.segment))
+            raise ValueError("packed codes cut short")
+        views = untouched((len(dither_keys), 2, self.segment))
         words = np.frombuffer(data, "<u4", offset=at)
-        if not entropy.decode(words, key, self.trellis, self.wide, *self._models, views):
-            raise ValueError("packed rows that do not end where they should")
-        rows = untouched((count, self.row_bytes))
-        rows[there] = self._rows(views, key)
-        return rows
+        if not entropy.decode(words, dither_keys, self.trellis, self.wide, *self._models, views):
+            raise ValueError("packed codes that do not end where they should")
+        codes = untouched((count, self.code_bytes))
+        codes[there] = self._codes(views, dither_keys)
+        return codes
 
-    def _rows(self, views: np.ndarray, key: np.ndarray) -> np.ndarray:
-        rows = np.zeros((len(views), self.row_bytes), np.uint8)
-        rows[:, :_KEY_BYTES] = key.astype("<u8").view(np.uint8).reshape(-1, _KEY_BYTES)
-        rows[:, _ALIGN:] = views.reshape(len(views), 2 * self.segment)
-        return rows
+    def _codes(self, views: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        codes = np.zeros((len(views), self.code_bytes), np.uint8)
+        codes[:, :_KEY_BYTES] = dither_keys.astype("<u8").view(np.uint8).reshape(-1, _KEY_BYTES)
+        codes[:, _ALIGN:] = views.reshape(len(views), 2 * self.segment)
+        return codes
 
-    def _parts(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Views u8 (B, 2, segment) and dither keys u64 (B,) of rows."""
-        rows = checked_rows(rows, self)
-        key = rows[:, :_KEY_BYTES].copy().view("<u8").astype(np.uint64).reshape(len(rows))
-        return np.ascontiguousarray(rows[:, _ALIGN:]).reshape(len(rows), 2, self.segment), key
+    def _parts(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Views u8 (B, 2, segment) and dither keys u64 (B,) of codes."""
+        codes = checked_codes(codes, self)
+        carried = codes[:, :_KEY_BYTES].copy().view("<u8").astype(np.uint64).reshape(len(codes))
+        return np.ascontiguousarray(codes[:, _ALIGN:]).reshape(len(codes), 2, self.segment), carried
 
 
 def split(codec: Subspace) -> tuple[dict, dict[str, np.ndarray]]:

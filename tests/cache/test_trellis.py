@@ -243,7 +243,7 @@ def test_only_paths_can_be_packed(data):
         if is_path(q, codec.trellis).all():
             np.testing.assert_array_equal(codec.unpack(codec.pack(rows, keys), keys), rows)
         else:
-            with pytest.raises(ValueError, match="rows that no logits make"):
+            with pytest.raises(ValueError, match="codes that no logits make"):
                 codec.pack(rows, keys)
 
 
@@ -256,7 +256,7 @@ def test_a_change_of_one_integer_of_a_row_is_refused():
         other[0, view, i] ^= (1, 2, 4)[by]  # by four there are other integers that lead to the same state
         changed = rows_of(codec, other, stream[:1])
         if i < 12 and (by == 0 or (by == 1 and i < 11)):
-            with pytest.raises(ValueError, match="rows that no logits make"):
+            with pytest.raises(ValueError, match="codes that no logits make"):
                 codec.pack(changed, stream[:1])
         else:
             np.testing.assert_array_equal(codec.unpack(codec.pack(changed)), changed)
