@@ -62,8 +62,8 @@ def _fashion() -> Trial:
 
 def _photographs(teacher: str) -> Trial:
     """At 64 pixels: there the teacher's top class is that of 160 for two images in five, at 32 for one in five. A
-    network of few multiplications and a quarter of the images, so that a student takes a minute of a core. The rate
-    is Fashion-MNIST's."""
+    network of few multiplications and a quarter of the images, so that a student takes a minute or two of a core. The
+    rate is Fashion-MNIST's."""
     policy = Policy("photographs", 0.2, TABLES["imagenet"], Base(64, scale=(0.25, 1.0)), (0.5,) * 3, (0.5,) * 3)
     return Trial("photographs", "", teacher, "timm/test_byobnet", policy, 750, 16, 1, 32, 0.05, 2, real.SIZE)
 
