@@ -35,8 +35,8 @@ def below(words: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
     return ((words.astype(np.uint64) * np.asarray(bound, np.uint64)) >> _SHIFT).astype(np.int64)
 
 
-def stream(seed: int, key_hash: np.ndarray, view: int) -> np.ndarray:
-    """The dither key of a stored row: u64 (B,), a function of (seed, key hash, view)."""
+def dither_keys(seed: int, key_hash: np.ndarray, view: int) -> np.ndarray:
+    """The dither keys of stored labels: u64 (B,), a function of (seed, key hash, view)."""
     key_hash = np.asarray(key_hash, np.uint64)
     words = philox((key_hash & np.uint64(0xFFFFFFFF), key_hash >> np.uint64(32), view, 0), seed)
     return words[:, :2].copy().view("<u8")[:, 0]

@@ -99,7 +99,7 @@ def test_a_teacher_pass_goes_on_with_another_batch_size_and_threads(digits, teac
         ours, theirs = (cache.open(place).load_plane(view) for place in (store, whole))
         np.testing.assert_array_equal(ours.digest, theirs.digest)
         np.testing.assert_allclose(ours.weight, theirs.weight, atol=1e-5)
-        assert (ours.encoded != theirs.encoded).mean() < 0.01
+        assert (ours.codes != theirs.codes).mean() < 0.01
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_a_teacher_of_more_classes_answers_for_those_that_the_map_leads_to(capsy
     labelled(capsys, digits, f"cifar/resnet8@{narrow}", tmp_path / "n.zarr")
     planes = [cache.open(str(path)).load_plane(0) for path in (store, tmp_path / "n.zarr")]
     # A layer of 25 outputs is summed in another order than one of 10: half a step of int8 at most.
-    difference = planes[0].encoded[:, 16:].astype(int) - planes[1].encoded[:, 16:].astype(int)
+    difference = planes[0].codes[:, 16:].astype(int) - planes[1].codes[:, 16:].astype(int)
     assert np.abs((difference + 128) % 256 - 128).max() <= 1
 
     verify = ["verify", store, "--data", digits, "--teacher", wide, "--device", "cpu"]

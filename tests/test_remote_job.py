@@ -37,7 +37,7 @@ def test_store_and_student_are_those_of_local_shards(digits, teacher, tmp_path, 
         store, weights = job(tmp_path / "data", teacher, tmp_path / "remote", shard_cache=tmp_path / "cache")
         assert sum(servers.faults.made.values()) > 20 and len(servers.faults.made) == len(KINDS)
     for view in range(2):
-        for name in ("encoded", "weight", "digest"):
+        for name in ("codes", "weight", "digest"):
             np.testing.assert_array_equal(*(getattr(s.load_plane(view), name) for s in (store, expected_store)))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

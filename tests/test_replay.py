@@ -89,7 +89,7 @@ def test_a_batch_holds_what_the_teacher_saw_and_said(digits, labels):
         np.testing.assert_allclose(batch.images.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
         assert batch.images.is_contiguous(memory_format=torch.channels_last) and len(batch) == 16
         assert batch.target.tolist() == index.records["label"][rows].tolist()
-        decoded = store.codec.decode(plane.encoded[rows], store.stream(0, rows))
+        decoded = store.codec.decode(plane.codes[rows], store.dither_keys(0, rows))
         np.testing.assert_allclose(batch.teacher.logits().numpy(), decoded, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(batch.teacher.weight.numpy(), plane.weight[rows])
         views = draw(

@@ -142,7 +142,7 @@ class Labels:
         if seed != self._seed:
             self._seed, self._coded = seed, {}
         if view not in self._coded:
-            keys = philox.stream(seed, self.problem.streams[view], view)
+            keys = philox.dither_keys(seed, self.problem.streams[view], view)
             self._coded[view] = self._encode(self.codec, view, keys), keys
         return torch.from_numpy(self.codec.decode(*(array[index] for array in self._coded[view])))
 

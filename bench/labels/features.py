@@ -103,7 +103,7 @@ def _look(network, index: Index, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
             advance(len(batch.rows))
     order = np.random.default_rng(_SEED).permutation(sum(map(len, seen)))
     at = np.concatenate(seen)[order]
-    stream = philox.stream(_SEED, index.records["key_hash"][at], 0)
+    stream = philox.dither_keys(_SEED, index.records["key_hash"][at], 0)
     head = {"weight": teacher.head.weight, "bias": teacher.head.bias}
     return np.concatenate(logits)[order], np.concatenate(given)[order], head, stream
 

@@ -51,7 +51,7 @@ def simulation(samples: int, held_out: int, views: int) -> Problem:
     features, logits, _ = simulated.draw(teacher, samples, views, _DATA_SEED)
     held_features, held_logits, held_labels = simulated.draw(teacher, held_out, 1, _HELD_SEED)
     keys = np.arange(samples, dtype=np.uint64)
-    streams = [philox.stream(_STREAM_SEED, keys, view) for view in range(views)]
+    streams = [philox.dither_keys(_STREAM_SEED, keys, view) for view in range(views)]
     labels = held_labels[:, None].expand(-1, 2)
     head = _head(simulated.FEATURES)
     return Problem(features, logits, streams, held_features[0], held_logits[0], labels, "accuracy", BATCH, head)

@@ -118,7 +118,7 @@ def look(teacher: Network, index: Index, views: int, work: Path) -> Views:
         parts = [np.load(path) for path, part in wanted.items() if part[0] == view]
         for name, kept in found.items():
             kept.append(torch.from_numpy(np.concatenate([part[name] for part in parts])))
-    streams = [philox.stream(_SEED, index.records["key_hash"][good], view) for view in range(views)]
+    streams = [philox.dither_keys(_SEED, index.records["key_hash"][good], view) for view in range(views)]
     return Views(**found, streams=streams)
 
 

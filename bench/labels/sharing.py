@@ -36,7 +36,7 @@ def compare(work: Path | None) -> list[dict]:
     try:
         store = _written(path)
         plane = store.load_plane(0)
-        size, crc = plane.encoded.nbytes + 8 * len(plane.encoded), zlib.crc32(plane.encoded.tobytes())
+        size, crc = plane.codes.nbytes + 8 * len(plane.codes), zlib.crc32(plane.codes.tobytes())
         del plane
         return [_row(path, world, size, crc) for world in PROCESSES]
     finally:
@@ -88,7 +88,7 @@ def _written(path: Path) -> Store:
     store = cache.create(path, manifest, np.zeros(SAMPLES, np.uint8), np.arange(SAMPLES, dtype=np.uint64))
     for view, block in store.missing_blocks():
         at = np.arange(*store.block_range(block))
-        rows = codec.encode(logits, store.stream(view, at))
+        rows = codec.encode(logits, store.dither_keys(view, at))
         store.write_block(view, block, rows, np.ones(len(at), np.float32), np.zeros((len(at), 2), np.uint32))
     return store
 
@@ -101,7 +101,7 @@ def _process(path: str, job: str, rank: str, world: str) -> None:
     print(0, flush=True)
     input()
     plane = shared.load(store, 0, cache.Share(job, int(rank), int(world), _FOLDER))
-    print(zlib.crc32(plane.encoded.tobytes()), flush=True)
+    print(zlib.crc32(plane.codes.tobytes()), flush=True)
     assert plane.weight.all() and plane.digest.all()  # every page of them is read
     input()
     mapping = Path("/proc/self/smaps").read_text().partition("jda-plane")[2]

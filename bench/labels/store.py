@@ -100,7 +100,7 @@ def run(config: Bench) -> dict:
 
 def compare(makes: dict[str, Make], fit: np.ndarray, held: np.ndarray) -> list[dict]:
     """Rows of the formats, fitted to logits f32 (n, 2, C) and measured on `held` f32 (m, 2, C)."""
-    stream = philox.stream(_SEED, np.arange(len(held), dtype=np.uint64), 0)
+    stream = philox.dither_keys(_SEED, np.arange(len(held), dtype=np.uint64), 0)
     true = weights(held)
     rows = []
     for name, make in makes.items():
@@ -145,7 +145,7 @@ def _against_networks(sources: dict) -> list[dict]:
     fit, held = next(iter(sources.values()))
     coder = ARMS["subspace-0.05"](fit)
     assert coder is not None
-    stream = philox.stream(_SEED, np.arange(len(held), dtype=np.uint64), 0)
+    stream = philox.dither_keys(_SEED, np.arange(len(held), dtype=np.uint64), 0)
     encoded = coder.encode(held, stream)
     images = torch.randn(16, 3, 224, 224)
     teacher, student = timm.create_model("resnet34").eval(), timm.create_model("resnet18")

@@ -54,7 +54,7 @@ Progress = Callable[[int, int], None]
 
 
 class Block(NamedTuple):
-    rows: np.ndarray
+    codes: np.ndarray
     """u8 (n, code_bytes)."""
     weight: np.ndarray
     """f32 (n,)."""
@@ -86,9 +86,9 @@ class Store:
         start = block * self.manifest.block_rows
         return start, min(start + self.manifest.block_rows, self.manifest.samples)
 
-    def stream(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
+    def dither_keys(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
         """Dither keys u64 (B,) of index rows, for the codec."""
-        return philox.stream(self.manifest.seed, self.key_hash[rows], view)
+        return philox.dither_keys(self.manifest.seed, self.key_hash[rows], view)
 
     def missing_blocks(self, view: int | None = None) -> list[tuple[int, int]]:
         """(view, block) of every block without a commit, in order; of one view if given."""
@@ -101,13 +101,13 @@ class Store:
         self,
         view: int,
         block: int,
-        rows: np.ndarray,
+        codes: np.ndarray,
         weight: np.ndarray,
         digest: np.ndarray,
         fidelity: tuple[float, float] = (math.nan, math.nan),
         energy: np.ndarray | None = None,
     ) -> None:
-        """Write and commit one block: `rows` u8 (n, code_bytes), `weight` f32 (n,), `digest` u32 (n, 2), and where the
+        """Write and commit one block: `codes` u8 (n, code_bytes), `weight` f32 (n,), `digest` u32 (n, 2), and where the
         store keeps it `energy` f32 (n, 2).
 
         `weight` is rounded to steps of 2⁻²⁰, `energy` of 2⁻⁸. `digest` is the CRC-32 of each view's pixels, or, (n,),
@@ -116,21 +116,21 @@ class Store:
         """
         start, stop = self.block_range(block)
         energy = np.empty((stop - start, 0), np.float32) if energy is None else energy
-        given = Block(rows, weight, digest, np.array(fidelity, np.float32), energy)
+        given = Block(codes, weight, digest, np.array(fidelity, np.float32), energy)
         like = self._stored(stop - start)
         if self.manifest.format > 2 and digest.dtype == np.uint32 and digest.shape == (stop - start, 2):
             given = given._replace(digest=beside.pair_digest(digest))
         for name, array, wanted in zip(layout.BLOCK, given, like, strict=True):
             if array.shape != wanted.shape or array.dtype != wanted.dtype:
                 raise ValueError(f"{name}: expected {wanted.dtype} {wanted.shape}, got {array.dtype} {array.shape}")
-        given = given._replace(rows=np.ascontiguousarray(rows))
+        given = given._replace(codes=np.ascontiguousarray(codes))
         if self.manifest.format > 2:
             given = given._replace(weight=beside.rounded(weight, beside.WEIGHT_STEP))
             given = given._replace(energy=beside.rounded(energy, beside.ENERGY_STEP))
         self.files.delete(self.key("commit", view, block))
         for name, array in zip(self.block_arrays, given, strict=False):
             self.files.put_chunk(self.key(name, view, block), self._chunk(name, view, block, array))
-        commit = self._commit_of(_crc(given.rows), view, block, given)
+        commit = self._commit_of(_crc(given.codes), view, block, given)
         self.files.put_chunk(self.key("commit", view, block), commit.to_bytes(8, "little"))
 
     def read_block(self, view: int, block: int) -> Block:
@@ -145,7 +145,7 @@ class Store:
     def load_plane(self, view: int, out: np.ndarray | None = None, progress: Progress | None = None) -> Plane:
         """All samples' labels of one view, every block checked against its commit.
 
-        `out` u8 (N, code_bytes), if given, takes the encoded rows, and holds anything after an error. Raises UserError
+        `out` u8 (N, code_bytes), if given, takes the codes, and holds anything after an error. Raises UserError
         if a block is missing or damaged, or for want of memory.
         """
         samples, width, blocks = self.manifest.samples, self.codec.code_bytes, self.manifest.blocks
@@ -167,7 +167,7 @@ class Store:
     def as_plane(self, view: int, filled: Block) -> Plane:
         """A view's arrays of all samples."""
         energy = filled.energy if self.energies else None
-        return Plane(view, filled.rows, filled.weight, filled.digest, self.status == 0, energy)
+        return Plane(view, filled.codes, filled.weight, filled.digest, self.status == 0, energy)
 
     @property
     def energies(self) -> int:
@@ -193,11 +193,11 @@ class Store:
         """Fill a block's part of a view's arrays, all but fidelity, checked. Raises UserError as `read_block` does."""
         rows = slice(*self.block_range(block))
         fidelity = np.empty(2, np.float32)
-        part = Block(plane.rows[rows], plane.weight[rows], plane.digest[rows], fidelity, plane.energy[rows])
+        part = Block(plane.codes[rows], plane.weight[rows], plane.digest[rows], fidelity, plane.energy[rows])
         self._read_into(view, block, part)
 
     def label_bytes(self) -> int:
-        """What the encoded rows of all blocks take on disk."""
+        """What the codes of all blocks take on disk."""
         return sum(self.files.sizes("pairs/c").values())
 
     def sizes(self) -> dict[str, int]:
@@ -219,10 +219,10 @@ class Store:
         """The key of a block's chunk of an array."""
         return layout.key(name, self._arrays[name], view, block)
 
-    def _empty(self, count: int, rows: np.ndarray | None = None) -> Block:
-        rows = np.empty((count, self.codec.code_bytes), np.uint8) if rows is None else rows
+    def _empty(self, count: int, codes: np.ndarray | None = None) -> Block:
+        codes = np.empty((count, self.codec.code_bytes), np.uint8) if codes is None else codes
         energy = np.empty((count, self.energies), np.float32)
-        return Block(rows, np.empty(count, np.float32), np.empty(count, np.uint32), np.empty(2, np.float32), energy)
+        return Block(codes, np.empty(count, np.float32), np.empty(count, np.uint32), np.empty(2, np.float32), energy)
 
     def _stored(self, count: int, like: Block | None = None) -> Block:
         """A block's arrays as the store has them; those of `like` where they are the same."""
@@ -233,9 +233,9 @@ class Store:
         """Fill the arrays of `out`, and check them against the commit."""
         stored = self._stored(len(out.weight), out)
         if self.codec.packed:
-            crc = self._unpack(view, block, out.rows)
+            crc = self._unpack(view, block, out.codes)
         else:
-            crc = self._read_chunk("pairs", view, block, out.rows)
+            crc = self._read_chunk("pairs", view, block, out.codes)
         for name, array in zip(self.block_arrays[1:], stored[1:], strict=False):
             self._read_chunk(name, view, block, array)
         commit = np.empty(1, np.uint64)
@@ -262,14 +262,14 @@ class Store:
         return 0
 
     def _unpack(self, view: int, block: int, out: np.ndarray) -> int:
-        """Fill `out` u8 (n, code_bytes) with a block's packed rows; returns their CRC-32C."""
+        """Fill `out` u8 (n, code_bytes) with a block's packed codes; returns their CRC-32C."""
         rows = slice(*self.block_range(block))
         try:
             data, _ = self.files.get_chunk(self.key("pairs", view, block), 0, self._most_packed(len(out)))
         except Damaged as error:
             raise self._damaged("pairs", view, block, error) from error
         try:
-            out[:] = self.codec.unpack(data.tobytes(), self.stream(view, rows))
+            out[:] = self.codec.unpack(data.tobytes(), self.dither_keys(view, rows))
         except ValueError as error:
             raise self._damaged("pairs", view, block, error) from error
         return _crc(out)
@@ -277,24 +277,24 @@ class Store:
     def _chunk(self, name: str, view: int, block: int, values: np.ndarray) -> bytes:
         """The bytes of a chunk that begins with `values`, without its CRC-32C."""
         if name == "pairs" and self.codec.packed:
-            data = self.codec.pack(values, self.stream(view, slice(*self.block_range(block))))
+            data = self.codec.pack(values, self.dither_keys(view, slice(*self.block_range(block))))
             assert len(data) <= self._most_packed(len(values)), "a codec that inflates"
             return data
         data = padded(values, self._arrays[name])
         return beside.squeezed(data) if self._arrays[name].coded == "blosc" else data
 
     def _most_packed(self, count: int) -> int:
-        """Bytes that no packed chunk of `count` rows exceeds."""
+        """Bytes that no packed chunk of `count` pairs exceeds."""
         return 2 * count * self.codec.code_bytes + 4096
 
-    def _commit_of(self, rows_crc: int, view: int, block: int, content: Block) -> int:
-        """2³² + CRC-32C of a block's unpacked rows, its other arrays, its samples, and whose block it is.
+    def _commit_of(self, codes_crc: int, view: int, block: int, content: Block) -> int:
+        """2³² + CRC-32C of a block's unpacked codes, its other arrays, its samples, and whose block it is.
 
         The dither keys are functions of the samples' key hashes, the view, and the seed, which the origin holds.
         """
         rows = slice(*self.block_range(block))
         whose = np.array([self.origin, view, block], "<u8")
-        crc = rows_crc
+        crc = codes_crc
         for array in (*content[1:], self.status[rows], self.key_hash[rows], whose):
             crc = google_crc32c.extend(crc, np.ascontiguousarray(array, array.dtype.newbyteorder("<")))  # type: ignore
         return _COMMITTED | crc

@@ -28,7 +28,7 @@ def planes(
 ) -> Iterator[Plane]:
     """The planes of `views`, in order; while one is in use the next one loads in the background.
 
-    A view that follows itself is not read again. With mode "mmap" the encoded rows are in an unnamed file in `folder`
+    A view that follows itself is not read again. With mode "mmap" the codes are in an unnamed file in `folder`
     (default: where temporary files go), which the system pages, so that a plane may be larger than memory. With `share`
     the processes that it names hold one plane together, of which each unpacks its part: in shared memory, or, with mode
     "mmap" or for want of room there, in a file in `folder`. `progress` is called, by other threads, as by

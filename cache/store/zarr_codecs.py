@@ -1,8 +1,8 @@
 """Codecs by which zarr reads packed pairs: installed as plug-ins (entry points `zarr.codecs` of pyproject.toml).
 
-    rows = zarr.open_group("labels.zarr", mode="r")["pairs"][0, 100:200]   # u8 (100, code_bytes)
+    codes = zarr.open_group("labels.zarr", mode="r")["pairs"][0, 100:200]   # u8 (100, code_bytes)
 
-A packed chunk can be read only with its rows' dither keys, which are functions of the manifest's seed, the samples'
+A packed chunk can be read only with its pairs' dither keys, which are functions of the manifest's seed, the samples'
 key hashes and the view. zarr tells a codec none of these, but hands one that decodes parts of chunks the key of the
 chunk, beside which all of them lie. So this codec is the only one of its array, and checks the chunk's CRC-32C itself.
 """
@@ -49,14 +49,14 @@ class Packed(ArrayBytesCodec):
         raise NotImplementedError
 
     async def _decode_single(self, chunk_data: "Buffer", chunk_spec: "ArraySpec") -> "NDBuffer":
-        raise ValueError(f"packed rows need their dither keys: read them {_BY_US}.load_plane")
+        raise ValueError(f"packed codes need their dither keys: read them {_BY_US}.load_plane")
 
     async def _encode_single(self, chunk_data: "NDBuffer", chunk_spec: "ArraySpec") -> "Buffer | None":
-        raise ValueError(f"packed rows need their dither keys: write them {_BY_US}.write_block")
+        raise ValueError(f"packed codes need their dither keys: write them {_BY_US}.write_block")
 
 
 class Pairs(Packed, ArrayBytesCodecPartialDecodeMixin):
-    """Reads encoded pairs u8 (code_bytes,) of a codec that packs; a chunk that is not there is zeros, as zarr has it.
+    """Reads codes u8 (code_bytes,) of a codec that packs; a chunk that is not there is zeros, as zarr has it.
 
     Chunks are checked against their own CRC-32C, not against their commits, which `cache.open` does.
     """
@@ -68,7 +68,7 @@ class Pairs(Packed, ArrayBytesCodecPartialDecodeMixin):
 
     async def _decode_partial_single(self, byte_getter: Any, selection: Any, chunk_spec: "ArraySpec") -> Any:
         if not isinstance(byte_getter, StorePath):
-            raise ValueError(f"packed rows within a shard: read them {_BY_US}.load_plane")
+            raise ValueError(f"packed codes within a shard: read them {_BY_US}.load_plane")
         chunk = await byte_getter.get(prototype=chunk_spec.prototype)
         if chunk is None:
             return None
@@ -79,8 +79,10 @@ class Pairs(Packed, ArrayBytesCodecPartialDecodeMixin):
         first = int(block) * rows
         hashes = cast(np.ndarray, await key_hash.getitem(slice(first, first + rows)))
         out: Any = np.zeros(chunk_spec.shape, np.uint8)
-        keys = philox.stream(seed, hashes, int(view))
-        out[0, : len(hashes)] = await asyncio.to_thread(_unpacked, chunk.to_bytes(), codec, keys, byte_getter.path)
+        dither_keys = philox.dither_keys(seed, hashes, int(view))
+        out[0, : len(hashes)] = await asyncio.to_thread(
+            _unpacked, chunk.to_bytes(), codec, dither_keys, byte_getter.path
+        )
         return chunk_spec.prototype.nd_buffer.from_ndarray_like(out)[selection]
 
     async def _open(self, chunk: StorePath, root: str) -> tuple[codecs.Codec, int, AsyncArray]:
@@ -98,11 +100,11 @@ class Pairs(Packed, ArrayBytesCodecPartialDecodeMixin):
         return self._opened[root]
 
 
-def _unpacked(chunk: bytes, codec: codecs.Codec, keys: np.ndarray, key: str) -> np.ndarray:
+def _unpacked(chunk: bytes, codec: codecs.Codec, dither_keys: np.ndarray, key: str) -> np.ndarray:
     data, crc = chunk[:-4], int.from_bytes(chunk[-4:], "little")
     if google_crc32c.value(data) != crc:
         raise ValueError(f"{key} is damaged: another CRC-32C")
-    return codec.unpack(data, keys)
+    return codec.unpack(data, dither_keys)
 
 
 register_codec(PACKED, Packed)

@@ -60,11 +60,11 @@ def calibrate(config: PrecomputeTeacher, index: Index, policy: Policy, teacher: 
         codec = codecs.fit("subspace", logits[:cut], kl=budget, temperature=temperature)
     else:
         codec = codecs.make(config.codec, classes=index.classes)
-    stream = philox.stream(config.seed, index.records["key_hash"][rows[rest]], 0)
+    dither_keys = philox.dither_keys(config.seed, index.records["key_hash"][rows[rest]], 0)
     fitted = config.codec in ("auto", "subspace")
-    encoded = codec.encode(coded[rest], stream)
-    fidelity = measure(codec, logits[rest], stream, encoded, temperature)
-    noise = features.noise(codec, coded[rest], encoded, stream) if isinstance(codec, Features) else None
+    codes = codec.encode(coded[rest], dither_keys)
+    fidelity = measure(codec, logits[rest], dither_keys, codes, temperature)
+    noise = features.noise(codec, coded[rest], codes, dither_keys) if isinstance(codec, Features) else None
     agrees = None if index.class_list.unlabelled else agreement(logits[:, 0], index.records["label"][rows])
     return Calibration(codec, fidelity, budget if fitted else None, temperature, rate, agrees, noise)
 

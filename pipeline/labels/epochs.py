@@ -94,7 +94,7 @@ class Labels:
     store: Store
     plane: Plane
     device: torch.device
-    encoded: torch.Tensor
+    codes: torch.Tensor
     """u8 (N, code_bytes), on the device or in memory."""
 
     in_codes: ClassVar[bool] = True
@@ -111,8 +111,8 @@ class Labels:
     def logits(self, rows: np.ndarray) -> torch.Tensor:
         """The teacher's logits of index rows i64 (B,): f32 (B, 2, C) on the device."""
         if self.device.type == "cpu":  # the codec's own decoder is the faster one there
-            stream = self.store.stream(self.plane.view, rows)
-            return torch.from_numpy(self.store.codec.decode(self.plane.gather(rows)[0], stream))
+            dither_keys = self.store.dither_keys(self.plane.view, rows)
+            return torch.from_numpy(self.store.codec.decode(self.plane.gather(rows)[0], dither_keys))
         return self.pairs(rows).logits()
 
     def features(self, rows: np.ndarray) -> torch.Tensor:
@@ -120,21 +120,21 @@ class Labels:
         codec = self.store.codec
         assert isinstance(codec, Features), "features_of comes first"
         if self.device.type == "cpu":
-            stream = self.store.stream(self.plane.view, rows)
-            return torch.from_numpy(codec.features(self.plane.gather(rows)[0], stream))
+            dither_keys = self.store.dither_keys(self.plane.view, rows)
+            return torch.from_numpy(codec.features(self.plane.gather(rows)[0], dither_keys))
         return self.pairs(rows).features()
 
     def pairs(self, rows: np.ndarray) -> EncodedPairs:
         """The encoded labels of index rows i64 (B,) with their w f32 (B,), NaN where there is none, on the device."""
-        keys = devices.put(self.store.stream(self.plane.view, rows).view(np.int64), self.device)
+        dither_keys = devices.put(self.store.dither_keys(self.plane.view, rows).view(np.int64), self.device)
         weight = devices.put(self.plane.weight[rows], self.device)
-        if self.encoded.is_cuda:
-            return EncodedPairs(self.encoded, keys, self.decoder, weight, devices.put(rows, self.device))
+        if self.codes.is_cuda:
+            return EncodedPairs(self.codes, dither_keys, self.decoder, weight, devices.put(rows, self.device))
         # Page-locked, so that the copy runs beside the network.
         pinned = self.device.type == "cuda"
-        staged = torch.empty((len(rows), self.encoded.shape[1]), dtype=torch.uint8, pin_memory=pinned)
-        torch.index_select(self.encoded, 0, torch.from_numpy(rows), out=staged)
-        return EncodedPairs(devices.put(staged, self.device), keys, self.decoder, weight)
+        staged = torch.empty((len(rows), self.codes.shape[1]), dtype=torch.uint8, pin_memory=pinned)
+        torch.index_select(self.codes, 0, torch.from_numpy(rows), out=staged)
+        return EncodedPairs(devices.put(staged, self.device), dither_keys, self.decoder, weight)
 
 
 def epochs(
@@ -155,10 +155,10 @@ def epochs(
         advance = waiting.enter_context(progress("labels", store.manifest.blocks, "blocks"))
         for plane in cache.planes(store, views, mode=mode, folder=folder, progress=lambda *_: advance(1), share=share):
             waiting.close()
-            encoded = torch.from_numpy(plane.encoded)
+            codes = torch.from_numpy(plane.codes)
             if placement != "mmap" and device.type == "cuda":
-                encoded = encoded.pin_memory()  # so that copies run beside the network
-            yield Labels(store, plane, device, encoded.to(device, non_blocking=True) if placement == "gpu" else encoded)
+                codes = codes.pin_memory()  # so that copies run beside the network
+            yield Labels(store, plane, device, codes.to(device, non_blocking=True) if placement == "gpu" else codes)
 
 
 def place(store: Store, device: torch.device, wanted: str, held: int = 1) -> str:

@@ -74,7 +74,7 @@ def _look(store: Store, there: list[tuple[int, int]]) -> Looked:
         for row in unlabelled.tolist():
             skipped.setdefault(row, []).append(view)
         rows = np.sort(rng.choice(rows, min(len(rows), _SAMPLED // len(some) or 1), replace=False))
-        logits = store.codec.decode(block.rows[rows - start], store.stream(view, rows))
+        logits = store.codec.decode(block.codes[rows - start], store.dither_keys(view, rows))
         weight.append(block.weight[rows - start])
         for temperature, found in entropy.items():
             p = softmax(logits, temperature)
@@ -111,7 +111,7 @@ def _pairs(store: Store, loader: Loader, teacher: Teacher | None, picks) -> Iter
         if not len(batch.rows):
             continue
         at = batch.rows - store.block_range(number)[0]
-        after = store.codec.decode(block.rows[at], store.stream(view, batch.rows))
+        after = store.codec.decode(block.codes[at], store.dither_keys(view, batch.rows))
         before = teacher(batch).cpu().numpy() if teacher else None
         pixels = batch.images.cpu().numpy().swapaxes(0, 1)
         for i, row in enumerate(batch.rows.tolist()):

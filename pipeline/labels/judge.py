@@ -67,13 +67,13 @@ class Judge:
         self._moved = 0.0  # what is coded, a logit or a feature
         self._sums: defaultdict[str, float] = defaultdict(float)
 
-    def look(self, view: int, batch: Batch, encoded: np.ndarray, weight: np.ndarray, energy: np.ndarray) -> None:
-        """Enter rows: their pixels, whose digests agree, their stored pairs u8 (B, code_bytes), w f32 (B,) and energy
+    def look(self, view: int, batch: Batch, codes: np.ndarray, weight: np.ndarray, energy: np.ndarray) -> None:
+        """Enter rows: their pixels, whose digests agree, their stored codes u8 (B, code_bytes), w f32 (B,) and energy
         f32 (B, 2), or (B, 0) in a store without.
 
         Raises UserError for a teacher whose logits no code takes.
         """
-        codec, stream = self._store.codec, self._store.stream(view, batch.rows)
+        codec, dither_keys = self._store.codec, self._store.dither_keys(view, batch.rows)
         said, noisy = self._teacher.said(batch), self._again(batch)
         (logits, coded), (again, recoded) = ([part.cpu().numpy() for part in parts] for parts in (said, noisy))
         seen = np.empty(len(batch.rows), _SEEN)
@@ -85,9 +85,11 @@ class Judge:
         self._noise = max(self._noise, float(np.abs(logits - again).max()))
         self._moved = max(self._moved, float(np.abs(coded - recoded).max()))
         true = _centred(logits)
-        expected, moved = (_centred(codec.decode(codec.encode(given, stream), stream)) for given in (coded, recoded))
+        expected, moved = (
+            _centred(codec.decode(codec.encode(given, dither_keys), dither_keys)) for given in (coded, recoded)
+        )
         with np.errstate(all="ignore"):  # a damaged row may hold infinities
-            stored = _centred(codec.decode(encoded, stream))
+            stored = _centred(codec.decode(codes, dither_keys))
             seen["distance"], seen["error"] = _rms(stored - expected), _rms(stored - true)
         seen["own"] = _rms(expected - true)
         finite = (np.abs(stored) < 1e30).all(axis=(1, 2))  # NaN compares false
@@ -103,7 +105,7 @@ class Judge:
             self._sums[name] += float(value)
         seen["far"] = ~(seen["distance"] <= self._near())
         for i in np.flatnonzero(seen["far"]):
-            seen["far"][i] = not self._explained(coded[i], stream[i], stored[i])
+            seen["far"][i] = not self._explained(coded[i], dither_keys[i], stored[i])
         self._seen.append(seen)
 
     def conclude(self) -> Iterator[tuple[str, str, int, int]]:
@@ -192,15 +194,15 @@ class Judge:
         """How far labels may be from what the code makes of the teacher's answer without being looked at closer."""
         return _NEAR * self._scale() + _MARGIN * math.sqrt(self._sums["flips"] / self._sums["rows"])
 
-    def _explained(self, coded: np.ndarray, stream: np.uint64, stored: np.ndarray) -> bool:
+    def _explained(self, coded: np.ndarray, dither_key: np.uint64, stored: np.ndarray) -> bool:
         """Do answers f32 (2, C or F) within the noise of these lead to the stored logits?
 
         A coefficient on the edge between two steps may be rounded either way; of few coefficients that is far.
         """
         reach = _MARGIN * self._moved + float(np.spacing(np.abs(coded).max()))
         near = (coded + self._rng.uniform(-reach, reach, (_PROBES, *coded.shape))).astype(np.float32)
-        streams = np.full(_PROBES, stream)
-        decoded = _centred(self._store.codec.decode(self._store.codec.encode(near, streams), streams))
+        dither_keys = np.full(_PROBES, dither_key)
+        decoded = _centred(self._store.codec.decode(self._store.codec.encode(near, dither_keys), dither_keys))
         with np.errstate(all="ignore"):
             return bool(_rms(decoded - stored).min() <= self._near())
 

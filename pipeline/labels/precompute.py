@@ -228,7 +228,7 @@ class _Block:
     def __init__(self, store: Store, view: int, block: int, rows: np.ndarray):
         self.store, self.view, self.block = store, view, block
         self.start, stop = store.block_range(block)
-        self.pairs = np.zeros((stop - self.start, store.codec.code_bytes), np.uint8)
+        self.codes = np.zeros((stop - self.start, store.codec.code_bytes), np.uint8)
         self.weight = np.zeros(stop - self.start, np.float32)
         self.weight[rows - self.start] = np.nan
         self.digest = np.zeros((stop - self.start, 2), np.uint32)
@@ -245,7 +245,7 @@ class _Block:
             self.energy[at] = -logits.double().logsumexp(2).float().cpu().numpy()
         answers = logits.cpu().numpy()
         coded = answers if said.coded is logits else said.coded.cpu().numpy()
-        self.pairs[at] = self.store.codec.encode(coded, self.store.stream(self.view, batch.rows))
+        self.codes[at] = self.store.codec.encode(coded, self.store.dither_keys(self.view, batch.rows))
         self.digest[at] = batch.digests
         if sum(len(rows) for rows, _ in self._sample) < _CHECKED:
             self._sample.append((batch.rows, answers))
@@ -258,13 +258,13 @@ class _Block:
         if self._sample:
             rows = np.concatenate([rows for rows, _ in self._sample])
             answers = np.concatenate([answers for _, answers in self._sample])
-            stream = self.store.stream(self.view, rows)
+            dither_keys = self.store.dither_keys(self.view, rows)
             found = drift(
-                self.store.codec, answers, self.pairs[rows - self.start], stream, self.store.manifest.temperature
+                self.store.codec, answers, self.codes[rows - self.start], dither_keys, self.store.manifest.temperature
             )
         lost = found.kl, found.slope
         energy = self.energy if self.store.energies else None
-        self.store.write_block(self.view, self.block, self.pairs, self.weight, self.digest, lost, energy)
+        self.store.write_block(self.view, self.block, self.codes, self.weight, self.digest, lost, energy)
         if complaint := found.beyond(self.store.manifest.fidelity.get("budget")):
             outside.append(f"view {self.view}, block {self.block}: {complaint}")
             print(f"labels beyond the budget: {outside[-1]}", file=sys.stderr)

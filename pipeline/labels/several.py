@@ -84,7 +84,7 @@ class Several(Labels):
                 what = f"the teachers of {first.store.path} and {other.store.path} saw different pixels"
                 raise UserError(what, found=found, fix="run both teacher passes with the same decoder and versions")
         plane = replace(first.plane, weight=np.asarray(w, np.float32), energy=None)
-        return cls(first.store, plane, first.device, first.encoded, tuple(each), target, shares, together, temperature)
+        return cls(first.store, plane, first.device, first.codes, tuple(each), target, shares, together, temperature)
 
     def logits(self, rows: np.ndarray) -> Tensor:
         """Logits f32 (B, 2, C) that say at T what the teachers together do, up to a shift.

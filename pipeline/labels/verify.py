@@ -126,7 +126,7 @@ def verify(config: Verify) -> Report:
             tally["rows"] += len(batch.rows)
             group, batch = _compare_pixels(group, batch, report)
             if judge and len(batch.rows):
-                judge.look(group.view, batch, group.encoded, group.weight, group.energy)
+                judge.look(group.view, batch, group.codes, group.weight, group.energy)
     for finding in judge.conclude() if judge else ():
         report.add(*finding)
     good = int((store.status == 0).sum()) * manifest.views
@@ -218,7 +218,7 @@ class _Group(NamedTuple):
     view: int
     rows: np.ndarray
     """i64 (n,), ascending."""
-    encoded: np.ndarray
+    codes: np.ndarray
     weight: np.ndarray
     digest: np.ndarray
     energy: np.ndarray
@@ -227,7 +227,7 @@ class _Group(NamedTuple):
 
     def take(self, at: np.ndarray | slice) -> "_Group":
         """Some of the rows."""
-        arrays = (self.rows[at], self.encoded[at], self.weight[at], self.digest[at], self.energy[at])
+        arrays = (self.rows[at], self.codes[at], self.weight[at], self.digest[at], self.energy[at])
         return _Group(self.view, *arrays, self.blocks)
 
 
@@ -266,7 +266,7 @@ def _read(view: int, number: int, chosen: np.ndarray, report: Report, tally: Cou
     tally.update(blocks=1, bytes=sum(array.nbytes for array in block[1:]), skipped=int((~labelled).sum()))
     rows = rows[labelled]
     at = rows - start
-    arrays = block.rows[at], block.weight[at], block.digest[at], block.energy[at]
+    arrays = block.codes[at], block.weight[at], block.digest[at], block.energy[at]
     return _Group(view, rows, *arrays, {number: block.digest})
 
 
@@ -274,7 +274,7 @@ def _joined(parts: list[_Group]) -> _Group:
     return _Group(
         parts[0].view,
         np.concatenate([part.rows for part in parts]),
-        np.concatenate([part.encoded for part in parts]),
+        np.concatenate([part.codes for part in parts]),
         np.concatenate([part.weight for part in parts]),
         np.concatenate([part.digest for part in parts]),
         np.concatenate([part.energy for part in parts]),

@@ -51,7 +51,7 @@ def test_formats_of_more_top_classes_than_there_are_are_left_out():
 
 def test_every_reader_reads_the_same_rows(tmp_path):
     made, _ = storage._written(tmp_path / "s", 9000)
-    expected = made.load_plane(0).encoded
+    expected = made.load_plane(0).codes
     for array in (
         storage._zarr(tmp_path / "s", None),
         storage._zarr(tmp_path / "s", "zarrs.ZarrsCodecPipeline"),

@@ -53,7 +53,7 @@ def test_labels_are_decoded_views(problem):
     codec = peers.Sampled(1000, 50)
     index, seen = np.array([600, 3, 77]), []
     for view, seed in ((2, 0), (0, 0), (0, 1), (2, 0)):
-        logits, stream = problem.logits[view].numpy(), philox.stream(seed, problem.streams[view], view)
+        logits, stream = problem.logits[view].numpy(), philox.dither_keys(seed, problem.streams[view], view)
         expected = codec.decode(codec.encode(logits, stream)[index], stream[index])
         np.testing.assert_array_equal(labels.logits(view, index, seed).numpy(), expected)
         seen.append(expected)

@@ -28,7 +28,7 @@ def test_energies_come_back_by_block_by_plane_and_shared(whole, tmp_path):
         for block in range(store.manifest.blocks):
             assert_exact_block(store, view, block)
     plane = shared.load(store, 1, Share("energy", 0, 1, tmp_path))
-    for name in ("encoded", "weight", "digest", "good", "energy"):
+    for name in ("codes", "weight", "digest", "good", "energy"):
         np.testing.assert_array_equal(getattr(plane, name), getattr(store.load_plane(1), name))
 
 

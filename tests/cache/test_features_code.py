@@ -128,7 +128,7 @@ def store(codec, tmp_path):
     made = cache.create(tmp_path / "labels.zarr", made, np.zeros(30, np.uint8), np.arange(30, dtype=np.uint64))
     for view, block in made.missing_blocks():
         at = slice(*made.block_range(block))
-        rows = codec.encode(draw(30, view)[at], made.stream(view, at))
+        rows = codec.encode(draw(30, view)[at], made.dither_keys(view, at))
         made.write_block(
             view, block, rows, np.ones(len(rows), np.float32), np.zeros((len(rows), 2), np.uint32), (0.0, 1.0)
         )
@@ -141,7 +141,7 @@ def test_a_store_keeps_the_code_and_the_head_beside_its_rows(store, codec, tmp_p
     for found in (cache.open(store.path), copy, cache.prune(copy, 1)):
         assert found.codec == codec
         plane = found.load_plane(0)
-        np.testing.assert_array_equal(plane.encoded, codec.encode(draw(30, 0), found.stream(0, slice(None))))
+        np.testing.assert_array_equal(plane.codes, codec.encode(draw(30, 0), found.dither_keys(0, slice(None))))
     axes = json.loads((store.path / "codec/weight/zarr.json").read_bytes())["dimension_names"]
     assert axes == ["class", "feature"]
     header = json.loads((store.path / "zarr.json").read_bytes())["attributes"]["codec"]

@@ -73,7 +73,7 @@ def test_a_frozen_store_reads_as_it_did_and_takes_blocks(path, tmp_path):
     weight, digest = np.array(frozen["weight"], np.float32), np.array(frozen["digest"], np.uint32)
     pairs = [zlib.crc32(both.tobytes()) for both in digest]
     plane = store.load_plane(0)
-    np.testing.assert_array_equal(plane.encoded, rows)
+    np.testing.assert_array_equal(plane.codes, rows)
     np.testing.assert_allclose(plane.weight, weight, rtol=0, atol=0 if store.manifest.format == 2 else 1e-6)
     np.testing.assert_array_equal(plane.digest, pairs)
     np.testing.assert_array_equal(store.status, frozen["status"])
@@ -91,7 +91,7 @@ def thousand(tmp_path_factory) -> tuple[cache.Store, np.ndarray]:
     made = manifest(classes=1000, samples=96, views=1, block_rows=40, codec=codec.config)
     status = np.zeros(96, np.uint8)
     store = cache.create(tmp_path_factory.mktemp("s") / "labels.zarr", made, status, rng.integers(0, 2**64, 96, "u8"))
-    rows = codec.encode(logits, store.stream(0, slice(None)))
+    rows = codec.encode(logits, store.dither_keys(0, slice(None)))
     weight, digest = rng.random(96, np.float32) * 2, rng.integers(0, 2**32, (96, 2), np.uint32)
     weight[7] = np.nan
     for block in range(3):
@@ -116,10 +116,10 @@ def test_zarr_alone_reads_labels_w_digests_status_and_the_codes_arrays(thousand)
     np.testing.assert_array_equal(group["status"][:], store.status)
     for name in ("mean", "basis", "scale", "beta", "spread", "gain"):
         np.testing.assert_array_equal(group[f"codec/{name}"][:], store.codec.array(name))
-    np.testing.assert_array_equal(group["pairs"][0], plane.encoded)
-    np.testing.assert_array_equal(group["pairs"][0, 39:82:3], plane.encoded[39:82:3])
+    np.testing.assert_array_equal(group["pairs"][0], plane.codes)
+    np.testing.assert_array_equal(group["pairs"][0, 39:82:3], plane.codes[39:82:3])
     rows = group["pairs"][0, 41:43]
-    np.testing.assert_array_equal(store.codec.decode(rows), store.codec.decode(plane.encoded[41:43]))
+    np.testing.assert_array_equal(store.codec.decode(rows), store.codec.decode(plane.codes[41:43]))
     declared = {point.name: point for point in entry_points(group="zarr.codecs")}
     for name in ("jda_distill.pairs", "jda_distill.packed"):
         if name in declared:  # the package may have been installed before it had them
@@ -162,8 +162,8 @@ def test_a_pair_costs_its_label_w_a_digest_of_four_bytes_and_little_else(tmp_pat
     packed = 0
     for view, block in store.missing_blocks():
         at = slice(*store.block_range(block))
-        rows = codec.encode(logits[at], store.stream(view, np.arange(samples)[at]))
-        packed += len(codec.pack(rows, store.stream(view, np.arange(samples)[at])))
+        rows = codec.encode(logits[at], store.dither_keys(view, np.arange(samples)[at]))
+        packed += len(codec.pack(rows, store.dither_keys(view, np.arange(samples)[at])))
         store.write_block(view, block, rows, weight[at], rng.integers(0, 2**32, (2048, 2), np.uint32))
 
     files = {path.relative_to(store.path): path.stat().st_size for path in store.path.rglob("*") if path.is_file()}

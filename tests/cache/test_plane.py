@@ -83,7 +83,7 @@ def test_gather_gives_the_rows_and_refuses_quarantined_ones(store, tmp_path, mod
         np.testing.assert_array_equal(w, weight[rows])
         np.testing.assert_array_equal(plane.digest, digest)
         np.testing.assert_array_equal(plane.good, status() == 0)
-        assert type(encoded) is type(plane.encoded) is np.ndarray
+        assert type(encoded) is type(plane.codes) is np.ndarray
         with pytest.raises(AssertionError, match="quarantined"):
             plane.gather(np.array([0, 3]))
 
@@ -96,10 +96,10 @@ def mapped_files(folder: Path) -> list[str]:
 def test_mapped_planes_are_in_a_file_that_goes_with_them(store, tmp_path):
     planes = cache.planes(store, [0, 1, 0], mode="mmap", folder=tmp_path)
     plane = next(planes)
-    assert plane.encoded.shape == (SAMPLES, 26) and plane.encoded.dtype == np.uint8
+    assert plane.codes.shape == (SAMPLES, 26) and plane.codes.dtype == np.uint8
     assert mapped_files(tmp_path) and os.listdir(tmp_path) == []
     assert [following.view for following in planes] == [1, 0]
-    np.testing.assert_array_equal(plane.encoded, expected(store, 0)[0])  # of the first, still in use
+    np.testing.assert_array_equal(plane.codes, expected(store, 0)[0])  # of the first, still in use
     del plane, planes
     gc.collect()
     assert mapped_files(tmp_path) == []

@@ -40,7 +40,7 @@ Store.fill = counted
 input()
 plane = shared.load(cache.open(path), 1, share)
 inodes = {line.split()[4] for line in open("/proc/self/maps") if "jda-plane" in line}
-print(zlib.crc32(plane.encoded), zlib.crc32(plane.weight), zlib.crc32(plane.digest), inodes.pop(), filled, flush=True)
+print(zlib.crc32(plane.codes), zlib.crc32(plane.weight), zlib.crc32(plane.digest), inodes.pop(), filled, flush=True)
 input()
 text = open("/proc/self/smaps").read().partition("jda-plane")[2]
 print(re.search(r"^Pss:\\s+([0-9]+) kB", text, re.MULTILINE)[1], flush=True)
@@ -92,7 +92,7 @@ def answer(process: subprocess.Popen) -> tuple[list[str], list[int]]:
 
 def checksums(store: cache.Store) -> list[str]:
     plane = store.load_plane(1)
-    return [str(zlib.crc32(array)) for array in (plane.encoded, plane.weight, plane.digest)]
+    return [str(zlib.crc32(array)) for array in (plane.codes, plane.weight, plane.digest)]
 
 
 def test_processes_unpack_each_block_once_into_one_copy_and_leave_no_name(store, tmp_path):
@@ -126,7 +126,7 @@ def test_what_a_killed_job_left_is_removed_and_what_a_living_one_holds_is_not(st
     plane = shared.load(store, 0, Share("a", 0, 2, tmp_path))
     shared.load(store, 0, Share("b", 0, 1, tmp_path))
     assert len(os.listdir(tmp_path)) == 1
-    np.testing.assert_array_equal(plane.encoded, store.load_plane(0).encoded)
+    np.testing.assert_array_equal(plane.codes, store.load_plane(0).codes)
     del plane
     shared.load(store, 0, Share("b", 0, 1, tmp_path))
     assert os.listdir(tmp_path) == []
@@ -138,7 +138,7 @@ def test_planes_of_a_job_are_shared_and_damage_is_named(tmp_path, monkeypatch):
     share.folder.mkdir()
     for plane in cache.planes(store, [1, 0], share=share, progress=lambda *done: seen.append(done)):
         expected = store.load_plane(plane.view)
-        for name in ("encoded", "weight", "digest", "good"):
+        for name in ("codes", "weight", "digest", "good"):
             np.testing.assert_array_equal(getattr(plane, name), getattr(expected, name))
     assert seen == [(1, 3), (2, 3), (3, 3)] * 2
     chunk(tmp_path / "s", "pairs", 1, 2).unlink()
@@ -155,7 +155,7 @@ def test_without_room_in_memory_the_plane_is_in_the_folder(store, tmp_path, monk
     share = Share("job", 0, 2, tmp_path / "memory")
     (plane,) = cache.planes(store, [0], share=share, folder=tmp_path)
     assert [name.startswith("jda-plane-") for name in os.listdir(tmp_path)] == [True]
-    np.testing.assert_array_equal(plane.encoded, store.load_plane(0).encoded)
+    np.testing.assert_array_equal(plane.codes, store.load_plane(0).codes)
 
 
 def test_a_folder_that_cannot_hold_it_is_refused(store, tmp_path):

@@ -102,8 +102,8 @@ def test_a_codec_that_packs_has_its_dither_keys_both_ways(tmp_path, monkeypatch)
     for view in range(VIEWS):
         for block in range(3):
             start, stop = store.block_range(block)
-            keys = philox.stream(store.manifest.seed, key_hash()[start:stop], view)
-            np.testing.assert_array_equal(store.stream(view, np.arange(start, stop)), keys)
+            keys = philox.dither_keys(store.manifest.seed, key_hash()[start:stop], view)
+            np.testing.assert_array_equal(store.dither_keys(view, np.arange(start, stop)), keys)
             packed = store.codec.pack(content(store, view, block)[0], keys)
             assert chunk(tmp_path / "s", "pairs", view, block).read_bytes() == framed(packed)
 
@@ -114,11 +114,11 @@ def test_bytes_the_codec_cannot_unpack_are_damage(tmp_path, monkeypatch):
     file = chunk(tmp_path / "s", "pairs", 0, 1)
     rows = content(store, 0, 1)[0]
     start, stop = store.block_range(1)
-    for data in (b"", b"nonsense", store.codec.pack(rows[1:], store.stream(0, slice(start + 1, stop)))):
+    for data in (b"", b"nonsense", store.codec.pack(rows[1:], store.dither_keys(0, slice(start + 1, stop)))):
         file.write_bytes(framed(data))
         with pytest.raises(UserError, match=r"damaged: array pairs, view 0, block 1"):
             store.load_plane(0)
-    file.write_bytes(framed(store.codec.pack(rows, store.stream(1, slice(start, stop)))))
+    file.write_bytes(framed(store.codec.pack(rows, store.dither_keys(1, slice(start, stop)))))
     with pytest.raises(UserError, match=r"damaged: array pairs, .*, view 0, block 1"):
         store.load_plane(0)
     file.write_bytes(framed(bytes(2 * rows.size + 4097)))
@@ -157,8 +157,8 @@ def test_a_plane_can_be_loaded_into_given_memory_and_tells_how_far_it_is(whole):
     store, seen = cache.open(whole), []
     out = np.full((SAMPLES, 26), 7, np.uint8)
     plane = store.load_plane(1, out, lambda *done: seen.append(done))
-    assert plane.encoded is out
-    np.testing.assert_array_equal(out, store.load_plane(1).encoded)
+    assert plane.codes is out
+    np.testing.assert_array_equal(out, store.load_plane(1).codes)
     assert seen == [(1, 3), (2, 3), (3, 3)]
     for wrong in (out[1:], out.astype(np.int16), np.asfortranarray(out), out[:, :25]):
         with pytest.raises(ValueError, match=r"expected out u8 \(50, 26\)"):

@@ -65,7 +65,7 @@ def test_a_store_made_on_a_server_is_the_one_made_in_a_folder(server, tmp_path, 
     assert store.path == url
     for view in range(VIEWS):
         assert_exact(store, view)
-        for name in ("encoded", "weight", "digest", "good"):
+        for name in ("codes", "weight", "digest", "good"):
             np.testing.assert_array_equal(*(getattr(s.load_plane(view), name) for s in (store, local)))
     assert store.label_bytes() == local.label_bytes()
     group = zarr.open_group(ObjectStore(from_url(url, client_options={"allow_http": True}), read_only=True), mode="r")

@@ -38,7 +38,7 @@ def decoded(path, digits) -> np.ndarray:
     """All labels of view 0, f32 (N, 2, C)."""
     store = cache.open(str(path))
     rows = np.arange(store.manifest.samples)
-    return store.codec.decode(store.load_plane(0).encoded, store.stream(0, rows))
+    return store.codec.decode(store.load_plane(0).codes, store.dither_keys(0, rows))
 
 
 @pytest.mark.parametrize("teacher", [ensemble, as_array])

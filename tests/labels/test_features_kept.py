@@ -43,7 +43,7 @@ def test_a_store_keeps_what_the_classifier_was_given(featured, said):
     """Off by the noise that its manifest says, over as many samples as fit it; w is that of the raw logits."""
     found, (batch, given, logits) = cache.open(featured), said
     rows, weight = found.load_plane(0).gather(batch.rows)
-    stream = found.stream(0, batch.rows)
+    stream = found.dither_keys(0, batch.rows)
     decoded = found.codec.features(rows, stream).astype(np.float64)
     share = np.square(decoded - given).sum() / np.square(given - given.mean((0, 1))).sum()
     assert share == pytest.approx(found.manifest.fidelity["feature_noise"], rel=0.3)
@@ -61,12 +61,12 @@ def test_a_store_keeps_what_the_classifier_was_given(featured, said):
 def test_the_gpus_path_decodes_the_same(featured, said):
     """PyTorch's decoder, as on a GPU, against the codec's own in NumPy."""
     found, rows = cache.open(featured), said[0].rows[:40]
-    labels = epochs.Labels(found, plane := found.load_plane(0), CPU, torch.from_numpy(plane.encoded))
-    pairs, stream = labels.pairs(rows), found.stream(0, rows)
+    labels = epochs.Labels(found, plane := found.load_plane(0), CPU, torch.from_numpy(plane.codes))
+    pairs, stream = labels.pairs(rows), found.dither_keys(0, rows)
     for got, expected in (
-        (pairs.features(), found.codec.features(plane.encoded[rows], stream)),
-        (pairs.logits(), found.codec.decode(plane.encoded[rows], stream)),
-        (labels.features(rows), found.codec.features(plane.encoded[rows], stream)),
+        (pairs.features(), found.codec.features(plane.codes[rows], stream)),
+        (pairs.logits(), found.codec.decode(plane.codes[rows], stream)),
+        (labels.features(rows), found.codec.features(plane.codes[rows], stream)),
     ):
         np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
@@ -75,7 +75,7 @@ def test_the_gpus_path_decodes_the_same(featured, said):
 def test_losses_of_logits_are_those_of_the_heads_product(loss, featured, said, digits, tmp_path):
     """Against `kernels.reference` in float64, of the decoded features times the head."""
     found, batch = cache.open(featured), said[0]
-    labels = epochs.Labels(found, plane := found.load_plane(0), CPU, torch.from_numpy(plane.encoded))
+    labels = epochs.Labels(found, plane := found.load_plane(0), CPU, torch.from_numpy(plane.codes))
     config = TrainStudent(data=digits, store=featured, student="cifar/resnet8", out=tmp_path / "run", loss=loss)
     objective = Distillation(config, 0, labels=labels)
     chosen = objective.wants(batch)
@@ -83,7 +83,7 @@ def test_losses_of_logits_are_those_of_the_heads_product(loss, featured, said, d
     objective.begin(batch, chosen)
     got, _ = objective(student.flatten(0, 1), Seen(batch, chosen, float(chosen.sum()), logged=True))
     weight, bias = (torch.from_numpy(array.copy()).double() for array in found.codec.head)
-    decoded = torch.from_numpy(found.codec.features(plane.encoded[batch.rows], found.stream(0, batch.rows))).double()
+    decoded = torch.from_numpy(found.codec.features(plane.codes[batch.rows], found.dither_keys(0, batch.rows))).double()
     teacher = decoded @ weight.T + bias
     expected = reference.ccd_loss(
         *student.double(),
@@ -107,7 +107,7 @@ def test_a_store_of_features_is_verified_shown_and_completed(featured, digits, c
     copied = cache.copy(cache.open(featured), tmp_path / "copy.zarr").path
     teacher_pass(digits, certain, copied, views=2)  # without --features: the store says what it keeps
     assert not cache.open(copied).missing_blocks()
-    np.testing.assert_array_equal(cache.open(copied).load_plane(0).encoded, cache.open(featured).load_plane(0).encoded)
+    np.testing.assert_array_equal(cache.open(copied).load_plane(0).codes, cache.open(featured).load_plane(0).codes)
 
 
 def test_what_has_no_features_is_refused(digits, certain, labels, tmp_path):

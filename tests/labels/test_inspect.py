@@ -102,7 +102,7 @@ def test_top_classes_are_those_of_the_labels_and_of_the_teacher(page, labels, di
     network = models.create(teacher, 10).module.eval()
     for article, view, row in pairs_of(page):
         encoded, weight = planes[view].gather(np.array([row]))
-        decoded = store.codec.decode(encoded, store.stream(view, np.array([row])))[0]
+        decoded = store.codec.decode(encoded, store.dither_keys(view, np.array([row])))[0]
         with torch.inference_mode():
             raw = network(pixels_of(store, index, view, row).permute(0, 3, 1, 2) / 127.5 - 1).numpy()
         tables = article.all("table")
@@ -156,7 +156,7 @@ def test_distributions_are_those_of_the_planes(labels):
     looked = inspect._look(store, [(view, block) for view in range(2) for block in range(3)])
     planes = [store.load_plane(view) for view in range(2)]
     np.testing.assert_array_equal(looked.weight, np.concatenate([plane.weight for plane in planes]))
-    logits = np.concatenate([store.codec.decode(p.encoded, store.stream(p.view, slice(None))) for p in planes])
+    logits = np.concatenate([store.codec.decode(p.codes, store.dither_keys(p.view, slice(None))) for p in planes])
     for temperature, found in looked.entropy.items():
         expected = entropy(softmax(logits.astype(np.float64) / temperature, axis=-1), axis=-1)
         np.testing.assert_allclose(found, expected.ravel(), atol=1e-5)  # a matrix product of float32

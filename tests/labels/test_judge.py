@@ -29,7 +29,7 @@ def answers(kind: str, classes: int = 10) -> np.ndarray:
     return logits.astype(np.float32)
 
 
-def stream(view: int, rows: np.ndarray) -> np.ndarray:
+def dither_keys(view: int, rows: np.ndarray) -> np.ndarray:
     return rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(7 + view)
 
 
@@ -37,7 +37,7 @@ def causes(codec, logits: np.ndarray, encoded: np.ndarray, weight: np.ndarray) -
     """(cause, row) of what a judge finds in a store of `encoded` and `weight`, if the teacher says `logits`."""
     manifest = SimpleNamespace(versions={}, fidelity={}, codec=codec.config)
     teacher = SimpleNamespace(device=torch.device("cpu"), precision="fp32")
-    judge = Judge(SimpleNamespace(codec=codec, stream=stream, manifest=manifest), teacher)  # type: ignore[arg-type]
+    judge = Judge(SimpleNamespace(codec=codec, dither_keys=dither_keys, manifest=manifest), teacher)  # type: ignore[arg-type]
     judge._teacher = SimpleNamespace(said=lambda batch: Said(*[batch.images.transpose(0, 1)] * 2))  # type: ignore[assignment]
     rows = np.arange(len(logits))
     batch = Batch(rows, torch.zeros(len(rows)), torch.from_numpy(logits).transpose(0, 1), None)
@@ -69,14 +69,14 @@ def test_a_code_of_other_steps_damages_no_row(coded, factor):
     logits, codec = coded
     scale = codec.array("scale") * np.float32(factor)
     other = codecs.from_config(codec.config | {"scale": base64.b64encode(scale.tobytes()).decode()})
-    encoded = codec.encode(logits, stream(0, np.arange(ROWS)))
+    encoded = codec.encode(logits, dither_keys(0, np.arange(ROWS)))
     found = {cause for cause, _ in causes(other, logits, encoded, _w(logits))}
     assert found == {CODEC} or (found == set() and abs(factor - 1) < 0.02)
 
 
 def test_exchanged_labels_are_damage_and_no_code(coded):
     logits, codec = coded
-    encoded = codec.encode(logits, stream(0, np.arange(ROWS)))
+    encoded = codec.encode(logits, dither_keys(0, np.arange(ROWS)))
     assert not causes(codec, logits, encoded, _w(logits))
     rows = furthest(logits)
     encoded[rows, 16:] = encoded[rows[::-1], 16:]  # but for the dither keys
@@ -92,7 +92,7 @@ def test_a_teacher_that_hardly_differs_damages_no_row(kind, times):
     for seed in range(3):
         noise = 2 * np.random.default_rng(seed).random(logits.shape) - 1
         moved = (logits * (1 + times * 2.0**-18 * noise)).astype(np.float32)
-        encoded = codec.encode(logits, stream(0, np.arange(ROWS)))
+        encoded = codec.encode(logits, dither_keys(0, np.arange(ROWS)))
         found.append({cause for cause, _ in causes(codec, moved, encoded, _w(logits))})
     assert all(each <= {TEACHER} for each in found)
     assert all(found) if times >= 100 else times > 1 or not any(found)
@@ -103,5 +103,5 @@ def test_exchanged_weights_are_damage_and_no_teacher():
     codec, weight = codecs.make("fp16", classes=10), _w(logits)
     rows = [int(weight.argmin()), int(weight.argmax())]
     weight[rows] = weight[rows[::-1]]
-    encoded = codec.encode(logits, stream(0, np.arange(ROWS)))
+    encoded = codec.encode(logits, dither_keys(0, np.arange(ROWS)))
     assert causes(codec, logits, encoded, weight) == {(DAMAGED, row) for row in rows}

@@ -75,7 +75,10 @@ def test_w_is_exact_whatever_the_code(name):
     """Against float64, on logits far from the origin, where the cosine of decoded ones would be far off."""
     codec, logits = codec_of(name, 30), low_rank(64, 30, seed=2) + 50
     store = SimpleNamespace(
-        codec=codec, energies=0, block_range=lambda block: (0, 64), stream=lambda view, rows: rows.astype(np.uint64)
+        codec=codec,
+        energies=0,
+        block_range=lambda block: (0, 64),
+        dither_keys=lambda view, rows: rows.astype(np.uint64),
     )
     block = precompute._Block(store, 0, 0, np.arange(64))
     digests = np.zeros((64, 2), np.uint32)

@@ -72,7 +72,7 @@ def contents(path: Path) -> dict[str, np.ndarray]:
     store = cache.open(path)
     planes = [store.load_plane(view) for view in range(store.manifest.views)]
     return {
-        "pairs": np.stack([plane.encoded for plane in planes]),
+        "pairs": np.stack([plane.codes for plane in planes]),
         "weight": np.stack([plane.weight for plane in planes]),
         "digest": np.stack([plane.digest for plane in planes]),
         "status": store.status,
@@ -101,7 +101,7 @@ def test_labels_are_what_the_teacher_says_of_pillows_pixels(whole):
     rows = index.good[::3]
     drawn = drawing.of(index.records, whole.seed, view, policy)
     encoded, weight = store.load_plane(view).gather(rows)
-    decoded = store.codec.decode(encoded, philox.stream(whole.seed, index.records["key_hash"][rows], view))
+    decoded = store.codec.decode(encoded, philox.dither_keys(whole.seed, index.records["key_hash"][rows], view))
     for i, row in enumerate(rows):
         image = Image.open(io.BytesIO(index.read(row))).convert("RGB")
         augmented = pillow.jda(image, policy.table, int(drawn["mask"][row]), int(drawn["signs"][row]))

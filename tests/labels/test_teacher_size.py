@@ -67,7 +67,7 @@ def test_labels_are_what_the_teacher_says_of_views_that_pillow_resizes(options, 
     with torch.inference_mode():
         expected = network.module.eval()(torch.from_numpy(np.array(seen)).flatten(0, 1)).unflatten(0, (2, -1))
     block = store.read_block(0, 0)
-    found = store.codec.decode(block.rows[rows], store.stream(0, rows))
+    found = store.codec.decode(block.codes[rows], store.dither_keys(0, rows))
     np.testing.assert_allclose(found, expected.numpy().swapaxes(0, 1), rtol=0, atol=2**-8)
     np.testing.assert_array_equal(block.digest[rows], cache.pair_digest(batch.digests))
     assert store.manifest.teacher_size == SIZE and store.manifest.size == batch.images.shape[2] != SIZE

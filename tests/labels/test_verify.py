@@ -78,7 +78,7 @@ def unlike(store: Store, view: int, block: int) -> tuple[int, int]:
     """Two rows of a block whose labels and w differ much, whatever this processor's network says."""
     start, stop = store.block_range(block)
     encoded, weight = store.load_plane(view).gather(rows := np.arange(start, stop))
-    labels = store.codec.decode(encoded, store.stream(view, rows)).reshape(len(rows), -1)
+    labels = store.codec.decode(encoded, store.dither_keys(view, rows)).reshape(len(rows), -1)
     distance = np.linalg.norm(labels[:, None] - labels, axis=2) * np.abs(weight[:, None] - weight)
     one, other = sorted(np.unravel_index(distance.argmax(), distance.shape))
     return int(rows[one]), int(rows[other])
@@ -93,7 +93,7 @@ def exchanged(*names: str, rows: tuple[int, int], view: int = 1):
             ours = [row - start for row in rows]
             for name in names:
                 array = getattr(read, name)
-                array = array[:, 16:] if name == "rows" and store.codec.packed else array
+                array = array[:, 16:] if name == "codes" and store.codec.packed else array
                 assert (array[ours[0]] != array[ours[1]]).any(), "a swap that changes nothing"
                 array[ours] = array[ours[::-1]]
         return read[:3]
@@ -153,7 +153,7 @@ def test_a_rounding_on_edge_is_explained_and_another_label_is_not(stores):
     store = cache.open(stores("subspace"))
     judge = Judge(store, SimpleNamespace(device=torch.device("cpu"), precision="fp32"))  # type: ignore[arg-type]
     judge._noise, judge._sums = 1e-5, {"rows": 1, "error": 0.01, "flips": 0.0}
-    stream = store.stream(0, np.arange(1))
+    stream = store.dither_keys(0, np.arange(1))
 
     def decoded(logits):
         found = store.codec.decode(store.codec.encode(logits[None].astype(np.float32), stream), stream)[0]
@@ -182,7 +182,7 @@ def test_missing_blocks_are_no_damage(stores, loud, verified, tmp_path):
 
 def test_skipped_samples_are_counted(stores, loud, verified, tmp_path):
     def skip(store, view, block, read):
-        read.weight[3], read.rows[3], read.digest[3] = np.nan, 0, 0
+        read.weight[3], read.codes[3], read.digest[3] = np.nan, 0, 0
         return read[:3]
 
     store = rewritten(stores("subspace"), tmp_path / "s.zarr", skip)
@@ -224,8 +224,8 @@ def test_a_flipped_bit_is_a_damaged_block(stores, loud, verified, tmp_path, code
 @pytest.mark.parametrize(
     ("codec", "arrays"),
     [
-        *((codec, ("rows",)) for codec in CODECS),
-        *(("subspace", arrays) for arrays in (("weight",), ("digest",), ("rows", "weight", "digest"))),
+        *((codec, ("codes",)) for codec in CODECS),
+        *(("subspace", arrays) for arrays in (("weight",), ("digest",), ("codes", "weight", "digest"))),
     ],
 )
 def test_swapped_rows_are_damaged_rows(stores, loud, verified, tmp_path, digits, codec, arrays):
@@ -373,7 +373,7 @@ def test_the_share_and_the_seed_decide_the_rows(stores, verified, tmp_path):
     """A store whose every augmented view has another digest lists what was looked at."""
 
     def change(store, view, block, read):
-        return read.rows, read.weight, read.digest + np.uint32(1)
+        return read.codes, read.weight, read.digest + np.uint32(1)
 
     store = rewritten(stores("int8"), tmp_path / "s.zarr", change)
     seen = []

@@ -76,7 +76,7 @@ def assert_exact_block(store: Store, view: int, block: int) -> None:
 def assert_exact(store: Store, view: int) -> None:
     plane = store.load_plane(view)
     expected = [content(store, view, block)[:3] for block in range(store.manifest.blocks)]
-    for got, parts in zip((plane.encoded, plane.weight, plane.digest), zip(*expected, strict=True), strict=True):
+    for got, parts in zip((plane.codes, plane.weight, plane.digest), zip(*expected, strict=True), strict=True):
         np.testing.assert_array_equal(got, np.concatenate(parts))
     if store.energies:
         energy = np.concatenate([content(store, view, block)[4] for block in range(store.manifest.blocks)])
@@ -100,7 +100,7 @@ def framed(data: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Zipped:
-    """Stands in for codecs that pack: rows of 2 · classes bytes, deflated after they met their dither keys."""
+    """Stands in for codecs that pack: codes of 2 · classes bytes, deflated after they met their dither keys."""
 
     classes: int
     packed = True
@@ -109,18 +109,20 @@ class Zipped:
     def code_bytes(self) -> int:
         return 2 * self.classes
 
-    def pack(self, rows: np.ndarray, stream: np.ndarray) -> bytes:
-        return zlib.compress(self._with(rows, stream).tobytes())
+    def pack(self, codes: np.ndarray, dither_keys: np.ndarray) -> bytes:
+        return zlib.compress(self._with(codes, dither_keys).tobytes())
 
-    def unpack(self, data: bytes, stream: np.ndarray) -> np.ndarray:
+    def unpack(self, data: bytes, dither_keys: np.ndarray) -> np.ndarray:
         try:
-            rows = np.frombuffer(zlib.decompress(data), np.uint8).reshape(-1, self.code_bytes)
+            codes = np.frombuffer(zlib.decompress(data), np.uint8).reshape(-1, self.code_bytes)
         except zlib.error as error:
             raise ValueError(f"not deflated: {error}") from error
-        return self._with(rows, stream)
+        return self._with(codes, dither_keys)
 
-    def _with(self, rows: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        return rows ^ (stream[:, None] >> np.arange(0, 16, 16 / self.code_bytes).astype(np.uint64)).astype(np.uint8)
+    def _with(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        return codes ^ (dither_keys[:, None] >> np.arange(0, 16, 16 / self.code_bytes).astype(np.uint64)).astype(
+            np.uint8
+        )
 
 
 def zipped(monkeypatch) -> dict:

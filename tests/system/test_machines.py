@@ -115,7 +115,7 @@ def test_without_mmap_an_index_is_read_and_a_mapped_plane_refused(mixed, tmp_pat
     assert index.fingerprint == mixed.fingerprint
     store = fill(make(tmp_path / "s"))
     (plane,) = planes.planes(store, [0])
-    assert len(plane.encoded) == store.manifest.samples
+    assert len(plane.codes) == store.manifest.samples
     with pytest.raises(UserError, match=r"cannot map a plane in .*found No such device.*fix: .*disk that maps files"):
         list(planes.planes(store, [0], mode="mmap", folder=tmp_path))
     with pytest.raises(UserError, match=r"cannot map a plane in .*No such device"):

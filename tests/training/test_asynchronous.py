@@ -45,7 +45,7 @@ def codec():
 def labels(placement: str, monkeypatch) -> epochs.Labels:
     """As an epoch gets them, from a store of one view."""
     store = SimpleNamespace(
-        codec=codec(), manifest=SimpleNamespace(blocks=1), stream=lambda view, rows: rows.astype(np.uint64)
+        codec=codec(), manifest=SimpleNamespace(blocks=1), dither_keys=lambda view, rows: rows.astype(np.uint64)
     )
     monkeypatch.setattr(epochs, "place", lambda *_: placement)
     monkeypatch.setattr(epochs.cache, "planes", lambda *_, **__: iter([plane()]))
@@ -127,8 +127,8 @@ def test_a_loop_of_ones_own_waits_for_nothing_either(monkeypatch):
 @pytest.mark.parametrize("placement", ["gpu", "pinned"])
 def test_a_plane_is_page_locked_before_it_is_copied_from(placement, monkeypatch):
     with fake_gpu() as waits:
-        encoded = labels(placement, monkeypatch).encoded
-        assert encoded.is_cuda if placement == "gpu" else encoded.is_pinned()
+        codes = labels(placement, monkeypatch).codes
+        assert codes.is_cuda if placement == "gpu" else codes.is_pinned()
     assert waits.found == []
 
 

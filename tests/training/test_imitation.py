@@ -138,7 +138,7 @@ def test_fitnet_takes_the_cosine_too():
 def test_the_loss_of_a_batch_is_the_sum_of_its_parts(name, featured, digits, tmp_path):
     """CE, term and KL of the head's logits, over the views that are there; w and all else of the store left out."""
     store, index = cache.open(featured), Index.open(digits)
-    labels = Labels(store, plane := store.load_plane(0), torch.device("cpu"), torch.from_numpy(plane.encoded))
+    labels = Labels(store, plane := store.load_plane(0), torch.device("cpu"), torch.from_numpy(plane.codes))
     options = ("kd=0.5", "beta=2", *(("negatives=10",) if name == "crd" else ()))
     config = TrainStudent(
         data=digits, store=featured, student="-", out=tmp_path, loss=name, loss_option=options, alpha=0.3, kd_weight=1.7
@@ -155,7 +155,7 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_parts(name, featured, digits, tmp
     torch.manual_seed(3)
     loss, means = objective(logits, Seen(batch, chosen, 5.0, logged=True, features=features))
     assert means.keys() == {"features", "agreement", "ce"}
-    decoded = store.codec.features(plane.encoded[rows], store.stream(0, rows)).astype(np.float64)
+    decoded = store.codec.features(plane.codes[rows], store.dither_keys(0, rows)).astype(np.float64)
     taught = np.concatenate([decoded[chosen[0], 0], decoded[chosen[1], 1]])
     target = np.concatenate([batch.labels.numpy()[chosen[view]] for view in range(2)])
 
@@ -170,7 +170,7 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_parts(name, featured, digits, tmp
     if name == "crd":
         torch.manual_seed(3)
         known = index.good[torch.randint(len(index.good), (5,)).numpy()]
-        bank = store.codec.features(plane.encoded[known], store.stream(0, known)).reshape(10, -1)
+        bank = store.codec.features(plane.codes[known], store.dither_keys(0, known)).reshape(10, -1)
         whose = np.repeat(index.records["label"][known], 2)
         view |= {"others": torch.from_numpy(bank), "differ": torch.from_numpy(target[:, None] != whose)}
     term = method.imitate(learner, FeatureView(**view)).detach().numpy()

@@ -72,7 +72,7 @@ def test_stored_energies_are_those_of_the_teachers_logits(tiny):
     """fp16 keeps raw logits of some 3 to 1e-3 each; the step is 4e-3."""
     store, index = cache.open(tiny.stores / "store"), Index.open(tiny.data)
     plane = store.load_plane(1)
-    logits = store.codec.decode(plane.gather(index.good)[0], store.stream(1, index.good)).astype(np.float64)
+    logits = store.codec.decode(plane.gather(index.good)[0], store.dither_keys(1, index.good)).astype(np.float64)
     assert plane.energy is not None and np.ptp(logits.mean(2)) > 0.1  # else a centred code would do
     np.testing.assert_allclose(plane.energy, -np.log(np.exp(logits).sum(2)), rtol=0, atol=4e-3)
     found = verify.verify(Verify(store=str(store.path), data=tiny.data, teacher=tiny.teacher, fraction=1, device="cpu"))
@@ -85,7 +85,7 @@ def test_verify_names_rows_of_another_energy(tiny, tmp_path):
     block = store.read_block(0, 0)
     energy = block.energy.copy()
     energy[3, 1] += 0.5
-    store.write_block(0, 0, block.rows, block.weight, block.digest, (0.0, 1.0), energy)
+    store.write_block(0, 0, block.codes, block.weight, block.digest, (0.0, 1.0), energy)
     found = verify.verify(Verify(store=str(store.path), data=tiny.data, teacher=tiny.teacher, fraction=1, device="cpu"))
     assert found.counts == {"label row damaged": 1}
 

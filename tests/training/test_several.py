@@ -32,7 +32,7 @@ def second(tiny) -> Path:
 
 def stored(path: Path, view: int = 1) -> Labels:
     plane = (store := cache.open(path)).load_plane(view)
-    return Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.encoded))
+    return Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.codes))
 
 
 @pytest.mark.parametrize("weights", [(), (3.0, 1.0)])

@@ -79,7 +79,7 @@ def test_a_live_check_stops_labels_of_another_teacher(whole, teacher, tmp_path):
         train_student.run(wrong)
     store, index = cache.open(whole.store), Index.open(whole.data)
     plane = store.load_plane(0)
-    labels = Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.encoded))
+    labels = Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.codes))
     batch = Batch(index.good[:16], torch.zeros(16), torch.zeros(2, 16, 1), None)
     right = labels.logits(batch.rows)
 
@@ -103,14 +103,14 @@ def test_the_loss_is_that_of_the_stored_labels(whole):
 
     store, index = cache.open(whole.store), Index.open(whole.data)
     plane = store.load_plane(1)
-    stored = Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.encoded))
+    stored = Labels(store, plane, torch.device("cpu"), torch.from_numpy(plane.codes))
     rows = index.good[:9]
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 9, 10, generator=generator) * 3
     labels = torch.from_numpy(index.records["label"][rows].astype("int64"))
     batch = Batch(rows, labels, torch.empty(0), None)
     encoded, weight = plane.gather(rows)
-    teacher = store.codec.decode(encoded, philox.stream(store.manifest.seed, index.records["key_hash"][rows], 1))
+    teacher = store.codec.decode(encoded, philox.dither_keys(store.manifest.seed, index.records["key_hash"][rows], 1))
     t, z, T = torch.from_numpy(teacher).double(), logits.double(), 4.0
     for loss, w in (("ccd", torch.from_numpy(weight).double()), ("kd", torch.ones(9, dtype=torch.float64))):
         kl = [F.kl_div((z[v] / T).log_softmax(1), (t[:, v] / T).softmax(1), reduction="none").sum(1) for v in range(2)]
@@ -212,7 +212,7 @@ def test_other_pixels_than_the_teachers_are_refused(whole, tmp_path):
     for view, block in ((v, b) for v in range(2) for b in range(opened.manifest.blocks)):
         rows = slice(*opened.block_range(block))
         plane = cache.open(whole.store).load_plane(view)
-        opened.write_block(view, block, plane.encoded[rows], plane.weight[rows], plane.digest[rows] ^ np.uint32(1))
+        opened.write_block(view, block, plane.codes[rows], plane.weight[rows], plane.digest[rows] ^ np.uint32(1))
     with pytest.raises(UserError, match=r"not see the pixels .* 16 of 16 pairs of view 0 .* key train"):
         train_student.run(dataclasses.replace(whole, store=store, out=tmp_path / "run"))
 
