@@ -20,7 +20,7 @@ ARCHITECTURES = (80, 90, 100)
 CLASSES = (10, 100, 257, 1000, 1001, 4096, 8192, 21841)
 DTYPES = ("fp32", "bf16", "fp16")
 FORMATS = ("fp32", "bf16", "fp16", "int8")
-"""Of the teacher: dense of a dtype (rows of fp16 codecs and decoded subspace rows are fp16), or int8 rows."""
+"""Of the teacher: dense of a dtype (fp16 codes and decoded subspace codes are fp16), or int8 codes."""
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
@@ -76,7 +76,7 @@ def cases(classes: tuple[int, ...] = CLASSES) -> Iterator[Case]:
 def expected_bits(case: Case) -> dict[str, int]:
     """The widest loads that the places of rows and the logits of a lane allow, 128 bits at most.
 
-    One code reads either view, so that both views' rows have to lie well; int8 rows have the augmented view's logits
+    One code reads either view, so that both views' rows have to lie well; int8 codes have the augmented view's logits
     right behind the original's. Two passes start at multiples of eight logits, wherever a row of another format does.
     """
     apart = -(-case.classes // 8) * 8 if case.padded else case.classes
@@ -151,8 +151,8 @@ def compile_unpack(arch: int, dims: int, wide: int) -> Compiled:
     sizes = unpack.options(dims)
     options = {name: sizes.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     segment = -(-(wide + (dims - wide + 1) // 2) // 16) * 16
-    constants = {"ROW_BYTES": 16 + 2 * segment, "WIDE": wide, "DIMS": dims, **sizes}
-    types = {"codes": "*u8", "rows": "*i64", "keys": "*i64", "table": "*fp32", "out": "*fp16", "vectors": "i32"}
+    constants = {"CODE_BYTES": 16 + 2 * segment, "WIDE": wide, "DIMS": dims, **sizes}
+    types = {"codes": "*u8", "rows": "*i64", "dither_keys": "*i64", "table": "*fp32", "out": "*fp16", "vectors": "i32"}
     return compile_kernel(unpack.unpack, types, constants, arch, options, ("codes",))
 
 

@@ -43,14 +43,14 @@ class Batch:
         self.teacher = tuple(row.bfloat16() for row in self.logits)
         self.target = torch.randint(classes, (batch,), generator=generator, device=device)
         self.weight = torch.rand(batch, generator=generator, device=device) * 2
-        self.keys = torch.arange(batch, device=device)
+        self.dither_keys = torch.arange(batch, device=device)
 
     def encoded(self) -> dict[str, EncodedPairs]:
         """By codec; a subspace code where it takes seconds to fit."""
         batch, classes = self.students[0].shape
-        device = self.keys.device
+        device = self.dither_keys.device
         pairs = self.logits.cpu().numpy().swapaxes(0, 1).copy()
-        keys = np.arange(batch, dtype=np.uint64)
+        dither_keys = np.arange(batch, dtype=np.uint64)
         coded = {"int8": (codecs.make("int8", classes=classes), pairs)}
         if DIRECTIONS < classes <= 4096:
             rng = np.random.default_rng(0)
@@ -59,8 +59,8 @@ class Batch:
             coded["subspace"] = codecs.fit("subspace", fitted, kl=0.05), np.resize(fitted, (batch, 2, classes))
         return {
             name: EncodedPairs(
-                torch.from_numpy(codec.encode(logits, keys)).to(device),
-                self.keys,
+                torch.from_numpy(codec.encode(logits, dither_keys)).to(device),
+                self.dither_keys,
                 decoder_of(codec, device),
                 self.weight,
             )

@@ -72,14 +72,14 @@ class Task:
     """Bytes that decoded labels may take at a time."""
 
     def of(self, span: slice) -> "Task":
-        """That of some of the pairs; only subspace rows go by parts."""
+        """That of some of the pairs; only subspace codes go by parts."""
         if self.kind != "subspace":
             return self
-        codes, keys, *code = self.teacher
+        codes, dither_keys, *code = self.teacher
         codes = codes if self.rows is not None else codes[span]
         given = {name: getattr(self, name) for name in ("target", "rows", "weight", "valid")}
         given = {name: value if value is None else value[span] for name, value in given.items()}
-        return replace(self, teacher=[codes, keys[span], *code], **given)
+        return replace(self, teacher=[codes, dither_keys[span], *code], **given)
 
     def flat(self) -> tuple[list[Tensor], str, list[Tensor | None], list[float], list[int]]:
         """What an operator's schema can hold."""
@@ -141,7 +141,7 @@ def _spans(task: Task, batch: int) -> list[slice]:
 
 
 def _teacher(task: Task, classes: int) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int], Tensor | None]:
-    """Pointers of both views, aligned, the header of int8 rows, where the views' logits start, and the rows' index."""
+    """Pointers of both views, aligned, the header of int8 codes, where the views' logits start, and the rows' index."""
     if task.kind == "dense":
         return task.teacher[0], task.teacher[-1], None, (0, 0), None
     codes = task.teacher[0]
@@ -151,8 +151,8 @@ def _teacher(task: Task, classes: int) -> tuple[Tensor, Tensor, Tensor | None, t
     if task.kind == "int8":
         q = codes.view(torch.int8)
         return q, q, codes.view(torch.int16), (16, 16 + classes), task.rows
-    _, keys, table, basis = task.teacher
-    logits = subspace_logits(codes, task.rows, keys, Lean(table, basis, task.unit), task.wide)
+    _, dither_keys, table, basis = task.teacher
+    logits = subspace_logits(codes, task.rows, dither_keys, Lean(table, basis, task.unit), task.wide)
     return logits[:, 0], logits[:, 1], None, (0, 0), None
 
 

@@ -1,7 +1,7 @@
 """Decoding stored labels in plain PyTorch, on any device: the specification of the kernels that decode in registers.
 
 A `Decoder` is what a codec knows, as tensors; kernels know neither stores nor codecs. `cache.codec`,
-`cache.codec.subspace` and `cache.codec.entropy` describe the rows.
+`cache.codec.subspace` and `cache.codec.entropy` describe the codes.
 """
 
 from dataclasses import dataclass, replace
@@ -97,51 +97,51 @@ class EncodedPairs:
         return _along(self.gathered(), self.dither_keys, self.decoder)
 
 
-def decode(rows: torch.Tensor, stream: torch.Tensor, decoder: Decoder) -> torch.Tensor:
-    """Rows u8 (B, code_bytes) and their dither keys i64 (B,) (the bits of a u64) -> logits f32 (B, 2, C)."""
-    batch = len(rows)
+def decode(codes: torch.Tensor, dither_keys: torch.Tensor, decoder: Decoder) -> torch.Tensor:
+    """Codes u8 (B, code_bytes) and their dither keys i64 (B,) (the bits of a u64) -> logits f32 (B, 2, C)."""
+    batch = len(codes)
     if decoder.kind == "fp16":
-        return rows.contiguous().view(torch.float16).float().view(batch, 2, decoder.classes)
+        return codes.contiguous().view(torch.float16).float().view(batch, 2, decoder.classes)
     if decoder.kind == "int8":
-        # Flat, as the header of a single row keeps the row's stride, which may be no multiple of 4.
-        scale, offset = rows[:, :16].flatten().view(torch.float32).view(batch, 2, 2, 1).unbind(1)
-        return rows[:, 16:].contiguous().view(torch.int8).view(batch, 2, decoder.classes) * scale + offset
-    vectors = _along(rows, stream, decoder)
+        # Flat, as the header of a single pair keeps the codes' stride, which may be no multiple of 4.
+        scale, offset = codes[:, :16].flatten().view(torch.float32).view(batch, 2, 2, 1).unbind(1)
+        return codes[:, 16:].contiguous().view(torch.int8).view(batch, 2, decoder.classes) * scale + offset
+    vectors = _along(codes, dither_keys, decoder)
     if decoder.head is None:
         return vectors
     weight, bias = decoder.head
     return vectors @ weight.T + bias
 
 
-def _along(rows: torch.Tensor, stream: torch.Tensor, decoder: Decoder) -> torch.Tensor:
+def _along(codes: torch.Tensor, dither_keys: torch.Tensor, decoder: Decoder) -> torch.Tensor:
     """The vectors f32 (B, 2, C), or features (B, 2, F), of a subspace code."""
-    batch = len(rows)
+    batch = len(codes)
     assert decoder.beta is not None
     assert decoder.basis is not None and decoder.scale is not None and decoder.mean is not None
     dims, wide = len(decoder.beta), decoder.wide
     half = (dims - wide + 1) // 2
-    segments = rows[:, 16:].reshape(batch, 2, -1)  # behind the dither key, which the caller has
+    segments = codes[:, 16:].reshape(batch, 2, -1)  # behind the dither key, which the caller has
     nibbles = segments[..., wide : wide + half]
     narrow = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)[..., : dims - wide].to(torch.int8)
     q = torch.cat([segments[..., :wide].contiguous().view(torch.int8), (narrow ^ 8) - 8], dim=-1).float()
-    steps = q - decoder.beta * dither(stream, dims)
+    steps = q - decoder.beta * dither(dither_keys, dims)
     along = decoder.basis[:, : len(decoder.mean)] * (decoder.scale * decoder.unit)[:, None]
     return steps @ along + decoder.mean
 
 
-def dither(stream: torch.Tensor, dims: int) -> torch.Tensor:
+def dither(dither_keys: torch.Tensor, dims: int) -> torch.Tensor:
     """u in (-1/2, 1/2) of both views' coefficients: f32 (B, 2, d) for keys i64 (B,); see `codec.entropy.dither`."""
     calls = -(-dims // 16)
-    counter = torch.arange(calls, device=stream.device)
-    view = torch.arange(2, device=stream.device)[:, None]
-    zero = torch.zeros((len(stream), 2, calls), dtype=torch.int64, device=stream.device)
+    counter = torch.arange(calls, device=dither_keys.device)
+    view = torch.arange(2, device=dither_keys.device)[:, None]
+    zero = torch.zeros((len(dither_keys), 2, calls), dtype=torch.int64, device=dither_keys.device)
     c0, c1, c2, c3 = counter + zero, view + zero, zero, zero
-    k0, k1 = (stream & _LOW)[:, None, None], (stream >> 32 & _LOW)[:, None, None]
+    k0, k1 = (dither_keys & _LOW)[:, None, None], (dither_keys >> 32 & _LOW)[:, None, None]
     for _ in range(10):  # int64 products wrap, which leaves all 64 bits right; shifts are arithmetic, hence the masks
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
     words = torch.stack([c0, c1, c2, c3], dim=2)  # (B, 2, 4, calls)
-    shifts = torch.arange(0, 32, 8, device=stream.device)[:, None]
+    shifts = torch.arange(0, 32, 8, device=dither_keys.device)[:, None]
     bytes_ = (words[:, :, :, None] >> shifts & 255).flatten(2)[..., :dims]
     return (2 * bytes_.float() - 255) / 512

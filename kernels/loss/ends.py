@@ -60,7 +60,7 @@ def logits(pointer, read, inside, PADDED: tl.constexpr, TEACHER: tl.constexpr, C
 
 @triton.jit
 def header_field(pointer, row, live, STRIDE: tl.constexpr, FIELD):
-    """A float32 of int8 rows, by halves: rows of an odd number of classes start at any even address."""
+    """A float32 of int8 codes, by halves: codes of an odd number of classes start at any even address."""
     at = pointer + row * STRIDE + 2 * FIELD
     low = tl.load(at, mask=live, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
     high = tl.load(at + 1, mask=live, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)

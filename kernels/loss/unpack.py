@@ -1,4 +1,4 @@
-"""Subspace rows to logits: codes become float16 coefficients, once, and one product with the directions follows.
+"""Subspace codes to logits: they become float16 coefficients, once, and one product with the directions follows.
 
 A coefficient is (q − β·u)·s with u of Philox's byte b, which is q·s + b·m + n of three tables. They are written in the
 order of Philox's calls, 16 bytes each; the rows of the basis stand in the same one. Two more rows are the mean and what
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_HEADER = 16  # bytes of a row before its segments
+_HEADER = 16  # bytes of a pair's codes before its segments
 _LARGEST_STEP = 136  # |q − β·u|: a byte and half a dither of up to four steps
 _ROOM = 64.0  # of a coefficient, so that 1,000 directions cannot leave float16
 _VECTORS = 4
@@ -84,18 +84,18 @@ def _coefficient(start, table, words, call, there, BYTE: tl.constexpr, WIDE: tl.
 
 @triton.jit
 def unpack(
-    codes, rows, keys, table, out, vectors,
-    ROW_BYTES: tl.constexpr, WIDE: tl.constexpr, DIMS: tl.constexpr, VECTORS: tl.constexpr, CALLS: tl.constexpr,
+    codes, rows, dither_keys, table, out, vectors,
+    CODE_BYTES: tl.constexpr, WIDE: tl.constexpr, DIMS: tl.constexpr, VECTORS: tl.constexpr, CALLS: tl.constexpr,
 ):  # fmt: skip
     """Coefficients f16 (vectors, K) of codes u8 (N, code_bytes); vector v is view v % 2 of pair v / 2."""
     K: tl.constexpr = (DIMS + 15) // 16 * 16 + 16
     number = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)[:, None]
     there = number < vectors
     pair, view = number // 2, (number % 2).to(tl.uint32)
-    key = tl.load(keys + pair, mask=there, other=0)
+    key = tl.load(dither_keys + pair, mask=there, other=0)
     if rows is not None:
         pair = tl.load(rows + pair, mask=there, other=0)
-    start = codes + pair * ROW_BYTES + 16 + view.to(tl.int64) * ((ROW_BYTES - 16) // 2)
+    start = codes + pair * CODE_BYTES + 16 + view.to(tl.int64) * ((CODE_BYTES - 16) // 2)
     call = tl.arange(0, CALLS)[None, :]
     words = philox(
         call.to(tl.uint32) + tl.zeros((VECTORS, CALLS), tl.uint32), view, key.to(tl.uint32), (key >> 32).to(tl.uint32)
@@ -126,24 +126,24 @@ def unpack(
     tl.store(out + number * K + K - 16 + ones, tl.where(ones < 2, 1.0, 0.0).to(tl.float16), mask=there)
 
 
-def subspace_logits(codes: Tensor, rows: Tensor | None, keys: Tensor, code: Lean, wide: int) -> Tensor:
+def subspace_logits(codes: Tensor, rows: Tensor | None, dither_keys: Tensor, code: Lean, wide: int) -> Tensor:
     """Codes u8 (N, code_bytes), rows i64 (B,) or None, keys i64 (B,) -> logits over `code.unit`, f16 (B, 2, P)."""
-    vectors, dims = 2 * len(keys), code.table.shape[1]
+    vectors, dims = 2 * len(dither_keys), code.table.shape[1]
     found = torch.empty((vectors, code.basis.shape[0]), dtype=torch.float16, device=codes.device)
     kernel: Any = unpack[(triton.cdiv(vectors, _VECTORS),)]
     kernel(
         codes,
         rows,
-        keys,
+        dither_keys,
         code.table,
         found,
         vectors,
-        ROW_BYTES=codes.shape[1],
+        CODE_BYTES=codes.shape[1],
         WIDE=wide,
         DIMS=dims,
         **options(dims),
     )
-    return torch.mm(found, code.basis).view(len(keys), 2, -1)
+    return torch.mm(found, code.basis).view(len(dither_keys), 2, -1)
 
 
 def bytes_of_pair(code: Lean) -> int:
@@ -160,13 +160,13 @@ def _side(device: torch.device) -> Any:
     return _sides[device]
 
 
-def beside(codes: Tensor, rows: Tensor | None, keys: Tensor, code: Lean, wide: int) -> tuple[Tensor, Any]:
+def beside(codes: Tensor, rows: Tensor | None, dither_keys: Tensor, code: Lean, wide: int) -> tuple[Tensor, Any]:
     """`subspace_logits` on a stream of their own, and the event after which they may be read."""
     main, side = torch.cuda.current_stream(codes.device), _side(codes.device)
-    side.wait_stream(main)  # on which codes and keys came
+    side.wait_stream(main)  # on which codes and dither keys came
     with torch.cuda.device_of(codes), torch.cuda.stream(side):
-        made = subspace_logits(codes, rows, keys, code, wide)
-    for read in (codes, rows, keys):
+        made = subspace_logits(codes, rows, dither_keys, code, wide)
+    for read in (codes, rows, dither_keys):
         if read is not None:
             read.record_stream(side)  # not to be given to others while it is read there
     made.record_stream(main)
