@@ -113,7 +113,7 @@ def per_pair(case: Case, found: Compiled) -> tuple[Counts, float]:
 
 def pair_bytes(classes: int, student: str, teacher: str) -> int:
     """Bytes that a pair of views must move through device memory: both students read, both gradients written, the
-    teacher read once. A subspace row is that of 512 directions at a KL of 0.05."""
+    teacher read once. Subspace codes are those of 512 directions at a KL of 0.05."""
     size = {"fp32": 4, "bf16": 2, "fp16": 2}
     encoded = {"int8": 16 + 2 * classes, "subspace": 656}
     return 4 * classes * size[student] + (encoded[teacher] if teacher in encoded else 2 * classes * size[teacher])

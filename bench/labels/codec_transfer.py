@@ -13,7 +13,7 @@ stores of several seeds have, so the error covers which noise labels happen to h
 
 Labels are encoded once per view and seed and decoded batch by batch, as a loader would. Bytes on disk are those of
 `pack` for the first `CHUNK_PAIRS` pairs of a view, a store's chunk; bytes all told have w and digests with them where a
-store keeps these; bytes in memory are the row's. Peers' rows include what the peer needs to make the view again
+store keeps these; bytes in memory are the codes'. Peers' codes include what the peer needs to make the view again
 (`bench.labels.peers`); other arms need nothing. A finished student is kept in WORK/codec-transfer.json under a hash of
 all that it depends on: run again to resume.
 """
@@ -115,25 +115,25 @@ class Labels:
         self.share = getattr(self.codec, "share", 1.0)
         """Of the pairs, those that labels are kept of, the same number of each view."""
         self._seed = -1
-        self._coded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # view: rows and keys, of the seed
+        self._coded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # view: codes and keys, of the seed
         self._first = (
             np.empty((0, 0), np.uint8)
             if self.codec is None
-            else self._encode(self.codec, 0, problem.streams[0][:CHUNK_PAIRS])
+            else self._encode(self.codec, 0, problem.dither_keys[0][:CHUNK_PAIRS])
         )
 
-    def _encode(self, coder: Coder, view: int, stream: np.ndarray) -> np.ndarray:
-        logits = self.problem.logits[view][: len(stream)].numpy()
+    def _encode(self, coder: Coder, view: int, dither_keys: np.ndarray) -> np.ndarray:
+        logits = self.problem.logits[view][: len(dither_keys)].numpy()
         blocks = (slice(at, at + _ENCODE_PAIRS) for at in range(0, len(logits), _ENCODE_PAIRS))
-        return np.concatenate([coder.encode(logits[block], stream[block]) for block in blocks])
+        return np.concatenate([coder.encode(logits[block], dither_keys[block]) for block in blocks])
 
     def kept(self, index: np.ndarray, view: int) -> np.ndarray:
         """The pairs that a student sees where `index` i64 (B,) was drawn of all: the same, unless they were pruned."""
         if self.share == 1:
             return index
-        streams = self.problem.streams[view]
-        few = max(1, int(self.share * len(streams)))
-        return np.argsort(streams)[:few][index * few // len(streams)]
+        dither_keys = self.problem.dither_keys[view]
+        few = max(1, int(self.share * len(dither_keys)))
+        return np.argsort(dither_keys)[:few][index * few // len(dither_keys)]
 
     def logits(self, view: int, index: np.ndarray, seed: int) -> torch.Tensor:
         """Decoded labels of some pairs, f32 (B, 2, C), with the noise that a store of that seed would have."""
@@ -142,22 +142,22 @@ class Labels:
         if seed != self._seed:
             self._seed, self._coded = seed, {}
         if view not in self._coded:
-            keys = philox.dither_keys(seed, self.problem.streams[view], view)
+            keys = philox.dither_keys(seed, self.problem.dither_keys[view], view)
             self._coded[view] = self._encode(self.codec, view, keys), keys
         return torch.from_numpy(self.codec.decode(*(array[index] for array in self._coded[view])))
 
     def _decoded(self, pairs: slice) -> torch.Tensor:
         if self.codec is None:
             return self.problem.logits[0][:CHUNK_PAIRS][pairs]
-        return torch.from_numpy(self.codec.decode(self._first[pairs], self.problem.streams[0][:CHUNK_PAIRS][pairs]))
+        return torch.from_numpy(self.codec.decode(self._first[pairs], self.problem.dither_keys[0][:CHUNK_PAIRS][pairs]))
 
     def sizes(self, name: str, temperature: float) -> dict:
         """Bytes per vector in memory, on disk and all told; KL(teacher ‖ labels) at T, None where classes without mass
         make it infinite. Of pruned labels bytes are shared by all vectors, KL is that of the kept ones."""
         row_bytes = disk_bytes = 4.0 * simulated.CLASSES
         if self.codec is not None:
-            stream = self.problem.streams[0][: len(self._first)]
-            code = self.codec.pack(self._first, stream)
+            dither_keys = self.problem.dither_keys[0][: len(self._first)]
+            code = self.codec.pack(self._first, dither_keys)
             row_bytes = self.share * self.codec.code_bytes / 2
             disk_bytes = self.share * len(code) / (2 * len(self._first))
         chunk = self.problem.logits[0][:CHUNK_PAIRS].numpy()
@@ -173,8 +173,11 @@ class Labels:
     def key(self, seed: int, options: Bench) -> str:
         """A hash of all that a student of these labels depends on: recipe, codec, and what the codec makes."""
         problem = self.problem
-        recipe = [len(problem.streams[0]), options.steps, seed, options.teacher, options.student, options.temperature]
+        recipe = [len(problem.dither_keys[0]), options.steps, seed]
         recipe += [
+            options.teacher,
+            options.student,
+            options.temperature,
             "keys of a seed",
             PEAK,
             problem.batch,
@@ -201,7 +204,7 @@ def learn(problem: Problem, labels: Labels, seed: int, options: Bench) -> dict:
     optimiser = torch.optim.Adam(student.parameters(), PEAK)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK, total_steps=options.steps)
     order = np.random.default_rng(seed)
-    samples, batch, temperature = len(problem.streams[0]), problem.batch, options.temperature
+    samples, batch, temperature = len(problem.dither_keys[0]), problem.batch, options.temperature
     per_epoch = samples // batch
     shuffled = np.empty(0, np.int64)
     for step in range(options.steps):

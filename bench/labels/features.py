@@ -47,8 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     machine = machines.describe()
     index = Index.open(options.data, "train")
     rows = np.sort(np.random.default_rng(_SEED).choice(index.good, options.samples, replace=False))
-    logits, given, head, stream = _look(real.network(options.teacher), index, rows)
-    results = [row for budget in BUDGETS for row in compared(logits, given, head, stream, budget)]
+    logits, given, head, dither_keys = _look(real.network(options.teacher), index, rows)
+    results = [row for budget in BUDGETS for row in compared(logits, given, head, dither_keys, budget)]
     for row in results:
         print(json.dumps(row))
     document = harness.document(
@@ -64,18 +64,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def compared(
-    logits: np.ndarray, given: np.ndarray, head: dict[str, np.ndarray], stream: np.ndarray, budget: float
+    logits: np.ndarray, given: np.ndarray, head: dict[str, np.ndarray], dither_keys: np.ndarray, budget: float
 ) -> list[dict]:
     """Of logits f32 (n, 2, C) and features f32 (n, 2, F), in random order: what each code keeps, in which bytes."""
     cut = len(logits) - len(logits) // _HELD_OUT
     found = []
     for name, coded, more in (("subspace", logits, {}), ("features", given, head)):
         codec = codecs.fit(name, coded[:cut], kl=budget, **more)
-        rows = codec.encode(coded[cut:], stream[cut:])
-        fidelity = measure(codec, logits[cut:], stream[cut:], rows)
+        codes = codec.encode(coded[cut:], dither_keys[cut:])
+        fidelity = measure(codec, logits[cut:], dither_keys[cut:], codes)
         noise = {}
         if isinstance(codec, Features):
-            noise = {"feature noise": features.noise(codec, coded[cut:], rows, stream[cut:])}
+            noise = {"feature noise": features.noise(codec, coded[cut:], codes, dither_keys[cut:])}
         found.append(
             {"code": name, "budget": budget, "bytes in memory": codec.code_bytes / 2, **fidelity.to_json(), **noise}
         )
@@ -103,9 +103,9 @@ def _look(network, index: Index, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
             advance(len(batch.rows))
     order = np.random.default_rng(_SEED).permutation(sum(map(len, seen)))
     at = np.concatenate(seen)[order]
-    stream = philox.dither_keys(_SEED, index.records["key_hash"][at], 0)
+    dither_keys = philox.dither_keys(_SEED, index.records["key_hash"][at], 0)
     head = {"weight": teacher.head.weight, "bias": teacher.head.bias}
-    return np.concatenate(logits)[order], np.concatenate(given)[order], head, stream
+    return np.concatenate(logits)[order], np.concatenate(given)[order], head, dither_keys
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Problem:
     """Per view (n, 2, ...)."""
     logits: list[Tensor]
     """Per view, f32 (n, 2, C)."""
-    streams: list[np.ndarray]
+    dither_keys: list[np.ndarray]
     """Per view, u64 (n,), the dither keys."""
     held_inputs: Tensor
     held_logits: Tensor
@@ -51,10 +51,10 @@ def simulation(samples: int, held_out: int, views: int) -> Problem:
     features, logits, _ = simulated.draw(teacher, samples, views, _DATA_SEED)
     held_features, held_logits, held_labels = simulated.draw(teacher, held_out, 1, _HELD_SEED)
     keys = np.arange(samples, dtype=np.uint64)
-    streams = [philox.dither_keys(_STREAM_SEED, keys, view) for view in range(views)]
+    dither_keys = [philox.dither_keys(_STREAM_SEED, keys, view) for view in range(views)]
     labels = held_labels[:, None].expand(-1, 2)
     head = _head(simulated.FEATURES)
-    return Problem(features, logits, streams, held_features[0], held_logits[0], labels, "accuracy", BATCH, head)
+    return Problem(features, logits, dither_keys, held_features[0], held_logits[0], labels, "accuracy", BATCH, head)
 
 
 def photographs(teacher: str, student: str, data: Path, val: Path, views: int, work: Path) -> Problem:
@@ -79,7 +79,9 @@ def photographs(teacher: str, student: str, data: Path, val: Path, views: int, w
     held_logits = torch.cat(held.logits)
     labels = held_logits.argmax(-1)
     held_inputs = torch.cat(held_inputs)
-    return Problem(inputs, seen.logits, seen.streams, held_inputs, held_logits, labels, "agreement", REAL_BATCH, make)
+    return Problem(
+        inputs, seen.logits, seen.dither_keys, held_inputs, held_logits, labels, "agreement", REAL_BATCH, make
+    )
 
 
 def _head(features: int) -> Callable[[], nn.Module]:

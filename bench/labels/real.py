@@ -89,7 +89,7 @@ class Views:
     """f32 (n, 2, F): means of the teacher's fifth stage over the quarters of the image."""
     logits: list[torch.Tensor]
     """f32 (n, 2, 1000)."""
-    streams: list[np.ndarray]
+    dither_keys: list[np.ndarray]
     """u64 (n,), the dither keys."""
 
 
@@ -118,8 +118,8 @@ def look(teacher: Network, index: Index, views: int, work: Path) -> Views:
         parts = [np.load(path) for path, part in wanted.items() if part[0] == view]
         for name, kept in found.items():
             kept.append(torch.from_numpy(np.concatenate([part[name] for part in parts])))
-    streams = [philox.dither_keys(_SEED, index.records["key_hash"][good], view) for view in range(views)]
-    return Views(**found, streams=streams)
+    dither_keys = [philox.dither_keys(_SEED, index.records["key_hash"][good], view) for view in range(views)]
+    return Views(**found, dither_keys=dither_keys)
 
 
 def _answers(teacher: Network, index: Index, policy: Policy):

@@ -2,7 +2,7 @@
 
 Each process maps the plane that all of them unpack (`cache.store.shared`). Memory is the proportional set size of the
 mappings, a page that eight processes map counting once, in planes; labels are compared by their CRC-32. The store is of
-`SAMPLES` packed rows of 1000 classes.
+`SAMPLES` packed pairs of 1000 classes.
 """
 
 import json
@@ -88,8 +88,8 @@ def _written(path: Path) -> Store:
     store = cache.create(path, manifest, np.zeros(SAMPLES, np.uint8), np.arange(SAMPLES, dtype=np.uint64))
     for view, block in store.missing_blocks():
         at = np.arange(*store.block_range(block))
-        rows = codec.encode(logits, store.dither_keys(view, at))
-        store.write_block(view, block, rows, np.ones(len(at), np.float32), np.zeros((len(at), 2), np.uint32))
+        codes = codec.encode(logits, store.dither_keys(view, at))
+        store.write_block(view, block, codes, np.ones(len(at), np.float32), np.zeros((len(at), 2), np.uint32))
     return store
 
 

@@ -22,7 +22,7 @@ from cache.store.blocks import Store
 
 SAMPLES = 1_281_167
 REFERENCE = "plain read"
-_CLASSES = 128  # fp16: rows of 2 x 256 bytes
+_CLASSES = 128  # fp16: codes of 2 x 256 bytes
 _GATHERED = 1024
 _BLOCK_ROWS = 8192
 
@@ -94,9 +94,9 @@ def _written(path: Path, samples: int) -> tuple[Store, float]:
     for view, block in store.missing_blocks():
         start, stop = store.block_range(block)
         count = stop - start
-        rows = rng.integers(0, 256, (count, codec.code_bytes), np.uint8)
+        codes = rng.integers(0, 256, (count, codec.code_bytes), np.uint8)
         begin = time.perf_counter()
-        store.write_block(view, block, rows, np.ones(count, np.float32), np.zeros((count, 2), np.uint32))
+        store.write_block(view, block, codes, np.ones(count, np.float32), np.zeros((count, 2), np.uint32))
         seconds += time.perf_counter() - begin
     begin = time.perf_counter()
     os.sync()

@@ -100,16 +100,16 @@ def run(config: Bench) -> dict:
 
 def compare(makes: dict[str, Make], fit: np.ndarray, held: np.ndarray) -> list[dict]:
     """Rows of the formats, fitted to logits f32 (n, 2, C) and measured on `held` f32 (m, 2, C)."""
-    stream = philox.dither_keys(_SEED, np.arange(len(held), dtype=np.uint64), 0)
+    dither_keys = philox.dither_keys(_SEED, np.arange(len(held), dtype=np.uint64), 0)
     true = weights(held)
     rows = []
     for name, make in makes.items():
         coder = make(fit)
         if coder is None or getattr(coder, "k", 0) > held.shape[2]:  # exact, or more top classes than there are
             continue
-        encoded = coder.encode(held, stream)
-        found = measure(coder, held, stream, encoded)  # pyright: ignore[reportArgumentType]
-        off = np.abs(weights(coder.decode(encoded, stream)) - true)
+        codes = coder.encode(held, dither_keys)
+        found = measure(coder, held, dither_keys, codes)  # pyright: ignore[reportArgumentType]
+        off = np.abs(weights(coder.decode(codes, dither_keys)) - true)
         rows.append(
             {
                 "format": name,
@@ -119,9 +119,9 @@ def compare(makes: dict[str, Make], fit: np.ndarray, held: np.ndarray) -> list[d
                 **dict(zip(_KL, found.kl.values(), strict=True)),
                 "slope": found.slope,
                 "w off by": float(off.max()),
-                "encode/s": _rate(lambda coder=coder: coder.encode(held[:_PAIRS], stream[:_PAIRS]), _pairs(held)),
-                "decode/s": _rate(lambda c=coder, e=encoded: c.decode(e[:_PAIRS], stream[:_PAIRS]), _pairs(held)),
-                "pack/s": _rate(lambda c=coder, e=encoded: c.pack(e[:_PAIRS], stream[:_PAIRS]), _pairs(held)),
+                "encode/s": _rate(lambda coder=coder: coder.encode(held[:_PAIRS], dither_keys[:_PAIRS]), _pairs(held)),
+                "decode/s": _rate(lambda c=coder, e=codes: c.decode(e[:_PAIRS], dither_keys[:_PAIRS]), _pairs(held)),
+                "pack/s": _rate(lambda c=coder, e=codes: c.pack(e[:_PAIRS], dither_keys[:_PAIRS]), _pairs(held)),
             }
         )
     return rows
@@ -145,8 +145,8 @@ def _against_networks(sources: dict) -> list[dict]:
     fit, held = next(iter(sources.values()))
     coder = ARMS["subspace-0.05"](fit)
     assert coder is not None
-    stream = philox.dither_keys(_SEED, np.arange(len(held), dtype=np.uint64), 0)
-    encoded = coder.encode(held, stream)
+    dither_keys = philox.dither_keys(_SEED, np.arange(len(held), dtype=np.uint64), 0)
+    codes = coder.encode(held, dither_keys)
     images = torch.randn(16, 3, 224, 224)
     teacher, student = timm.create_model("resnet34").eval(), timm.create_model("resnet18")
 
@@ -157,9 +157,9 @@ def _against_networks(sources: dict) -> list[dict]:
     def step() -> None:
         student(images).sum().backward()
 
-    encode = 1 / _rate(lambda: coder.encode(held, stream), 2 * len(held))
-    pack = 1 / _rate(lambda: coder.pack(encoded, stream), 2 * len(held))
-    decode = 1 / _rate(lambda: coder.decode(encoded, stream), 2 * len(held))
+    encode = 1 / _rate(lambda: coder.encode(held, dither_keys), 2 * len(held))
+    pack = 1 / _rate(lambda: coder.pack(codes, dither_keys), 2 * len(held))
+    decode = 1 / _rate(lambda: coder.decode(codes, dither_keys), 2 * len(held))
     shown, learnt = 1 / _rate(forward, len(images)), 1 / _rate(step, len(images))
     return [
         {

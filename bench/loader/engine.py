@@ -45,7 +45,7 @@ STAGES: tuple[str, ...] = (
 _BATCH = 256
 _WARM = 2
 _WORKERS = 2, 4, 16
-_ROWS, _ROW_BYTES = 100_000, 328  # of a plane: the default budget's, 32.8 MB, far beyond a core's cache
+_ROWS, _CODE_BYTES = 100_000, 328  # of a plane: the default budget's, 32.8 MB, far beyond a core's cache
 
 
 class Stages:
@@ -151,8 +151,8 @@ def beside(index: Index, size: int, rounds: int) -> list[dict]:
     rng = np.random.default_rng(0)
     rows = [rng.permutation(index.good)[:size] for _ in range(rounds)]
     views = rng.integers(0, 256, (2, size, POLICY.base.size, POLICY.base.size, 3), dtype=np.uint8)
-    encoded = rng.integers(0, 256, (_ROWS, _ROW_BYTES), dtype=np.uint8)
-    plane = Plane(0, encoded, np.ones(_ROWS, np.float32), np.zeros(_ROWS, np.uint32), np.ones(_ROWS, bool))
+    codes = rng.integers(0, 256, (_ROWS, _CODE_BYTES), dtype=np.uint8)
+    plane = Plane(0, codes, np.ones(_ROWS, np.float32), np.zeros(_ROWS, np.uint32), np.ones(_ROWS, bool))
     some = [rng.integers(0, _ROWS, size) for _ in range(rounds)]
     jobs = {
         ("bytes read", "readers"): lambda at: [index.read(int(row)) for row in rows[at]],

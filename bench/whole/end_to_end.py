@@ -250,10 +250,10 @@ def _labelled(index: Index, path: str, teacher: answers.Teacher) -> tuple[labels
     status = index.records["status"]
     store = cache.create(path, manifest, status, index.records["key_hash"])
     pairs, rows = pairs[:_CODED], len(index)
-    encoded = codec.encode(pairs, store.dither_keys(0, np.arange(_CODED) % rows))
+    codes = codec.encode(pairs, store.dither_keys(0, np.arange(_CODED) % rows))
     w = cosine_weight(*(torch.from_numpy(pairs).double().unbind(1))).float().numpy()
     digest = np.zeros((rows, 2), np.uint32)
-    plane = Plane(0, np.resize(encoded, (rows, codec.code_bytes)), np.resize(w, rows), digest, status == 0)
+    plane = Plane(0, np.resize(codes, (rows, codec.code_bytes)), np.resize(w, rows), digest, status == 0)
     device, at = teacher.device, torch.from_numpy(plane.codes)
     on_gpu = labels.place(store, device, "auto") == "gpu"
     found = labels.Labels(store, plane, device, at.to(device) if on_gpu else at)

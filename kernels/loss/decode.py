@@ -1,7 +1,7 @@
 """Decoding stored labels in plain PyTorch, on any device: the specification of the kernels that decode in registers.
 
 A `Decoder` is what a codec knows, as tensors; kernels know neither stores nor codecs. `cache.codec`,
-`cache.codec.subspace` and `cache.codec.entropy` describe the codes.
+`cache.codec.subspace` and `cache.codec.entropy` describe the codes, `cache.codec.base` the order of axes.
 """
 
 from dataclasses import dataclass, replace

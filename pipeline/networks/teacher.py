@@ -18,7 +18,7 @@ class Said(NamedTuple):
     """What a teacher answers to B pairs of views."""
 
     logits: torch.Tensor
-    """f32 (B, 2, C)."""
+    """f32 (B, 2, C), see `cache.codec.base` for the order."""
     coded: torch.Tensor
     """What a store's code is given: the logits, or features f32 (B, 2, F)."""
 

@@ -41,7 +41,7 @@ class Batch:
     labels: torch.Tensor
     """i64 (B,)."""
     images: torch.Tensor
-    """u8 (2, B, S, S, 3): original views, then augmented ones; (1, B, S, S, 3) for evaluation."""
+    """u8 (2, B, S, S, 3), see `cache.codec.base` for the order; (1, B, S, S, 3) for evaluation."""
     digests: np.ndarray | None
     """CRC-32 of each view's pixels, u32 (B, 2), if asked for."""
     mixed: Mixed | None = None

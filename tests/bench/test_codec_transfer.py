@@ -53,12 +53,12 @@ def test_labels_are_decoded_views(problem):
     codec = peers.Sampled(1000, 50)
     index, seen = np.array([600, 3, 77]), []
     for view, seed in ((2, 0), (0, 0), (0, 1), (2, 0)):
-        logits, stream = problem.logits[view].numpy(), philox.dither_keys(seed, problem.streams[view], view)
-        expected = codec.decode(codec.encode(logits, stream)[index], stream[index])
+        logits, dither_keys = problem.logits[view].numpy(), philox.dither_keys(seed, problem.dither_keys[view], view)
+        expected = codec.decode(codec.encode(logits, dither_keys)[index], dither_keys[index])
         np.testing.assert_array_equal(labels.logits(view, index, seed).numpy(), expected)
         seen.append(expected)
     assert (seen[1] != seen[2]).any() and (seen[0] == seen[3]).all()
-    assert len(np.unique(np.concatenate(problem.streams))) == 3 * 700
+    assert len(np.unique(np.concatenate(problem.dither_keys))) == 3 * 700
     exact = Labels(problem, ARMS["exact"])
     assert torch.equal(exact.logits(1, index, 0), problem.logits[1][torch.from_numpy(index)])
 
@@ -68,9 +68,9 @@ def test_sizes_are_bytes_per_vector(problem):
     assert Labels(problem, ARMS["exact"]).sizes("exact", 4.0) == whole
     labels = Labels(problem, ARMS["tinyvit-10"])
     sizes = labels.sizes("tinyvit-10", 4.0)
-    codec, logits, stream = peers.tinyvit(1000, 10), problem.logits[0].numpy(), problem.streams[0]
+    codec, logits, dither_keys = peers.tinyvit(1000, 10), problem.logits[0].numpy(), problem.dither_keys[0]
     assert sizes["row_bytes"] == 44
-    assert sizes["disk_bytes"] == len(codec.pack(codec.encode(logits, stream))) / 1400
+    assert sizes["disk_bytes"] == len(codec.pack(codec.encode(logits, dither_keys))) / 1400
     assert sizes["all_bytes"] == sizes["disk_bytes"], "its row holds what makes the view again"
     assert Labels(problem, ARMS["tinyvit-10-renorm"]).sizes("tinyvit-10-renorm", 4.0)["label_kl"] is None
     # A uniform step s adds KL s² / 24 T² or less; scale / 2 is the largest error of int8.
@@ -117,8 +117,8 @@ def test_a_key_depends_on_recipe_codec_and_what_it_makes(problem):
     assert len(set(keys)) == len(keys) and keys[0] == Labels(problem, ARMS["int4"]).key(0, SMALL)
 
     class Other(peers.PerRow):
-        def decode(self, rows, stream):
-            return super().decode(rows, stream) + 1
+        def decode(self, rows, dither_keys):
+            return super().decode(rows, dither_keys) + 1
 
     assert Labels(problem, lambda logits: Other(1000, 4)).key(0, SMALL) != keys[0]
 
@@ -140,7 +140,7 @@ def test_every_arm_makes_a_codec(problem):
         coder = make(problem.logits[0][:8].numpy())
         assert (coder is None) == (name == "exact")
         if coder is not None:
-            rows = coder.encode(problem.logits[0][:8].numpy(), problem.streams[0][:8])
+            rows = coder.encode(problem.logits[0][:8].numpy(), problem.dither_keys[0][:8])
             assert rows.shape == (8, coder.code_bytes)
 
 

@@ -31,7 +31,7 @@ share, filled, fill = cache.Share("job", rank, world, Path(folder)), [], Store.f
 
 def counted(self, view, block, plane):
     if len(filled) == kill_at:
-        plane.rows[slice(*self.block_range(block))] = 255  # half unpacked
+        plane.codes[slice(*self.block_range(block))] = 255  # half unpacked
         os.kill(os.getpid(), 9)
     filled.append(block)
     fill(self, view, block, plane)

@@ -33,10 +33,10 @@ def loss(
         soft = ½ · (mean_i soft_o,i + mean_i w_i · soft_a,i)
         loss = kd_weight · (alpha · hard + (1 − alpha) · T² · soft)
 
-    `student`: logits (2, B, C), the original views and the augmented ones; `teacher`: (B, 2, C), as a store decodes
-    them; `target`: integer (B,). `weight`: w (B,) or one for all. `valid`: bool, pairs (B,) or views (2, B) that count;
-    what stands in the others, NaN too, touches neither loss nor gradient, and they are not part of a batch that a
-    method compares. `count`: the number of pairs, or half that of views, that means divide by; None: those that count.
+    `student`: logits (2, B, C); `teacher`: (B, 2, C), see `cache.codec.base` for the order of both; `target`:
+    integer (B,). `weight`: w (B,) or one for all. `valid`: bool, pairs (B,) or views (2, B) that count; what stands
+    in the others, NaN too, touches neither loss nor gradient, and they are not part of a batch that a method compares.
+    `count`: the number of pairs, or half that of views, that means divide by; None: those that count.
     `energy`: (B, 2), and `kept`, as `View` has them. `mixed`: the augmented views' other labels, if there are any.
     """
     teacher, ones = teacher.detach(), torch.ones_like(student[..., 0])
