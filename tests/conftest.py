@@ -10,6 +10,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 import pipeline  # noqa: F401, before torch and NumPy are imported here and in child processes  # isort: skip
 
 import pytest
+from support import interpreter
 from support.passes import network, teacher_pass
 from support.tars import mixed_tar, tar_of
 
@@ -31,6 +32,10 @@ LONG = (
     "test_precompute",
 )
 """Files that take longest, in the order in which they are begun: at the end one process would work on alone."""
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.hasten()
 
 
 def pytest_collection_modifyitems(items):

@@ -20,11 +20,12 @@ from bench.whole import page as all_page
 from pipeline.config import Bench
 from pipeline.system import machine as machines
 from pipeline.training.methods import loss, make
+from pipeline.views.policy import POLICIES
 
 
 @pytest.fixture(scope="module")
 def found(digits, tmp_path_factory) -> dict:
-    """Every arm but that of the large teacher, two rounds of two pairs."""
+    """Every arm but that of the large teacher, two rounds of two pairs of small views."""
     work = tmp_path_factory.mktemp("work")
     config = Bench(
         suite="end-to-end",
@@ -38,7 +39,11 @@ def found(digits, tmp_path_factory) -> dict:
         threads=2,
         json=work / "found.json",
     )
-    found = end_to_end.run(config)
+    policy = POLICIES["imagenet"]
+    small = dataclasses.replace(policy, base=policy.base.resized(64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(end_to_end, "POLICIES", {"imagenet": small})
+        found = end_to_end.run(config)
     assert json.loads((work / "found.json").read_text()) == found
     assert [path.name for path in work.iterdir()] == ["found.json"]
     return found

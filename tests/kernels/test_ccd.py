@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import interpreter
 from support.losses import oracle, random_case
 from torch.nn import functional as F
 
@@ -103,6 +104,7 @@ def special_cases() -> dict[str, dict]:
 
 def interpret(path: Path) -> None:
     """In the child: evaluate the cases of a file by the Triton kernel and write the results beside it."""
+    interpreter.hasten()
     cases = torch.load(path)
     results = {name: evaluate(case, "triton") for name, case in cases.items()}
     plain = cases["plain, C 10"]
@@ -125,7 +127,7 @@ def triton(tmp_path_factory) -> dict[str, dict]:
     torch.save(CASES | special_cases(), path)
     child = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", __file__, path],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=os.environ | interpreter.ENVIRONMENT,
         capture_output=True,
         text=True,
     )

@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.images import guarded, pixels
+from support.interpreter import hasten
 from support.pillow import base, jda
 
 import kernels.jda
@@ -39,6 +40,8 @@ def pairs(device: str, images: list, table, views, pad: int, size: int, both=Tru
         torch.from_numpy(guarded(image, bool(i % 2))) if device == "cpu" else torch.from_numpy(image).to(device)
         for i, image in enumerate(images)
     ]
+    if device == "cpu":
+        hasten()
     addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
     sizes = np.array([image.shape[:2] for image in images]).reshape(-1, 2)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import FORK
+from support.processes import FORK, finished
 from torch import nn
 
+from pipeline import cli
 from pipeline.data import order
 from pipeline.training import batch_norm
+
+TRAIN = "train-student"
 
 
 def command(out: Path, digits, labels, *flags: str, world: int = 1, restarts: int = 0) -> list[str]:
@@ -39,7 +42,7 @@ def command(out: Path, digits, labels, *flags: str, world: int = 1, restarts: in
         "threads": 1,
     }
     given = [f"--{name}={value}" for name, value in options.items()]
-    return [*(torchrun if world > 1 else [sys.executable]), "-m", "pipeline", "train-student", *given, *flags]
+    return [*(torchrun if world > 1 else [sys.executable]), "-m", "pipeline", TRAIN, *given, *flags]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -48,11 +51,17 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(out: Path, digits, labels, *flags: str, world: int = 1) -> list[dict]:
     """Records of all steps."""
-    done = subprocess.run(
-        command(out, digits, labels, *flags, world=world), env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = command(out, digits, labels, *flags, world=world)
+    if world == 1:
+        finished(_command, words[words.index(TRAIN) :])
+    else:
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
     return records(out)
+
+
+def _command(words: list[str]) -> None:
+    sys.exit(cli.main(words))
 
 
 def records(out: Path) -> list[dict]:
@@ -131,6 +140,7 @@ def test_a_killed_process_is_started_again_to_the_same_weights(digits, labels, t
     assert len(losses(records(tmp_path / "run"))) == 18
 
 
+@pytest.mark.slow  # torchrun and two processes start for half a minute; a single one's signals are in test_signals
 def test_sigterm_ends_all_processes_with_their_state_saved(digits, labels, tmp_path):
     flags = ("--epochs=40", "--checkpoint-steps=100000")
     job = subprocess.Popen(

@@ -281,20 +281,4 @@ def test_all_but_decoding_works_without_dali():
 @pytest.mark.parametrize("images", [2, pytest.param(36, marks=pytest.mark.slow)])
 def test_engine_and_kernels_give_pillows_bytes_in_the_interpreter(images):
     """`interpreted_engine.py`, in a process whose kernels are interpreted."""
-    child = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            *interpreter.WARNS,
-            "-p",
-            "no:cacheprovider",
-            TESTS / "views" / "interpreted_engine.py",
-        ],
-        env=os.environ
-        | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "ENGINE_IMAGES": str(images)},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
+    interpreter.passes(interpreter.TESTS / "views" / "interpreted_engine.py", ENGINE_IMAGES=str(images))
