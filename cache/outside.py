@@ -65,6 +65,7 @@ def cut(text: str) -> str:
 
 
 def require(good: bool, value: Any, where: str, fix: str | None, expected: str) -> Any:
+    """The value, if it is good; what all other checks end in."""
     if not good:
         raise UserError(where, found=shown(value), expected=expected, fix=fix)
     return value
