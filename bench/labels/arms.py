@@ -27,7 +27,7 @@ class Coder(Protocol):
     """What an arm needs of a codec."""
 
     @property
-    def code_bytes(self) -> int: ...
+    def row_bytes(self) -> int: ...
     @property
     def config(self) -> dict: ...
     def encode(self, given: np.ndarray, dither_keys: np.ndarray, /) -> np.ndarray: ...
@@ -48,8 +48,8 @@ class Corrected:
     temperature: float
 
     @property
-    def code_bytes(self) -> int:
-        return self.code.code_bytes
+    def row_bytes(self) -> int:
+        return self.code.row_bytes
 
     @property
     def config(self) -> dict:

@@ -158,7 +158,7 @@ class Labels:
         if self.codec is not None:
             dither_keys = self.problem.dither_keys[0][: len(self._first)]
             code = self.codec.pack(self._first, dither_keys)
-            row_bytes = self.share * self.codec.code_bytes / 2
+            row_bytes = self.share * self.codec.row_bytes / 2
             disk_bytes = self.share * len(code) / (2 * len(self._first))
         chunk = self.problem.logits[0][:CHUNK_PAIRS].numpy()
         some = slice(-1024, None)  # of the full chunk, pairs that no codec was fitted to

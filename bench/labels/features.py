@@ -77,7 +77,7 @@ def compared(
         if isinstance(codec, Features):
             noise = {"feature noise": features.noise(codec, coded[cut:], codes, dither_keys[cut:])}
         found.append(
-            {"code": name, "budget": budget, "bytes in memory": codec.code_bytes / 2, **fidelity.to_json(), **noise}
+            {"code": name, "budget": budget, "bytes in memory": codec.row_bytes / 2, **fidelity.to_json(), **noise}
         )
     return found
 

@@ -53,7 +53,7 @@ class _Peer:
     layout: tuple[Field, ...]
 
     @property
-    def code_bytes(self) -> int:
+    def row_bytes(self) -> int:
         return 2 * sum(field.size_bytes for field in self.layout)
 
     @property
@@ -62,7 +62,7 @@ class _Peer:
         return {"format": type(self).__name__.lower(), **dataclasses.asdict(self)}  # pyright: ignore[reportArgumentType]
 
     def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes:
-        """u8 (B, code_bytes) -> the smallest of some lossless codes of it, field by field."""
+        """u8 (B, row_bytes) -> the smallest of some lossless codes of it, field by field."""
         parts = [smallest(numbers) for numbers in read(codes, self.layout).values()]
         return b"".join([len(codes).to_bytes(4, "little"), *parts])
 
@@ -76,7 +76,7 @@ class _Peer:
 
 
 def write(numbers: dict[str, np.ndarray], layout: tuple[Field, ...]) -> np.ndarray:
-    """Fields, each (B, 2, count), -> codes u8 (B, code_bytes)."""
+    """Fields, each (B, 2, count), -> codes u8 (B, row_bytes)."""
     parts = []
     for field in layout:
         part = np.ascontiguousarray(numbers[field.name], field.dtype).view(np.uint8)
@@ -90,7 +90,7 @@ def write(numbers: dict[str, np.ndarray], layout: tuple[Field, ...]) -> np.ndarr
 
 
 def read(codes: np.ndarray, layout: tuple[Field, ...]) -> dict[str, np.ndarray]:
-    """Codes u8 (B, code_bytes) -> fields, each (B, 2, count)."""
+    """Codes u8 (B, row_bytes) -> fields, each (B, 2, count)."""
     vectors = codes.reshape(len(codes), 2, -1)
     numbers, at = {}, 0
     for field in layout:
@@ -158,12 +158,12 @@ class TopK(_Peer):
         return (*self.replay, Field("index", self.index, self.k), Field("value", self.value, self.k))
 
     def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C), u64 (B,) -> u8 (B, code_bytes)."""
+        """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes)."""
         index, log_p = _top(logits, self.k, self.temperature)
         return write({"index": index, "value": np.exp(log_p), **_replay(self.replay, dither_keys)}, self.layout)
 
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """u8 (B, code_bytes) -> f32 (B, 2, C)."""
+        """u8 (B, row_bytes) -> f32 (B, 2, C)."""
         numbers = read(codes, self.layout)
         p = numbers["value"].astype(np.float32)
         return _dense(numbers["index"], p, self.classes, self.temperature, self.tail)
@@ -222,14 +222,14 @@ class DistillKit(_Peer):
         return np.stack([np.ones_like(rank), rank, np.sqrt(rank)])
 
     def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C) -> u8 (B, code_bytes)."""
+        """f32 (B, 2, C) -> u8 (B, row_bytes)."""
         index, log_p = _top(logits, self.k, self.temperature)
         first = np.ascontiguousarray(log_p[..., :1]).view("<u4") + 0x8000 >> 16  # round to the nearest bfloat16
         terms = log_p[..., 1:] @ np.linalg.pinv(self._curve)
         return write({"index": index, "first": first, "terms": terms}, self.layout)
 
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """u8 (B, code_bytes) -> f32 (B, 2, C)."""
+        """u8 (B, row_bytes) -> f32 (B, 2, C)."""
         numbers = read(codes, self.layout)
         first = (numbers["first"].astype("<u4") << 16).view("<f4")
         log_p = np.concatenate([first, numbers["terms"] @ self._curve], axis=2)
@@ -255,7 +255,7 @@ class Sampled(_Peer):
         return (Field("index", "<u2", self.draws, bits=_bits(self.classes)),)
 
     def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C), u64 (B,) -> u8 (B, code_bytes); a function of both, as the draws are of the keys."""
+        """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes); a function of both, as the draws are of the keys."""
         below = (
             np.exp(_log_softmax(logits, self.temperature), dtype=np.float64).cumsum(axis=2).reshape(-1, self.classes)
         )
@@ -269,7 +269,7 @@ class Sampled(_Peer):
         return write({"index": index.reshape(len(logits), 2, -1)}, self.layout)
 
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """u8 (B, code_bytes) -> f32 (B, 2, C)."""
+        """u8 (B, row_bytes) -> f32 (B, 2, C)."""
         index = read(codes, self.layout)["index"].reshape(2 * len(codes), -1).astype(np.int64)
         index += np.arange(len(index))[:, None] * self.classes
         counts = np.bincount(index.ravel(), minlength=2 * len(codes) * self.classes)
@@ -299,7 +299,7 @@ class PerRow(_Peer):
         return Field("offset", "<f2", 1), Field("step", "<f2", 1), q
 
     def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C) -> u8 (B, code_bytes)."""
+        """f32 (B, 2, C) -> u8 (B, row_bytes)."""
         levels = (1 << self.bits) - 1
         low, high = logits.min(axis=2, keepdims=True), logits.max(axis=2, keepdims=True)
         # Rounded outwards, so that the steps reach from one end to the other.
@@ -312,7 +312,7 @@ class PerRow(_Peer):
         return write({"offset": offset, "step": step, "q": np.minimum(q, levels).astype(np.uint8)}, self.layout)
 
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """u8 (B, code_bytes) -> f32 (B, 2, C)."""
+        """u8 (B, row_bytes) -> f32 (B, 2, C)."""
         numbers = read(codes, self.layout)
         return numbers["q"] * numbers["step"].astype(np.float32) + numbers["offset"].astype(np.float32)
 
@@ -330,11 +330,11 @@ class Dense(_Peer):
         return Field("logits", "<f2", self.classes), Field("view", "<u4", 7)
 
     def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C), u64 (B,) -> u8 (B, code_bytes)."""
+        """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes)."""
         return write({"logits": logits, **_replay(self.layout[1:], dither_keys)}, self.layout)
 
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """u8 (B, code_bytes) -> f32 (B, 2, C)."""
+        """u8 (B, row_bytes) -> f32 (B, 2, C)."""
         return read(codes, self.layout)["logits"].astype(np.float32)
 
 

@@ -97,7 +97,7 @@ def _process(path: str, job: str, rank: str, world: str) -> None:
     from cache.store import shared
 
     store = cache.open(path)
-    store.codec.decode(np.zeros((1, store.codec.code_bytes), np.uint8), np.zeros(1, np.uint64))  # compiles
+    store.codec.decode(np.zeros((1, store.codec.row_bytes), np.uint8), np.zeros(1, np.uint64))  # compiles
     print(0, flush=True)
     input()
     plane = shared.load(store, 0, cache.Share(job, int(rank), int(world), _FOLDER))

@@ -36,7 +36,7 @@ def compare(work: Path | None, rounds: int, samples: int) -> dict:
         raise UserError(f"no room for a plane under {path.parent}", expected=f"{samples * 8 * _CLASSES} bytes free")
     try:
         store, written = _written(path, samples)
-        pairs = samples * store.codec.code_bytes
+        pairs = samples * store.codec.row_bytes
         arms = {
             REFERENCE: partial(_plain, path),
             "this store": partial(store.load_plane, 0),
@@ -56,7 +56,7 @@ def compare(work: Path | None, rounds: int, samples: int) -> dict:
         access = [
             {"access": f"{_GATHERED:,} random rows of a plane in memory", "ms": gather},
             {"access": f"{_GATHERED:,} random rows of the store by zarr-python", "ms": random},
-            {"access": "a block written, 4 MB", "ms": 1e3 * _BLOCK_ROWS * store.codec.code_bytes / written},
+            {"access": "a block written, 4 MB", "ms": 1e3 * _BLOCK_ROWS * store.codec.row_bytes / written},
         ]
         return {"arms": found, "table": table, "access": access}
     finally:
@@ -94,13 +94,13 @@ def _written(path: Path, samples: int) -> tuple[Store, float]:
     for view, block in store.missing_blocks():
         start, stop = store.block_range(block)
         count = stop - start
-        codes = rng.integers(0, 256, (count, codec.code_bytes), np.uint8)
+        codes = rng.integers(0, 256, (count, codec.row_bytes), np.uint8)
         begin = time.perf_counter()
         store.write_block(view, block, codes, np.ones(count, np.float32), np.zeros((count, 2), np.uint32))
         seconds += time.perf_counter() - begin
     begin = time.perf_counter()
     os.sync()
-    return store, samples * codec.code_bytes / (seconds + time.perf_counter() - begin)
+    return store, samples * codec.row_bytes / (seconds + time.perf_counter() - begin)
 
 
 def _cold(path: Path, pairs: int, read: Callable[[], object]) -> Slot:

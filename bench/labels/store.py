@@ -115,7 +115,7 @@ def compare(makes: dict[str, Make], fit: np.ndarray, held: np.ndarray) -> list[d
                 "format": name,
                 "on disk": found.bytes_per_vector,
                 "all told": found.bytes_per_vector + beside_bytes(name, held),
-                "in memory": coder.code_bytes / 2,
+                "in memory": coder.row_bytes / 2,
                 **dict(zip(_KL, found.kl.values(), strict=True)),
                 "slope": found.slope,
                 "w off by": float(off.max()),

@@ -186,8 +186,8 @@ class Job:
         if name in self.teachers:
             return Distillation(self.config, 0, teacher=self.teachers[name]), 0
         if name == "peer":
-            return Distillation(self.config, 0, labels=self.top), self.top.code_bytes  # pyright: ignore
-        return Distillation(self.config, 0, labels=self.labels), self.labels.store.codec.code_bytes
+            return Distillation(self.config, 0, labels=self.top), self.top.row_bytes  # pyright: ignore
+        return Distillation(self.config, 0, labels=self.labels), self.labels.store.codec.row_bytes
 
     def teacher_pass(self, teacher: answers.Teacher) -> Step:
         """The teacher's forward pass of a batch of pairs, its answers in memory."""
@@ -225,7 +225,7 @@ class TopK:
     p: torch.Tensor
     """f16 (n, 2, k), at T = 4."""
     classes: int
-    code_bytes: int
+    row_bytes: int
     in_codes = False
     device = torch.device("cpu")  # no kernel decodes them: the loss is given logits, wherever they lie
 
@@ -253,7 +253,7 @@ def _labelled(index: Index, path: str, teacher: answers.Teacher) -> tuple[labels
     codes = codec.encode(pairs, store.dither_keys(0, np.arange(_CODED) % rows))
     w = cosine_weight(*(torch.from_numpy(pairs).double().unbind(1))).float().numpy()
     digest = np.zeros((rows, 2), np.uint32)
-    plane = Plane(0, np.resize(codes, (rows, codec.code_bytes)), np.resize(w, rows), digest, status == 0)
+    plane = Plane(0, np.resize(codes, (rows, codec.row_bytes)), np.resize(w, rows), digest, status == 0)
     device, at = teacher.device, torch.from_numpy(plane.codes)
     on_gpu = labels.place(store, device, "auto") == "gpu"
     found = labels.Labels(store, plane, device, at.to(device) if on_gpu else at)
@@ -261,7 +261,7 @@ def _labelled(index: Index, path: str, teacher: answers.Teacher) -> tuple[labels
     form = peers.tinyvit(index.classes, min(_TOP, index.classes))
     fields = peers.read(form.encode(pairs, np.arange(_CODED, dtype=np.uint64)), form.layout)
     top, p = (torch.from_numpy(fields[name]).to(device) for name in ("index", "value"))
-    return found, TopK(plane, top, p, index.classes, form.code_bytes)
+    return found, TopK(plane, top, p, index.classes, form.row_bytes)
 
 
 def _allocated(device: torch.device, reset: bool = False) -> int:

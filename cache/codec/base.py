@@ -1,6 +1,7 @@
 """What every codec demands of logits and codes.
 
-Codes are encoded labels, u8 (B, code_bytes), a pair's to each of B. Rows are rows of the index, and nothing else.
+Codes are encoded labels, u8 (B, row_bytes), a pair's to each of B. Rows are rows of the index, and nothing else but in
+`row_bytes`: programs of others ask codecs for it by that name.
 
 The axis order, here and everywhere: what is said of samples is (B, 2, …), original before augmented, such as logits,
 features and energies of labels. A pair is stored, drawn and gathered as one, so its two halves lie side by side. What
@@ -27,7 +28,7 @@ class Code(Protocol):
     """What a codec offers; see the head of `cache.codec.choose`."""
 
     @property
-    def code_bytes(self) -> int: ...
+    def row_bytes(self) -> int: ...
     def encode(self, given: np.ndarray, dither_keys: np.ndarray, /) -> np.ndarray: ...
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray: ...
     def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes: ...
@@ -59,9 +60,9 @@ def require_keys(config: object, where: str, name: str, version: int, keys: tupl
 
 
 def checked_codes(codes: np.ndarray, codec: "Code") -> np.ndarray:
-    """Codes u8 (B, code_bytes), contiguous; ValueError for anything else."""
-    if codes.dtype != np.uint8 or codes.ndim != 2 or codes.shape[1] != codec.code_bytes:
-        raise ValueError(f"expected codes u8 (B, {codec.code_bytes}), got {codes.dtype} {codes.shape}")
+    """Codes u8 (B, row_bytes), contiguous; ValueError for anything else."""
+    if codes.dtype != np.uint8 or codes.ndim != 2 or codes.shape[1] != codec.row_bytes:
+        raise ValueError(f"expected codes u8 (B, {codec.row_bytes}), got {codes.dtype} {codes.shape}")
     return np.ascontiguousarray(codes)
 
 

@@ -1,7 +1,7 @@
 """Which code: by name, by configuration, or the smallest within a budget.
 
 A codec codes pairs (original and augmented view of one sample): ``encode(logits, dither_keys)`` gives
-codes u8 (B, code_bytes), ``decode(codes, dither_keys)`` the logits. ``dither_keys`` u64 (B,) are the pairs'; codecs
+codes u8 (B, row_bytes), ``decode(codes, dither_keys)`` the logits. ``dither_keys`` u64 (B,) are the pairs'; codecs
 without dither take no notice of them. Codecs are equal if their ``config`` is.
 """
 

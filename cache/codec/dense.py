@@ -16,7 +16,7 @@ class Fp16:
     packed = False
 
     @property
-    def code_bytes(self) -> int:
+    def row_bytes(self) -> int:
         return 4 * self.classes
 
     @property
@@ -25,12 +25,12 @@ class Fp16:
         return {"name": "fp16", "format": 1, "classes": self.classes}
 
     def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C) -> u8 (B, code_bytes). Raises UserError for logits that are not finite or beyond ±65504."""
+        """f32 (B, 2, C) -> u8 (B, row_bytes). Raises UserError for logits that are not finite or beyond ±65504."""
         require_encodable(logits, self.classes)
-        return logits.astype("<f2").view(np.uint8).reshape(len(logits), self.code_bytes)
+        return logits.astype("<f2").view(np.uint8).reshape(len(logits), self.row_bytes)
 
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """u8 (B, code_bytes) -> f32 (B, 2, C)."""
+        """u8 (B, row_bytes) -> f32 (B, 2, C)."""
         return checked_codes(codes, self).view("<f2").astype(np.float32).reshape(-1, 2, self.classes)
 
     def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes:
@@ -55,7 +55,7 @@ class Int8:
     packed = False
 
     @property
-    def code_bytes(self) -> int:
+    def row_bytes(self) -> int:
         return self._pair.itemsize
 
     @property
@@ -68,7 +68,7 @@ class Int8:
         return np.dtype([("scale", "<f4", (2,)), ("offset", "<f4", (2,)), ("q", "i1", (2, self.classes))])
 
     def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C) -> u8 (B, code_bytes). Raises UserError for logits that are not finite or beyond ±65504."""
+        """f32 (B, 2, C) -> u8 (B, row_bytes). Raises UserError for logits that are not finite or beyond ±65504."""
         require_encodable(logits, self.classes)
         low, high = logits.min(axis=2).astype(np.float64), logits.max(axis=2).astype(np.float64)
         codes = np.empty(len(logits), self._pair)
@@ -77,10 +77,10 @@ class Int8:
         scale, offset = codes["scale"].astype(np.float64), codes["offset"].astype(np.float64)
         q = np.rint((logits - offset[..., None]) / np.where(scale > 0, scale, 1)[..., None])
         codes["q"] = np.clip(q, -127, 127)
-        return codes.view(np.uint8).reshape(len(logits), self.code_bytes)
+        return codes.view(np.uint8).reshape(len(logits), self.row_bytes)
 
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """u8 (B, code_bytes) -> f32 (B, 2, C), computed in float32."""
+        """u8 (B, row_bytes) -> f32 (B, 2, C), computed in float32."""
         fields = checked_codes(codes, self).view(self._pair)[:, 0]
         return fields["q"] * fields["scale"][..., None] + fields["offset"][..., None]
 
@@ -94,7 +94,7 @@ class Int8:
 
 
 def unpack_plain(data: bytes, codec: Fp16 | Int8) -> np.ndarray:
-    """Codes u8 (B, code_bytes) from their own bytes."""
-    if len(data) % codec.code_bytes:
-        raise ValueError(f"{len(data)} bytes are no codes of {codec.code_bytes}")
-    return np.frombuffer(data, np.uint8).reshape(-1, codec.code_bytes)
+    """Codes u8 (B, row_bytes) from their own bytes."""
+    if len(data) % codec.row_bytes:
+        raise ValueError(f"{len(data)} bytes are no codes of {codec.row_bytes}")
+    return np.frombuffer(data, np.uint8).reshape(-1, codec.row_bytes)

@@ -49,8 +49,8 @@ class Features:
         return self.code.classes
 
     @property
-    def code_bytes(self) -> int:
-        return self.code.code_bytes
+    def row_bytes(self) -> int:
+        return self.code.row_bytes
 
     @property
     def config(self) -> dict:
@@ -72,16 +72,16 @@ class Features:
         return self.code.array("mean").copy(), steps[found] / length[found, None]
 
     def encode(self, features: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, F), u64 (B,) -> u8 (B, code_bytes). Raises UserError for features that no codec keeps."""
+        """f32 (B, 2, F), u64 (B,) -> u8 (B, row_bytes). Raises UserError for features that no codec keeps."""
         require_encodable(features, self.width, "feature")
         return self.code.quantised(features, dither_keys)
 
     def features(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> np.ndarray:
-        """u8 (B, code_bytes) -> features f32 (B, 2, F); `dither_keys` as of `Subspace.decode`."""
+        """u8 (B, row_bytes) -> features f32 (B, 2, F); `dither_keys` as of `Subspace.decode`."""
         return self.code.decode(codes, dither_keys)
 
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> np.ndarray:
-        """u8 (B, code_bytes) -> the head's logits of the features, f32 (B, 2, C), not centred."""
+        """u8 (B, row_bytes) -> the head's logits of the features, f32 (B, 2, C), not centred."""
         weight, bias = self.head
         return self.features(codes, dither_keys) @ weight.T + bias
 
@@ -129,7 +129,7 @@ def fit(
 
 
 def noise(codec: Features, features: np.ndarray, codes: np.ndarray, dither_keys: np.ndarray) -> float:
-    """Mean square of what codes u8 (n, code_bytes) are off by, as a share of the variance of the features (n, 2, F)."""
+    """Mean square of what codes u8 (n, row_bytes) are off by, as a share of the variance of the features (n, 2, F)."""
     true = features.astype(np.float64)
     off = np.square(codec.features(codes, dither_keys) - true).sum(-1).mean()
     return float(off / max(np.square(true - true.mean(axis=(0, 1))).sum(-1).mean(), 1e-12))

@@ -81,7 +81,7 @@ class Drift:
 def drift(
     codec: Code, logits: np.ndarray, codes: np.ndarray, dither_keys: np.ndarray, temperature: float = TEMPERATURE
 ) -> Drift:
-    """How far codes u8 (n, code_bytes) are from the logits f32 (n, 2, C) that they say."""
+    """How far codes u8 (n, row_bytes) are from the logits f32 (n, 2, C) that they say."""
     true, decoded = _centred(logits), _centred(codec.decode(codes, dither_keys))
     kl = divergences(true, decoded, temperature).ravel()
     slope = _slope(true, decoded)

@@ -89,7 +89,7 @@ class Subspace:
         return -(-(self.wide + (self.dims - self.wide + 1) // 2) // _ALIGN) * _ALIGN
 
     @property
-    def code_bytes(self) -> int:
+    def row_bytes(self) -> int:
         return _ALIGN + 2 * self.segment
 
     @property
@@ -134,7 +134,7 @@ class Subspace:
         return (flat @ self._analysis).reshape(len(vectors), 2, self.dims)
 
     def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        """f32 (B, 2, C), u64 (B,) -> u8 (B, code_bytes). Raises UserError for logits that no codec keeps."""
+        """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes). Raises UserError for logits that no codec keeps."""
         require_encodable(logits, self.classes)
         return self.quantised(logits - logits.mean(axis=2, keepdims=True), dither_keys)
 
@@ -146,7 +146,7 @@ class Subspace:
         return self._codes(views, dither_keys)
 
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> np.ndarray:
-        """u8 (B, code_bytes) -> f32 (B, 2, C); centred, each vector's mean is zero but for rounding.
+        """u8 (B, row_bytes) -> f32 (B, 2, C); centred, each vector's mean is zero but for rounding.
 
         `dither_keys` u64 (B,) stand in for those that the codes carry.
         """
@@ -158,7 +158,7 @@ class Subspace:
         return decoded.reshape(len(views), 2, self.classes)
 
     def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes:
-        """Entropy code of codes u8 (B, code_bytes).
+        """Entropy code of codes u8 (B, row_bytes).
 
         With `dither_keys` u64 (B,) given they are left out, as `unpack` will be given them too; zeros are then a pair
         without labels. Raises ValueError for codes that `encode` does not make, or of other keys.
@@ -177,7 +177,7 @@ class Subspace:
         return head + np.packbits(there).tobytes() + kept + words[len(words) - used :].tobytes()
 
     def unpack(self, data: bytes, dither_keys: np.ndarray | None = None) -> np.ndarray:
-        """What `pack` was given: u8 (B, code_bytes). Raises ValueError for bytes that are no code of such codes."""
+        """What `pack` was given: u8 (B, row_bytes). Raises ValueError for bytes that are no code of such codes."""
         if len(data) < _HEADER or data[4] > 1:
             raise ValueError("no packed codes")
         count, left_out = int.from_bytes(data[:4], "little"), data[4] == 1
@@ -185,7 +185,7 @@ class Subspace:
             raise ValueError("codes packed with their dither keys cannot be unpacked without")
         if dither_keys is not None and count != len(dither_keys):
             raise ValueError(f"{count} packed codes, expected {len(dither_keys)}")
-        if count * self.code_bytes > _MAX_BYTES:
+        if count * self.row_bytes > _MAX_BYTES:
             raise ValueError(f"{count} packed codes would take more than {_MAX_BYTES} bytes")
         at = _HEADER + -(-count // 8)
         if len(data) < at:
@@ -208,12 +208,12 @@ class Subspace:
         words = np.frombuffer(data, "<u4", offset=at)
         if not entropy.decode(words, dither_keys, self.trellis, self.wide, *self._models, views):
             raise ValueError("packed codes that do not end where they should")
-        codes = untouched((count, self.code_bytes))
+        codes = untouched((count, self.row_bytes))
         codes[there] = self._codes(views, dither_keys)
         return codes
 
     def _codes(self, views: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        codes = np.zeros((len(views), self.code_bytes), np.uint8)
+        codes = np.zeros((len(views), self.row_bytes), np.uint8)
         codes[:, :_KEY_BYTES] = dither_keys.astype("<u8").view(np.uint8).reshape(-1, _KEY_BYTES)
         codes[:, _ALIGN:] = views.reshape(len(views), 2 * self.segment)
         return codes

@@ -3,7 +3,7 @@
 ============ ================= ========= =======================================================
 array        shape             chunk     content
 ============ ================= ========= =======================================================
-``pairs``    (V, N, code_bytes) one block u8, encoded logits; zero where a sample is quarantined
+``pairs``    (V, N, row_bytes) one block u8, encoded logits; zero where a sample is quarantined
 ``weight``   (V, N)            one block f32, w = 1 + cos of the pair's raw logits, in steps of
                                          2⁻²⁰; NaN: the teacher skipped the sample, no labels
 ``digest``   (V, N)            one block u32, CRC-32 of the CRC-32s of both views' pixels
@@ -55,7 +55,7 @@ Progress = Callable[[int, int], None]
 
 class Block(NamedTuple):
     codes: np.ndarray
-    """u8 (n, code_bytes)."""
+    """u8 (n, row_bytes)."""
     weight: np.ndarray
     """f32 (n,)."""
     digest: np.ndarray
@@ -107,7 +107,7 @@ class Store:
         fidelity: tuple[float, float] = (math.nan, math.nan),
         energy: np.ndarray | None = None,
     ) -> None:
-        """Write and commit one block: `codes` u8 (n, code_bytes), `weight` f32 (n,), `digest` u32 (n, 2), and where the
+        """Write and commit one block: `codes` u8 (n, row_bytes), `weight` f32 (n,), `digest` u32 (n, 2), and where the
         store keeps it `energy` f32 (n, 2).
 
         `weight` is rounded to steps of 2⁻²⁰, `energy` of 2⁻⁸. `digest` is the CRC-32 of each view's pixels, or, (n,),
@@ -145,10 +145,10 @@ class Store:
     def load_plane(self, view: int, out: np.ndarray | None = None, progress: Progress | None = None) -> Plane:
         """All samples' labels of one view, every block checked against its commit.
 
-        `out` u8 (N, code_bytes), if given, takes the codes, and holds anything after an error. Raises UserError
+        `out` u8 (N, row_bytes), if given, takes the codes, and holds anything after an error. Raises UserError
         if a block is missing or damaged, or for want of memory.
         """
-        samples, width, blocks = self.manifest.samples, self.codec.code_bytes, self.manifest.blocks
+        samples, width, blocks = self.manifest.samples, self.codec.row_bytes, self.manifest.blocks
         if out is not None and (out.shape != (samples, width) or out.dtype != np.uint8 or not out.flags.c_contiguous):
             raise ValueError(f"expected out u8 ({samples}, {width}), contiguous, got {out.dtype} {out.shape}")
         self.require(view)
@@ -220,7 +220,7 @@ class Store:
         return layout.key(name, self._arrays[name], view, block)
 
     def _empty(self, count: int, codes: np.ndarray | None = None) -> Block:
-        codes = np.empty((count, self.codec.code_bytes), np.uint8) if codes is None else codes
+        codes = np.empty((count, self.codec.row_bytes), np.uint8) if codes is None else codes
         energy = np.empty((count, self.energies), np.float32)
         return Block(codes, np.empty(count, np.float32), np.empty(count, np.uint32), np.empty(2, np.float32), energy)
 
@@ -262,7 +262,7 @@ class Store:
         return 0
 
     def _unpack(self, view: int, block: int, out: np.ndarray) -> int:
-        """Fill `out` u8 (n, code_bytes) with a block's packed codes; returns their CRC-32C."""
+        """Fill `out` u8 (n, row_bytes) with a block's packed codes; returns their CRC-32C."""
         rows = slice(*self.block_range(block))
         try:
             data, _ = self.files.get_chunk(self.key("pairs", view, block), 0, self._most_packed(len(out)))
@@ -285,7 +285,7 @@ class Store:
 
     def _most_packed(self, count: int) -> int:
         """Bytes that no packed chunk of `count` pairs exceeds."""
-        return 2 * count * self.codec.code_bytes + 4096
+        return 2 * count * self.codec.row_bytes + 4096
 
     def _commit_of(self, codes_crc: int, view: int, block: int, content: Block) -> int:
         """2³² + CRC-32C of a block's unpacked codes, its other arrays, its samples, and whose block it is.

@@ -47,7 +47,7 @@ class Array:
 
 def arrays(manifest: Manifest, codec: Codec) -> dict[str, Array]:
     """The arrays by name; a chunk that is there does not change as views and samples are added, but for the last."""
-    views, samples, width = manifest.views, manifest.samples, codec.code_bytes
+    views, samples, width = manifest.views, manifest.samples, codec.row_bytes
     rows, some = min(manifest.block_rows, samples), (min(16 * manifest.block_rows, _SAMPLES_ROWS),)
     by_view = ("view", "sample")
     packed = "plain" if not codec.packed else "packed" if manifest.format == 2 else "pairs"

@@ -229,7 +229,7 @@ _OPTIONAL = ("class_list", "teacher_size", "energy")
 def _check_bounds(manifest: Manifest, where: str) -> None:
     """Values that are each in range may still ask for absurd arrays together."""
     codec = codecs.from_config(manifest.codec, f"{where}: codec")
-    chunk_bytes = min(manifest.block_rows, manifest.samples) * codec.code_bytes
+    chunk_bytes = min(manifest.block_rows, manifest.samples) * codec.row_bytes
     blocks, rows = manifest.views * manifest.blocks, f"{where}: block_rows"
     expected = f"{manifest.classes}, the number of classes"
     require(codec.classes == manifest.classes, codec.classes, f"{where}: codec.classes", _FIX, expected)

@@ -46,7 +46,7 @@ def planes(
     def load(view: int) -> Plane:
         if share:
             return shared.load(store, view, share, progress)
-        out = _mapped((store.manifest.samples, store.codec.code_bytes), folder) if mode == "mmap" else None
+        out = _mapped((store.manifest.samples, store.codec.row_bytes), folder) if mode == "mmap" else None
         return store.load_plane(view, out, progress)
 
     with ThreadPoolExecutor(1, thread_name_prefix="plane") as pool:

@@ -53,7 +53,7 @@ def room(store: Store, share: Share) -> bool:
         return False
     if any(share.folder.glob(f"{_ours(share)}*")):
         return True
-    return free.f_bavail * free.f_frsize > 2 * store.manifest.samples * (store.codec.code_bytes + 8)
+    return free.f_bavail * free.f_frsize > 2 * store.manifest.samples * (store.codec.row_bytes + 8)
 
 
 def load(store: Store, view: int, share: Share, progress: Progress | None = None) -> Plane:
@@ -68,7 +68,7 @@ def load(store: Store, view: int, share: Share, progress: Progress | None = None
     at = [*at, at[0] + beside + -beside % _PAGE]
     name = f"{_ours(share)}{store.origin:08x}-{samples}-{view}"
     _sweep(share)
-    file = _mapped(share.folder / name, int(at[3]) + samples * store.codec.code_bytes)
+    file = _mapped(share.folder / name, int(at[3]) + samples * store.codec.row_bytes)
     whole = np.frombuffer(file.map, np.uint8)
     done, here = whole[:blocks], whole[blocks : blocks + share.world]
     here[share.rank] = 1

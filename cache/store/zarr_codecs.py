@@ -1,6 +1,6 @@
 """Codecs by which zarr reads packed pairs: installed as plug-ins (entry points `zarr.codecs` of pyproject.toml).
 
-    codes = zarr.open_group("labels.zarr", mode="r")["pairs"][0, 100:200]   # u8 (100, code_bytes)
+    codes = zarr.open_group("labels.zarr", mode="r")["pairs"][0, 100:200]   # u8 (100, row_bytes)
 
 A packed chunk can be read only with its pairs' dither keys, which are functions of the manifest's seed, the samples'
 key hashes and the view. zarr tells a codec none of these, but hands one that decodes parts of chunks the key of the
@@ -56,7 +56,7 @@ class Packed(ArrayBytesCodec):
 
 
 class Pairs(Packed, ArrayBytesCodecPartialDecodeMixin):
-    """Reads codes u8 (code_bytes,) of a codec that packs; a chunk that is not there is zeros, as zarr has it.
+    """Reads codes u8 (row_bytes,) of a codec that packs; a chunk that is not there is zeros, as zarr has it.
 
     Chunks are checked against their own CRC-32C, not against their commits, which `cache.open` does.
     """

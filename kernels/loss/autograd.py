@@ -30,7 +30,7 @@ class Task:
     """A loss, but for the students."""
 
     teacher: list[Tensor]
-    """(B, C) of each view; [codes u8 (N, code_bytes)]; or codes, dither keys i64 (B,), table and basis of a `Lean`."""
+    """(B, C) of each view; [codes u8 (N, row_bytes)]; or codes, dither keys i64 (B,), table and basis of a `Lean`."""
     kind: str
     """dense, or a `Decoder.kind`."""
     target: Tensor | None = None

@@ -54,7 +54,7 @@ class EncodedPairs:
     """Stored labels of a batch of pairs, both views together: what `kernels.ccd_loss` takes as its teacher."""
 
     codes: torch.Tensor
-    """u8 (B, code_bytes), or a whole plane (N, code_bytes) that `rows` chooses from; on the student's device."""
+    """u8 (B, row_bytes), or a whole plane (N, row_bytes) that `rows` chooses from; on the student's device."""
     dither_keys: torch.Tensor
     """i64 (B,), the bits of a u64."""
     decoder: Decoder
@@ -68,7 +68,7 @@ class EncodedPairs:
     """The event after which `made` may be read."""
 
     def gathered(self) -> torch.Tensor:
-        """The batch's codes u8 (B, code_bytes)."""
+        """The batch's codes u8 (B, row_bytes)."""
         return (self.codes if self.rows is None else self.codes[self.rows]).contiguous()
 
     def beside(self, temporaries: int = 64 << 20) -> "EncodedPairs":
@@ -98,7 +98,7 @@ class EncodedPairs:
 
 
 def decode(codes: torch.Tensor, dither_keys: torch.Tensor, decoder: Decoder) -> torch.Tensor:
-    """Codes u8 (B, code_bytes) and their dither keys i64 (B,) (the bits of a u64) -> logits f32 (B, 2, C)."""
+    """Codes u8 (B, row_bytes) and their dither keys i64 (B,) (the bits of a u64) -> logits f32 (B, 2, C)."""
     batch = len(codes)
     if decoder.kind == "fp16":
         return codes.contiguous().view(torch.float16).float().view(batch, 2, decoder.classes)

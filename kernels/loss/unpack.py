@@ -87,7 +87,7 @@ def unpack(
     codes, rows, dither_keys, table, out, vectors,
     CODE_BYTES: tl.constexpr, WIDE: tl.constexpr, DIMS: tl.constexpr, VECTORS: tl.constexpr, CALLS: tl.constexpr,
 ):  # fmt: skip
-    """Coefficients f16 (vectors, K) of codes u8 (N, code_bytes); vector v is view v % 2 of pair v / 2."""
+    """Coefficients f16 (vectors, K) of codes u8 (N, row_bytes); vector v is view v % 2 of pair v / 2."""
     K: tl.constexpr = (DIMS + 15) // 16 * 16 + 16
     number = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)[:, None]
     there = number < vectors
@@ -127,7 +127,7 @@ def unpack(
 
 
 def subspace_logits(codes: Tensor, rows: Tensor | None, dither_keys: Tensor, code: Lean, wide: int) -> Tensor:
-    """Codes u8 (N, code_bytes), rows i64 (B,) or None, keys i64 (B,) -> logits over `code.unit`, f16 (B, 2, P)."""
+    """Codes u8 (N, row_bytes), rows i64 (B,) or None, keys i64 (B,) -> logits over `code.unit`, f16 (B, 2, P)."""
     vectors, dims = 2 * len(dither_keys), code.table.shape[1]
     found = torch.empty((vectors, code.basis.shape[0]), dtype=torch.float16, device=codes.device)
     kernel: Any = unpack[(triton.cdiv(vectors, _VECTORS),)]

@@ -95,7 +95,7 @@ class Labels:
     plane: Plane
     device: torch.device
     codes: torch.Tensor
-    """u8 (N, code_bytes), on the device or in memory."""
+    """u8 (N, row_bytes), on the device or in memory."""
 
     in_codes: ClassVar[bool] = True
     """Whether `pairs` has what `logits` says in codes, for kernels."""
@@ -163,7 +163,7 @@ def epochs(
 
 def place(store: Store, device: torch.device, wanted: str, held: int = 1) -> str:
     """gpu, pinned or mmap. Raises UserError if `held` planes do not fit where they are wanted."""
-    need = store.manifest.samples * store.codec.code_bytes * held
+    need = store.manifest.samples * store.codec.row_bytes * held
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     memory = available_memory()
     if wanted == "auto":

@@ -68,7 +68,7 @@ class Judge:
         self._sums: defaultdict[str, float] = defaultdict(float)
 
     def look(self, view: int, batch: Batch, codes: np.ndarray, weight: np.ndarray, energy: np.ndarray) -> None:
-        """Enter rows: their pixels, whose digests agree, their stored codes u8 (B, code_bytes), w f32 (B,) and energy
+        """Enter rows: their pixels, whose digests agree, their stored codes u8 (B, row_bytes), w f32 (B,) and energy
         f32 (B, 2), or (B, 0) in a store without.
 
         Raises UserError for a teacher whose logits no code takes.

@@ -96,10 +96,10 @@ def _sizes(store: Store, there: list) -> list[tuple]:
     stored = store.sizes()
     parts = store.label_bytes(), stored["weight"] + stored["digest"], sum(stored.values())
     disk, beside, whole = (size / (2 * pairs) if pairs else math.nan for size in parts)
-    fp16, int8 = (codecs.make(name, classes=classes).code_bytes / 2 for name in ("fp16", "int8"))
+    fp16, int8 = (codecs.make(name, classes=classes).row_bytes / 2 for name in ("fp16", "int8"))
     kinds = {
         "labels on disk": disk,
-        "labels in memory": store.codec.code_bytes / 2,
+        "labels in memory": store.codec.row_bytes / 2,
         "w and digests": beside,
         "store: labels, w, digests and all else, on disk": whole,
         "dense fp16, for comparison": fp16,

@@ -121,7 +121,7 @@ def _run(config: PrecomputeTeacher, index: Index, network: models.Network) -> di
             else "none, all were there",
             **({"blocks by process": " + ".join(str(blocks) for blocks, _, _ in found)} if len(found) > 1 else {}),
             "rate": f"{done / seconds:,.0f} pairs/s" if done else "-",
-            "codec": f"{store.manifest.codec['name']}, {store.codec.code_bytes / 2:g} bytes per vector in memory",
+            "codec": f"{store.manifest.codec['name']}, {store.codec.row_bytes / 2:g} bytes per vector in memory",
             "bytes per vector": _bytes(store, 2 * len(index) * config.views),
             "blocks outside the budget": f"{len(outside)}, the first {outside[0]}" if outside else "none",
             "quarantined samples": int((index.records["status"] != 0).sum()),
@@ -228,7 +228,7 @@ class _Block:
     def __init__(self, store: Store, view: int, block: int, rows: np.ndarray):
         self.store, self.view, self.block = store, view, block
         self.start, stop = store.block_range(block)
-        self.codes = np.zeros((stop - self.start, store.codec.code_bytes), np.uint8)
+        self.codes = np.zeros((stop - self.start, store.codec.row_bytes), np.uint8)
         self.weight = np.zeros(stop - self.start, np.float32)
         self.weight[rows - self.start] = np.nan
         self.digest = np.zeros((stop - self.start, 2), np.uint32)
@@ -357,7 +357,7 @@ def _described(found: Calibration) -> str:
     return (
         f"{found.codec.config['name']}, {found.fidelity.bytes_per_vector:.1f} bytes per vector on disk, "
         f"{found.fidelity.bytes_per_vector + _BESIDE / 2:.1f} with w and digest, "
-        f"{found.codec.code_bytes / 2:g} in memory; KL in nats at {kl}; slope {found.fidelity.slope:.4f}{noise}"
+        f"{found.codec.row_bytes / 2:g} in memory; KL in nats at {kl}; slope {found.fidelity.slope:.4f}{noise}"
     )
 
 
@@ -382,7 +382,7 @@ def _show_plan(config, index: Index, found: Calibration) -> None:
             "agrees with the labels of": found.agreement or "none, there are no labels",
             "codec": _described(found),
             "store": _size(samples, config.views, found),
-            "one plane in memory": decimal(samples * found.codec.code_bytes),
+            "one plane in memory": decimal(samples * found.codec.row_bytes),
             "pairs to compute": f"{left:,}",
             "rate": f"{found.pairs_per_second:,.0f} pairs/s in this process",
             "time": duration(left / found.pairs_per_second) if found.pairs_per_second else "-",

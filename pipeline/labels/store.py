@@ -48,5 +48,5 @@ def _facts(store: cache.Store) -> dict:
         "blocks": f"{blocks - missing:,} of {blocks:,} of {manifest.block_rows:,} rows",
         **{name: decimal(size) for name, size in sizes.items() if size},
         "all told": f"{decimal(whole)}, {whole / vectors if vectors else math.nan:.1f} bytes per vector",
-        "a plane in memory": decimal(manifest.samples * (store.codec.code_bytes + 8 + 4 * store.energies)),
+        "a plane in memory": decimal(manifest.samples * (store.codec.row_bytes + 8 + 4 * store.energies)),
     }

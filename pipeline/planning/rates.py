@@ -139,7 +139,7 @@ def _measure(config: Plan, index: Index, policy: Policy, device: torch.device, b
     known = cache.open(str(store)) if "@" in config.teacher else None  # random weights' labels are like no teacher's
     pairs = _VIEWS * len(index)
     if known:
-        label_bytes, row_bytes = known.label_bytes() / pairs, known.codec.code_bytes
+        label_bytes, row_bytes = known.label_bytes() / pairs, known.codec.row_bytes
     else:
         label_bytes, row_bytes = _simulated_bytes(index.classes)
     return Rates(
@@ -205,7 +205,7 @@ def _simulated_bytes(classes: int) -> tuple[float, float]:
     held = count * 3 // 4
     codec = codecs.auto(logits[:held])
     found = fidelity(codec, logits[held:], np.arange(count - held, dtype=np.uint64))
-    return 2 * found.bytes_per_vector, codec.code_bytes
+    return 2 * found.bytes_per_vector, codec.row_bytes
 
 
 def read(path: Path) -> Rates:

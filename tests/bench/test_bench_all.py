@@ -84,7 +84,7 @@ def test_the_peers_labels_are_decoded_as_the_peer_does():
     encoded = form.encode(logits, np.arange(4, dtype=np.uint64))
     fields = peers.read(encoded, form.layout)
     index, p = (torch.from_numpy(fields[name]) for name in ("index", "value"))
-    top = end_to_end.TopK(None, index, p, 300, form.code_bytes)  # pyright: ignore[reportArgumentType]
+    top = end_to_end.TopK(None, index, p, 300, form.row_bytes)  # pyright: ignore[reportArgumentType]
     rows = np.array([1, 7, 0])
     expected = torch.from_numpy(form.decode(encoded, np.arange(4))[rows % 4])
     student = torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(1))

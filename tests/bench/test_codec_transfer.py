@@ -141,7 +141,7 @@ def test_every_arm_makes_a_codec(problem):
         assert (coder is None) == (name == "exact")
         if coder is not None:
             rows = coder.encode(problem.logits[0][:8].numpy(), problem.dither_keys[0][:8])
-            assert rows.shape == (8, coder.code_bytes)
+            assert rows.shape == (8, coder.row_bytes)
 
 
 def test_a_run_orders_labels_and_resumes(tmp_path, capsys, monkeypatch):

@@ -48,14 +48,14 @@ CODECS = {name: codec for name, (codec, _) in ALL.items() if codec.classes == CL
 @pytest.mark.parametrize("name", ALL)
 def test_a_vector_takes_the_published_bytes(name):
     codec, size = ALL[name]
-    assert codec.code_bytes == 2 * size and json.loads(json.dumps(codec.config))["classes"] == codec.classes
+    assert codec.row_bytes == 2 * size and json.loads(json.dumps(codec.config))["classes"] == codec.classes
 
 
 @pytest.mark.parametrize("name", CODECS)
 def test_rows_are_bytes_and_packing_gives_them_back(name, logits, stream):
     codec = CODECS[name]
     rows = codec.encode(logits, stream)
-    assert rows.shape == (96, codec.code_bytes) and rows.dtype == np.uint8
+    assert rows.shape == (96, codec.row_bytes) and rows.dtype == np.uint8
     code = codec.pack(rows, stream)
     # At the worst all is kept as it is, with 5 bytes a field and 4 in all; no field lies wider than two bytes
     # where 10 bits do.

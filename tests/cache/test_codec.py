@@ -37,7 +37,7 @@ def keys(count: int) -> np.ndarray:
 def round_trip(name: str, logits: np.ndarray) -> np.ndarray:
     codec = codecs.make(name, classes=logits.shape[2])
     rows = codec.encode(logits, keys(len(logits)))
-    assert rows.shape == (len(logits), codec.code_bytes)
+    assert rows.shape == (len(logits), codec.row_bytes)
     assert rows.dtype == np.uint8
     decoded = codec.decode(rows, keys(len(logits)))
     assert decoded.shape == logits.shape
@@ -103,7 +103,7 @@ def test_a_row_depends_on_its_own_pair_only(name):
 
 @pytest.mark.parametrize(("name", "expected"), [("fp16", 4000), ("int8", 2016)])
 def test_bytes_of_a_pair_of_1000_classes(name, expected):
-    assert codecs.make(name, classes=1000).code_bytes == expected
+    assert codecs.make(name, classes=1000).row_bytes == expected
 
 
 @pytest.mark.parametrize("name", NAMES)

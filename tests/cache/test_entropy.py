@@ -59,9 +59,9 @@ def test_packing_is_lossless_at_the_limits_of_the_models(spread, gain, trellis):
 def test_no_rows_take_a_header_and_a_state():
     codec = coded()
     for stream in (streams(0), None):
-        packed = codec.pack(np.zeros((0, codec.code_bytes), np.uint8), stream)
+        packed = codec.pack(np.zeros((0, codec.row_bytes), np.uint8), stream)
         assert len(packed) == 13
-        assert codec.unpack(packed, stream).shape == (0, codec.code_bytes)
+        assert codec.unpack(packed, stream).shape == (0, codec.row_bytes)
 
 
 # Keys, and rows without labels
@@ -184,7 +184,7 @@ def refused_or_other(codec: Subspace, data: bytes, stream: np.ndarray | None, ro
     except ValueError:
         return True
     assert found.dtype == np.uint8
-    assert found.shape[1] == codec.code_bytes
+    assert found.shape[1] == codec.row_bytes
     return found.shape != rows.shape or bool((found != rows).any())
 
 
@@ -229,7 +229,7 @@ def test_any_bytes_give_rows_or_a_value_error(codec, body, count, left_out, give
             rows = codec.unpack(data, streams(count) if given_keys else None)
         except ValueError:
             continue
-        assert rows.shape == (count, codec.code_bytes)
+        assert rows.shape == (count, codec.row_bytes)
         integers(rows, codec.dims, codec.wide)  # asserts that the padding is zero
         assert codec.unpack(codec.pack(rows)).tobytes() == rows.tobytes()  # and its integers a path
 
@@ -242,7 +242,7 @@ def little_memory(most: int) -> Iterator[None]:
         return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
     codec = coded()
-    codec.unpack(codec.pack(np.zeros((1, codec.code_bytes), np.uint8)))  # whose machine code takes memory too
+    codec.unpack(codec.pack(np.zeros((1, codec.row_bytes), np.uint8)))  # whose machine code takes memory too
     Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
     before = status("VmRSS")
     yield
@@ -256,7 +256,7 @@ def test_a_header_of_many_rows_costs_no_memory():
     """
     codec = coded(classes=1000, dims=900)
     words = bytes(4) + b"\1" + bytes(3) + b"\xa5" * 1000
-    most = (1 << 32) // codec.code_bytes
+    most = (1 << 32) // codec.row_bytes
     for count in (most // 4, most, most + 1, 2**32 - 1):
         with little_memory(8), pytest.raises(ValueError, match=r"cut short|more than"):
             codec.unpack(count.to_bytes(4, "little") + b"\0" + words)
@@ -267,7 +267,7 @@ def test_a_header_of_many_rows_costs_no_memory():
         codec.unpack(there)
     with little_memory(8):
         found = codec.unpack(none)
-    assert found.shape == (count, codec.code_bytes)
+    assert found.shape == (count, codec.row_bytes)
 
 
 @pytest.mark.parametrize("trellis", [0, 24])

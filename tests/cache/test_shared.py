@@ -104,7 +104,7 @@ def test_processes_unpack_each_block_once_into_one_copy_and_leave_no_name(store,
     assert len({said[3] for said, _ in answers}) == 1, "one file in memory"
     assert sorted(block for _, blocks in answers for block in blocks) == list(range(store.manifest.blocks))
     assert os.listdir(tmp_path) == []  # while all of them still hold it
-    plane = store.manifest.samples * (store.codec.code_bytes + 8)
+    plane = store.manifest.samples * (store.codec.row_bytes + 8)
     assert end(processes) * 1024 < 1.1 * plane + 8192  # of which a page of locks, and one that a plane ends in
 
 

@@ -82,7 +82,7 @@ def test_encoding_rounds_the_coefficient_plus_its_dither(codec, seed, count):
     logits = with_coefficients(codec, spread * rng.normal(size=(count, 2, codec.dims)))
     stream = streams(count, seed)
     rows = codec.encode(logits, stream)
-    assert rows.shape == (count, codec.code_bytes)
+    assert rows.shape == (count, codec.row_bytes)
     np.testing.assert_array_equal(rows[:, :16], header(stream))
     found = integers(rows, codec.dims, codec.wide)
     wide = np.arange(codec.dims) < codec.wide
@@ -136,7 +136,7 @@ def test_another_key_or_view_gives_other_rows():
 def test_no_pairs_are_no_rows(name):
     codec = coded() if name == "subspace" else codecs.make(name, classes=40)
     rows = codec.encode(np.zeros((0, 2, 40), np.float32), streams(0))
-    assert rows.shape == (0, codec.code_bytes)
+    assert rows.shape == (0, codec.row_bytes)
     assert codec.decode(rows, streams(0)).shape == (0, 2, 40)
     assert codec.unpack(codec.pack(rows, streams(0)), streams(0)).shape == rows.shape
 

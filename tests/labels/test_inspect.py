@@ -147,7 +147,7 @@ def test_sizes_are_those_on_disk(page, labels):
     assert sizes["dense int8, for comparison"] == (18, "6.48 kB", "13 kB")
     whole = sum(path.stat().st_size for path in labels.rglob("*") if path.is_file())
     assert sizes["store: labels, w, digests and all else, on disk"][0] == pytest.approx(whole / (180 * 2 * 2), rel=1e-3)
-    assert sizes["labels in memory"][0] == cache.open(labels).codec.code_bytes / 2
+    assert sizes["labels in memory"][0] == cache.open(labels).codec.row_bytes / 2
 
 
 def test_distributions_are_those_of_the_planes(labels):

@@ -94,12 +94,12 @@ def test_w_is_exact_whatever_the_code(name):
     [(1000, "auto", "pinned"), (10**12, "auto", "mmap"), (10**12, "mmap", "mmap"), (1000, "pinned", "pinned")],
 )
 def test_a_plane_goes_where_it_fits(rows, wanted, found):
-    store = SimpleNamespace(manifest=SimpleNamespace(samples=rows), codec=SimpleNamespace(code_bytes=512))
+    store = SimpleNamespace(manifest=SimpleNamespace(samples=rows), codec=SimpleNamespace(row_bytes=512))
     assert epochs.place(store, CPU, wanted) == found
 
 
 @pytest.mark.parametrize(("wanted", "fact"), [("pinned", "GB free, expected 512 TB"), ("gpu", "no CUDA device")])
 def test_a_plane_that_does_not_fit_is_refused(wanted, fact):
-    store = SimpleNamespace(manifest=SimpleNamespace(samples=10**12), codec=SimpleNamespace(code_bytes=512))
+    store = SimpleNamespace(manifest=SimpleNamespace(samples=10**12), codec=SimpleNamespace(row_bytes=512))
     with pytest.raises(UserError, match=rf"does not fit --plane {wanted}; found .*{fact}.*; fix: use --plane auto"):
         epochs.place(store, CPU, wanted)

@@ -55,7 +55,7 @@ def content(store: Store, view: int, block: int) -> tuple:
     """Random bytes of a block: pairs, weight, digest, fidelity, and energy where the store keeps it."""
     rng = np.random.default_rng((view, block))
     start, stop = store.block_range(block)
-    pairs = rng.integers(0, 256, (stop - start, store.codec.code_bytes), dtype=np.uint8)
+    pairs = rng.integers(0, 256, (stop - start, store.codec.row_bytes), dtype=np.uint8)
     weight = (rng.integers(0, 2**21, stop - start) / 2**20).astype(np.float32)
     found = pairs, weight, rng.integers(0, 2**32, stop - start, dtype=np.uint32), (view + 0.5, block + 0.25)
     energy = (rng.integers(-(2**13), 2**13, (stop - start, 2)) / 2**8).astype(np.float32)
@@ -106,7 +106,7 @@ class Zipped:
     packed = True
 
     @property
-    def code_bytes(self) -> int:
+    def row_bytes(self) -> int:
         return 2 * self.classes
 
     def pack(self, codes: np.ndarray, dither_keys: np.ndarray) -> bytes:
@@ -114,13 +114,13 @@ class Zipped:
 
     def unpack(self, data: bytes, dither_keys: np.ndarray) -> np.ndarray:
         try:
-            codes = np.frombuffer(zlib.decompress(data), np.uint8).reshape(-1, self.code_bytes)
+            codes = np.frombuffer(zlib.decompress(data), np.uint8).reshape(-1, self.row_bytes)
         except zlib.error as error:
             raise ValueError(f"not deflated: {error}") from error
         return self._with(codes, dither_keys)
 
     def _with(self, codes: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        return codes ^ (dither_keys[:, None] >> np.arange(0, 16, 16 / self.code_bytes).astype(np.uint64)).astype(
+        return codes ^ (dither_keys[:, None] >> np.arange(0, 16, 16 / self.row_bytes).astype(np.uint64)).astype(
             np.uint8
         )
 

@@ -8,7 +8,7 @@ from cache.codec.subspace import Subspace
 
 
 def rows_of(codec: Subspace, q: np.ndarray, stream: np.ndarray) -> np.ndarray:
-    """Rows u8 (B, code_bytes) of integers (B, 2, d) and their keys, written from the format."""
+    """Rows u8 (B, row_bytes) of integers (B, 2, d) and their keys, written from the format."""
     half = -(-(codec.dims - codec.wide) // 2)
     views = np.zeros((len(q), 2, codec.segment), np.uint8)
     views[..., : codec.wide] = q[..., : codec.wide] & 255

@@ -141,7 +141,7 @@ def disk(tmp_path):
 def test_64_mb_of_shared_memory_take_planes_that_fit_twice(disk, tmp_path, samples, fits):
     """Of int8 with 5 classes: 18 bytes a sample and 8 beside, so that 1,290,555 samples fit; see the next line."""
     store = make(tmp_path / "s", samples=50)
-    bytes_per_sample = store.codec.code_bytes + 8
+    bytes_per_sample = store.codec.row_bytes + 8
     most = (64 << 20) // (2 * bytes_per_sample)
     wanted = {50: 50, 2_000_000: most - 1, 3_000_000: most + 1}[samples]
     object.__setattr__(store.manifest, "samples", wanted)
