@@ -38,7 +38,7 @@ def prepared(out: Path, **machine) -> tuple[Path, str]:
             teacher=TEACHER,
             policy=POLICY,
             jda=False,
-            epochs=20,
+            epochs=10,
             batch_size=64,
             lr=0.1,
             schedule="cosine",

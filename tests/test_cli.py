@@ -175,7 +175,7 @@ def test_a_network_for_another_size_of_image(digits, tmp_path, capsys):
     name, weights = "timm/vit_tiny_patch16_224", tmp_path / "weights.safetensors"
     models.save_weights(models.create(name, 10).module, weights)
     arguments = precompute(digits, f"{name}@{weights}", tmp_path / "s.zarr")
-    assert "does not take images of 16 x 16 pixels" in refused(capsys, *arguments)
+    assert "does not take images of 12 x 12 pixels" in refused(capsys, *arguments)
     assert not (tmp_path / "s.zarr").exists()
 
 

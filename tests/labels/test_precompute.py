@@ -106,7 +106,7 @@ def test_labels_are_what_the_teacher_says_of_pillows_pixels(whole):
         image = Image.open(io.BytesIO(index.read(row))).convert("RGB")
         augmented = pillow.jda(image, policy.table, int(drawn["mask"][row]), int(drawn["signs"][row]))
         pixels = [
-            np.asarray(pillow.base(source, drawn["box"][row, s], bool(drawn["flip"][row, s]), 16, -1))
+            np.asarray(pillow.base(source, drawn["box"][row, s], bool(drawn["flip"][row, s]), 12, -1))
             for s, source in enumerate((image, augmented))
         ]
         with torch.inference_mode():

@@ -76,7 +76,7 @@ def test_labels_are_what_the_teacher_says_of_views_that_pillow_resizes(options, 
 def test_without_it_the_line_names_the_option_and_the_size(options, capsys, tmp_path):
     arguments = ["--data", options.data, "--teacher", options.teacher, "--views", 1, "--policy", POLICY]
     said = refused(capsys, "precompute-teacher", *arguments, "--store", tmp_path / "s.zarr")
-    assert "does not take images of 16 x 16 pixels; found " in said and f"give --teacher-size {SIZE}, or a" in said
+    assert "does not take images of 12 x 12 pixels; found " in said and f"give --teacher-size {SIZE}, or a" in said
     assert not (tmp_path / "s.zarr").exists()
 
 

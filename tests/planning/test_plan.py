@@ -281,7 +281,7 @@ def test_what_cannot_be_measured_is_refused(more, named, digits, capsys):
 
 
 def test_a_batch_on_a_cpu_is_bounded_by_its_pixels(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(rates, "_PIXELS", 7 * 16**2)
+    monkeypatch.setattr(rates, "_PIXELS", 7 * 12**2)
     options = {"teacher": "cifar/resnet8", "student": "cifar/resnet8", "views": 1, "epochs": 1, "policy": POLICY}
     found = rates.measure(config.Plan(**options, data=digits / "train", device="cpu"))
     assert (found.batch_size, found.measured_batch, found.data[:9]) == (128, 7, "28 images")

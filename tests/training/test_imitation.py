@@ -267,7 +267,7 @@ def test_what_has_no_features_is_refused(featured, labels, digits, certain, tmp_
         ),
         ({"live_teacher": certain}, "--loss fitnet takes features from the store alone"),
         ({"store": None, "live_teacher": certain}, "--loss fitnet takes features from the store alone"),
-        ({"student": "timm/vit_tiny_patch16_224"}, "does not take images of 16 x 16 pixels"),
+        ({"student": "timm/vit_tiny_patch16_224"}, "does not take images of 12 x 12 pixels"),
         ({"student": "timm/resnetv2_50"}, "--student timm/resnetv2_50 has no features to take; found a classifier of"),
     ):
         with pytest.raises(UserError, match=words):

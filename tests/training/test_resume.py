@@ -135,7 +135,7 @@ def test_a_resumed_run_is_the_same_one_to_wandb(whole, tmp_path, monkeypatch):
     [
         ({"live_teacher": "cifar/resnet8"}, "network cifar/resnet8 has no weights"),
         ({"check_teacher": "cifar/resnet8@none.safetensors"}, "none.safetensors"),
-        ({"student": "timm/vit_tiny_patch16_224"}, "does not take images of 16 x 16 pixels"),
+        ({"student": "timm/vit_tiny_patch16_224"}, "does not take images of 12 x 12 pixels"),
         ({"nesterov": True, "momentum": 0.0}, "--nesterov without momentum"),
         ({"val": "WIDER"}, "--val has other classes"),
         ({"wandb": "project"}, "--wandb needs a package"),
