@@ -263,7 +263,7 @@ def _decoder(decoder: str, data: str) -> list[dict]:
     (batch,) = loader.batches(requests(), digests=True)
     made = batch.images.cpu().numpy()
     expected = np.empty_like(made)
-    ((_, views),) = requests()
+    (request,) = requests()
     route = dali.route(decoder, index.records["key_hash"][rows])
     for number, engine in enumerate(dali.ENGINES[decoder]):
         if len(at := np.flatnonzero(route == number)):
@@ -271,7 +271,9 @@ def _decoder(decoder: str, data: str) -> list[dict]:
             pipeline.schedule([encoded[i] for i in at])
             images = pipeline.take(None)
             for i, image in zip(at.tolist(), images.as_cpu() if GPU else images, strict=True):
-                jda.pair(np.ascontiguousarray(image), jda.program_of(policy.table), views[i, 0], -1, expected, i)
+                jda.pair(
+                    np.ascontiguousarray(image), jda.program_of(policy.table), request.views[i, 0], -1, expected, i
+                )
     crcs = [[zlib.crc32(made[view, i]) for view in range(2)] for i in range(count)]
     here, host = probes.pixels(decoder), probes.pixels("cpu")
     if len(dali.ENGINES[decoder]) > 1:  # its digests are of both engines' pixels
