@@ -288,7 +288,7 @@ def test_an_option_that_a_suite_ignores_is_refused(capsys):
 
 @pytest.mark.parametrize("suite", MODULES)
 def test_a_suite_takes_what_it_looks_at(suite):
-    """Both ways, in its module; the claims choose their data in another file."""
+    """Both ways, in its module and the file that chooses its data."""
     fields = {field.name for field in dataclasses.fields(Bench)} - {"suite"}
     takes = set(TAKES[suite].split())
     if suite == "all":
@@ -296,9 +296,8 @@ def test_a_suite_takes_what_it_looks_at(suite):
         assert takes == of_suites
         return
     path = Path(importlib.util.find_spec(MODULES[suite]).origin)
-    text = path.read_text()
-    if suite == "claims":
-        text += path.with_name("data.py").read_text()
+    beside = {"claims": "data.py", "codec-transfer": "real.py"}
+    text = path.read_text() + (path.with_name(beside[suite]).read_text() if suite in beside else "")
     looked_at = set(re.findall(r"\b(?:config|options)\.([a-z_]+)", text)) & fields
     assert looked_at == takes
 
