@@ -1,13 +1,16 @@
 """What the processes of one machine take to share a plane: memory in all, and time until each has it.
 
-Each process maps the plane that all of them unpack (`cache.store.shared`). Memory is the proportional set size of the
-mappings, a page that eight processes map counting once, in planes; labels are compared by their CRC-32. The store is of
-`SAMPLES` packed pairs of 1000 classes.
+Each process maps the plane that all of them unpack (`cache.store.shared`). A process has one core, as a rank of many
+has, and so one thread; those of `PROCESSES` take turns, a round after another. Memory is the proportional set size of
+the mappings, a page that eight processes map counting once, in planes; labels are compared by their CRC-32. The store
+is of `SAMPLES` packed pairs of 1000 classes.
 """
 
 import json
+import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -23,13 +26,14 @@ from cache import codec as codecs
 from cache.store.blocks import Store
 
 PROCESSES = (1, 2, 8)
+ROUNDS = 5
 SAMPLES = 65_536
 _CLASSES, _DIRECTIONS, _BLOCK_ROWS = 1000, 64, 4096
 _FOLDER = Path("/dev/shm")
 
 
 def compare(work: Path | None) -> list[dict]:
-    """A row for each number of processes: planes in memory, seconds, and whether all have the same labels."""
+    """A row for each number of processes: planes in memory, seconds with quartiles, whether labels are the same."""
     path = harness.work(work) / "shared-plane"
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,9 +42,17 @@ def compare(work: Path | None) -> list[dict]:
         plane = store.load_plane(0)
         size, crc = plane.codes.nbytes + 8 * len(plane.codes), zlib.crc32(plane.codes.tobytes())
         del plane
-        return [_row(path, world, size, crc) for world in PROCESSES]
+        rounds = [[_row(path, world, size, crc) for world in PROCESSES] for _ in range(ROUNDS)]
+        return [_summary(list(rows)) for rows in zip(*rounds, strict=True)]
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _summary(rows: list[dict]) -> dict:
+    seconds = sorted(row["seconds"] for row in rows)
+    low, middle, high = statistics.quantiles(seconds, n=4) if len(rows) > 1 else 3 * seconds
+    same = "same" * all(row["labels"] for row in rows)
+    return rows[-1] | {"seconds": middle, "q1": low, "q3": high, "labels": same}
 
 
 def _row(path: Path, world: int, size: int, crc: int) -> dict:
@@ -56,9 +68,10 @@ def _row(path: Path, world: int, size: int, crc: int) -> dict:
         begin = time.perf_counter()
         for process in processes:
             _go(process)
+        for process in processes:
+            _answer(process)
+        seconds, held = time.perf_counter() - begin, 0
         same = all([_answer(process) == crc for process in processes])
-        seconds = time.perf_counter() - begin
-        held = 0
         for process in processes:
             _go(process)
             held += _answer(process)
@@ -96,11 +109,14 @@ def _written(path: Path) -> Store:
 def _process(path: str, job: str, rank: str, world: str) -> None:
     from cache.store import shared
 
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(rank) % len(cores)]})
     store = cache.open(path)
     store.codec.decode(np.zeros((1, store.codec.row_bytes), np.uint8), np.zeros(1, np.uint64))  # compiles
     print(0, flush=True)
     input()
     plane = shared.load(store, 0, cache.Share(job, int(rank), int(world), _FOLDER))
+    print(0, flush=True)
     print(zlib.crc32(plane.codes.tobytes()), flush=True)
     assert plane.weight.all() and plane.digest.all()  # every page of them is read
     input()

@@ -26,7 +26,8 @@ def teacher(tmp_path):
 
 def test_a_run_writes_figures_and_plots(teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store, "_against_networks", lambda sources: [{"cost": "none", "share %": 0.0}])
-    for name, value in dict(PROCESSES=(3,), SAMPLES=4000, _CLASSES=60, _DIRECTIONS=20, _BLOCK_ROWS=500).items():
+    small = dict(PROCESSES=(3,), ROUNDS=1, SAMPLES=4000, _CLASSES=60, _DIRECTIONS=20, _BLOCK_ROWS=500)
+    for name, value in small.items():
         monkeypatch.setattr(sharing, name, value)
     config = Bench(suite="store", logits=(teacher,), samples=20_000, rounds=1, work=tmp_path, out=tmp_path / "plots")
     found = store.run(Bench(**vars(config) | {"arms": "int8,fp16,subspace-0.05", "json": tmp_path / "found.json"}))
