@@ -20,7 +20,7 @@ _WORDS = re.compile("[a-z_][a-z_ ]{3,}")  # which neither nan nor inf is
 
 def content(path: Path, what: str, fix: str, most: int) -> bytes:
     """A file's bytes. Raises UserError, calling the file `what`, if there are more than `most` or it cannot be read."""
-    data = b""
+    data = bytearray()
     try:
         with path.open("rb") as file:
             while len(data) <= most and (part := file.read(1 << 20)):  # at once would take memory for `most`
@@ -29,7 +29,7 @@ def content(path: Path, what: str, fix: str, most: int) -> bytes:
         raise UserError(f"cannot read {what}", found=getattr(error, "strerror", error), fix=fix) from None
     if len(data) > most:
         raise UserError(f"{what} is too large", found=f"more than {most:,} bytes", fix=fix)
-    return data
+    return bytes(data)
 
 
 def document(path: Path, what: str, fix: str, most: int) -> Any:

@@ -226,7 +226,8 @@ class Workbench:
         about = [self.data.fingerprint, teacher.fingerprint, policy, self.trial.epochs, *["energy"] * energy]
         if self.trial.teacher_size:
             about.append(self.trial.teacher_size)
-        return key(*about), self.work / f"labels-{key(*about)}.zarr"
+        made = key(*about)
+        return made, self.work / f"labels-{made}.zarr"
 
     def _pass(self, teachers: Mapping[str, Trained], name: str, chosen: str, energy: bool) -> tuple:
         return processes.labelled, PrecomputeTeacher(

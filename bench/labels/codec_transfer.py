@@ -173,8 +173,10 @@ class Labels:
     def key(self, seed: int, options: Bench) -> str:
         """A hash of all that a student of these labels depends on: recipe, codec, and what the codec makes."""
         problem = self.problem
-        recipe = [len(problem.dither_keys[0]), options.steps, seed]
-        recipe += [
+        recipe = [
+            len(problem.dither_keys[0]),
+            options.steps,
+            seed,
             options.teacher,
             options.student,
             options.temperature,

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -49,10 +48,9 @@ def compare(work: Path | None) -> list[dict]:
 
 
 def _summary(rows: list[dict]) -> dict:
-    seconds = sorted(row["seconds"] for row in rows)
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(rows) > 1 else 3 * seconds
+    seconds = harness.spread(row["seconds"] for row in rows)
     same = "same" * all(row["labels"] for row in rows)
-    return rows[-1] | {"seconds": middle, "q1": low, "q3": high, "labels": same}
+    return rows[-1] | {"seconds": seconds["median"], "q1": seconds["q1"], "q3": seconds["q3"], "labels": same}
 
 
 def _row(path: Path, world: int, size: int, crc: int) -> dict:

@@ -7,9 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from triton.language.core import is_builtin
-from triton.runtime import interpreter
-
 TESTS = Path(__file__).parents[1]
 _WARNS = "-W", "ignore:Conversion of an array:DeprecationWarning"
 """For pytest: that of triton 3.6 takes numbers out of arrays in a way that NumPy has deprecated."""
@@ -29,6 +26,8 @@ def passes(path: Path, **environment: str) -> None:
 
 def hasten() -> None:
     """Look once for what is built in, not at each call of a function in a kernel, which took half of the time."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
 
     @functools.cache
     def names(package) -> list[str]:

@@ -281,4 +281,4 @@ def test_all_but_decoding_works_without_dali():
 @pytest.mark.parametrize("images", [2, pytest.param(36, marks=pytest.mark.slow)])
 def test_engine_and_kernels_give_pillows_bytes_in_the_interpreter(images):
     """`interpreted_engine.py`, in a process whose kernels are interpreted."""
-    interpreter.passes(interpreter.TESTS / "views" / "interpreted_engine.py", ENGINE_IMAGES=str(images))
+    interpreter.passes(TESTS / "views" / "interpreted_engine.py", ENGINE_IMAGES=str(images))
