@@ -10,7 +10,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 import pipeline  # noqa: F401, before torch and NumPy are imported here and in child processes  # isort: skip
 
 import pytest
-from support import interpreter
+from support import interpreter, undrawn  # noqa: F401, runs of tests draw no plots
 from support.passes import network, teacher_pass
 from support.tars import mixed_tar, tar_of
 

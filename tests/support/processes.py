@@ -13,7 +13,9 @@ from pipeline.training import loop
 
 FORK = multiprocessing.get_context("forkserver")
 # Children start at once. An optimizer imports torch._dynamo, which takes as long as torch itself.
-FORK.set_forkserver_preload(["pipeline.labels.precompute", "pipeline.training.train_student", "torch._dynamo"])
+FORK.set_forkserver_preload(
+    ["pipeline.labels.precompute", "pipeline.training.train_student", "torch._dynamo", "support.undrawn"]
+)
 
 
 def finished(target, config) -> None:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from support import undrawn
 from support.nodes import Node
 
 from pipeline.training import page as run_page
@@ -65,7 +66,7 @@ def records(epochs: int = 3, steps: int = 4, seed: int = 0) -> list[dict]:
 def written(out: Path, lines: list, config: dict = CONFIG, run: dict = RUN) -> Path:
     """The page of a run with these records."""
     out.mkdir(exist_ok=True)
-    assert run_page.write(out, config, run, lines, run_page.drawn(lines)) == out / "report.html"
+    assert run_page.write(out, config, run, lines, undrawn.drawn(lines)) == out / "report.html"
     return out / "report.html"
 
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from support import undrawn
 from support.nodes import HOSTILE, Node, section
 from support.run_pages import (
     CONFIG,
@@ -260,7 +261,7 @@ def test_wild_numbers_are_survived(value, tmp_path):
 def test_plots_may_be_older_than_the_rest(tmp_path):
     """They take seconds to draw, and the rest milliseconds."""
     lines = records()
-    page = Node(run_page.write(tmp_path, CONFIG, RUN, lines, run_page.drawn(lines[:5])).read_text())
+    page = Node(run_page.write(tmp_path, CONFIG, RUN, lines, undrawn.drawn(lines[:5])).read_text())
     assert "3 of 9 epochs" in page.text() and "Drawn after epoch 1." in section(page, "Course").text()
     assert len(line(plots(page)["Loss and its parts"], "loss-steps")) == 4
     page = Node(run_page.write(tmp_path, CONFIG, RUN, lines, None).read_text())
@@ -270,6 +271,7 @@ def test_plots_may_be_older_than_the_rest(tmp_path):
 def test_an_epoch_has_a_page_unless_the_last_is_a_second_old_and_plots_every_five_minutes(tmp_path, monkeypatch):
     clock, lines, seen = SimpleNamespace(now=0.0, monotonic=lambda: clock.now), [], []
     monkeypatch.setattr(run_record, "time", clock)
+    monkeypatch.setattr(run_page, "drawn", undrawn.drawn)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     config: Any = SimpleNamespace(out=tmp_path, tensorboard=False, wandb=None)
     writers = run_record.Writers(config, True, RUN, lines)
