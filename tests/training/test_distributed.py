@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,17 +51,26 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(out: Path, digits, labels, *flags: str, world: int = 1) -> list[dict]:
-    """Records of all steps."""
+    """Records of all steps, of processes that start at once in the environment that torchrun would give them."""
     words = command(out, digits, labels, *flags, world=world)
+    words = words[words.index(TRAIN) :]
     if world == 1:
-        finished(_command, words[words.index(TRAIN) :])
-    else:
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        finished(_command, words)
+        return records(out)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    there = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [FORK.Process(target=_command, args=(words, there | {"RANK": n, "LOCAL_RANK": n})) for n in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * world
     return records(out)
 
 
-def _command(words: list[str]) -> None:
+def _command(words: list[str], there: dict[str, object] = {}) -> None:  # noqa: B006
+    os.environ.update({name: str(value) for name, value in there.items()})
     sys.exit(cli.main(words))
 
 
