@@ -25,7 +25,7 @@ from pipeline.views.policy import POLICIES
 
 @pytest.fixture(scope="module")
 def found(digits, tmp_path_factory) -> dict:
-    """Every arm but that of the large teacher, two rounds of two pairs of small views."""
+    """Every arm but that of the large teacher, two rounds of two pairs of views of 32 pixels."""
     work = tmp_path_factory.mktemp("work")
     config = Bench(
         suite="end-to-end",
@@ -40,7 +40,7 @@ def found(digits, tmp_path_factory) -> dict:
         json=work / "found.json",
     )
     policy = POLICIES["imagenet"]
-    small = dataclasses.replace(policy, base=policy.base.resized(64))
+    small = dataclasses.replace(policy, base=policy.base.resized(32))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(end_to_end, "POLICIES", {"imagenet": small})
         found = end_to_end.run(config)
