@@ -185,7 +185,7 @@ class Workbench:
                     finished.put(mine, result)
                     shutil.rmtree(self._folder(mine))
                     note += f": {result['top1']:.2%}"
-                advance(1, note)
+                advance(1, note, found=result is None)
         return {w: [finished.results[keys[w, seed]] for seed in range(n)] for w, n in wanted.items()}, tables
 
     def _announce(self, jobs: Mapping[tuple, Job]) -> None:

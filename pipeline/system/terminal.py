@@ -23,6 +23,7 @@ from rich.text import Text
 console_out = Console()
 _console_err = Console(stderr=True)
 _PLAIN_SECONDS = 20.0  # between lines where there is no terminal
+_RATE_SECONDS = 300.0  # that a rate is of: a student or a network is a step too, and takes a minute
 
 
 class _Rate(ProgressColumn):
@@ -45,10 +46,10 @@ class _Noted(Progress):
 def progress(
     description: str, total: int, unit: str, completed: int = 0, *, show: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, gone when done; none without `show`. Yields `advance(count, note)`.
+    """A bar on stderr, gone when done; none without `show`. Yields `advance(count, note, found=False)`.
 
-    A note stands below the bar until the next. Without a terminal a line says every 20 s how far it is, whether there
-    was any step or not.
+    What was `found` done before says nothing of the rate. A note stands below the bar until the next. Without a
+    terminal a line says every 20 s how far it is, whether there was any step or not.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -60,14 +61,23 @@ def progress(
     )
     seen = _console_err.is_terminal
     with (
-        _Noted(*columns, console=_console_err, transient=True, disable=not (show and seen)) as bar,
+        _Noted(
+            *columns,
+            console=_console_err,
+            transient=True,
+            disable=not (show and seen),
+            speed_estimate_period=_RATE_SECONDS,
+        ) as bar,
         _lines(lambda: _line(description, bar.tasks[0], bar.note)) if show and not seen else nullcontext(),
     ):
         task = bar.add_task(description, total=total, completed=completed, unit=unit)
 
-        def advance(count: int, note: str = "") -> None:
+        def advance(count: int, note: str = "", found: bool = False) -> None:
             bar.note = note or bar.note
-            bar.advance(task, count)
+            if found:
+                bar.reset(task, completed=int(bar.tasks[0].completed) + count)
+            else:
+                bar.advance(task, count)
 
         yield advance
 

@@ -20,7 +20,6 @@ from bench.whole import page as all_page
 from pipeline.config import Bench
 from pipeline.system import machine as machines
 from pipeline.training.methods import loss, make
-from pipeline.views.policy import POLICIES
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +38,9 @@ def found(digits, tmp_path_factory) -> dict:
         threads=2,
         json=work / "found.json",
     )
-    policy = POLICIES["imagenet"]
-    small = dataclasses.replace(policy, base=policy.base.resized(32))
+    policy = end_to_end._POLICY
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(end_to_end, "POLICIES", {"imagenet": small})
+        patch.setattr(end_to_end, "_POLICY", dataclasses.replace(policy, base=policy.base.resized(32)))
         found = end_to_end.run(config)
     assert json.loads((work / "found.json").read_text()) == found
     assert [path.name for path in work.iterdir()] == ["found.json"]

@@ -40,6 +40,20 @@ def test_a_log_gets_lines_without_a_step_and_while_a_part_is_silenced():
             assert line.startswith("train 103/1,234 steps after ") and line.endswith(" to go: loss 0.5")
 
 
+def test_what_was_found_done_says_nothing_of_the_rate():
+    with contextlib.redirect_stderr(log := Log()), terminal.progress("claims", 20, "students") as advance:
+        for count in (5, 3):
+            advance(count, found=True)
+        while not (line := log.line()).startswith("claims 8/20"):
+            pass
+        assert "to go" not in line
+        for _ in range(2):
+            advance(1)
+        while not (line := log.line()).startswith("claims 10/20"):
+            pass
+        assert line.endswith(" to go")
+
+
 def test_other_processes_of_a_job_and_ended_work_say_nothing():
     before = threading.active_count()
     with contextlib.redirect_stderr(log := Log()):
