@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench.claims import cost, processes
 from bench.claims import data as trials
-from bench.claims import processes
 from bench.claims import suite as claims
 from bench.claims.differences import sign_flip_p
 from bench.claims.studies import (
@@ -293,6 +293,18 @@ def test_students_learn_from_a_few_images_and_teachers_from_all(options, taught,
     there = {whole.key(row): whole.read(row) for row in range(len(whole))}
     assert all(there[few.key(row)] == few.read(row) for row in range(len(few)))
     assert cache_of(taught[0].store).samples == 40
+
+
+def test_the_time_that_is_told_is_that_of_the_views(monkeypatch):
+    """A teacher with JDA, a store and two students of 100 images, 10 to validate; a view takes 3 s and 2 s."""
+    trial = trials.Trial("t", "", "large", "small", POLICIES["cifar10"], None, 4, 5, 8, 0.1, 0)
+    seconds = {"large": 3.0, "small": 2.0}
+    monkeypatch.setattr(cost, "_view_s", lambda name, size, *_: seconds[name])
+    few = setting("kd", share=0.5, time=3, fraction=0.0)
+    jobs = [("teacher", JDA), ("store", PLAIN), ("student", setting("ccd"), 0), ("student", few, 0)]
+    expected = 3 * (2 * 100 * 5 + 10 / 3) + 3 * 2 * 100 * 4 / 3
+    expected += 2 * (2 * 100 * 4 + 10 / 3) + 2 * (50 * 4 * 3 + 10 / 3)
+    assert cost.expected(jobs, trial, 100, 100, 10, 10) == pytest.approx(expected + 4 * cost._STARTS)
 
 
 def test_fashion_is_taken_where_it_is_installed(monkeypatch, tmp_path):

@@ -14,11 +14,15 @@ _WARNS = "-W", "ignore:Conversion of an array:DeprecationWarning"
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
 
 
-def passes(path: Path, **environment: str) -> None:
-    """Run the tests of a file. Plugins are left out: pytest compiles every file of theirs, of Hypothesis 200."""
+def passes(*paths: Path, **environment: str) -> None:
+    """Run the tests of files in one process.
+
+    Plugins are left out: pytest compiles every file of theirs, of Hypothesis 200.
+    """
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     with tempfile.TemporaryDirectory() as folder:  # among those of pytest it would delete what other runs have left
         child = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/run", *_WARNS, path],
+            [*pytest, f"--basetemp={folder}/run", *_WARNS, *paths],
             env=os.environ | ENVIRONMENT | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | environment,
             capture_output=True,
             text=True,
