@@ -1,5 +1,6 @@
 """The command line: what works exits with 0; whatever a user gets wrong is one line, exit code 2, no traceback."""
 
+import io
 import json
 import os
 import resource
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 from support.commands import command, refused
 from support.images import jpeg
+from support.processes import FORK
 from support.tars import mixed_tar, tar_of
 
 import cache
 from pipeline import cli
+from pipeline.__main__ import main
 from pipeline.config import Evaluate, recipe_flags
 from pipeline.data.index import Index
 from pipeline.demo import POLICY
@@ -312,22 +315,27 @@ def test_no_store_at_all(digits, tmp_path, capsys):
 # --- a disk that is full
 
 
-def limited(limit: int, *arguments) -> subprocess.CompletedProcess:
-    """Run a command whose writes fail beyond `limit` bytes of a file, as they would on a full disk."""
+def limited(limit: int, folder: Path, arguments: list) -> tuple[int, list[str]]:
+    """Exit code and lines on stderr of a command whose writes fail beyond `limit` bytes of a file, as they would on a
+    full disk."""
+    said = folder / "stderr"
+    child = FORK.Process(target=_limited, args=(limit, said, [str(argument) for argument in arguments]))
+    child.start()
+    child.join()
+    return child.exitcode, said.read_text().splitlines()
 
-    def limits() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    process = [sys.executable, "-c", MAIN, *map(str, arguments)]
-    return subprocess.run(process, capture_output=True, text=True, preexec_fn=limits)
+def _limited(limit: int, said: Path, arguments: list[str]) -> None:
+    sys.argv, sys.stdout, sys.stderr = ["pipeline", *arguments], io.StringIO(), said.open("w")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(main())
 
 
 def test_a_full_disk_while_labels_are_written(digits, teacher, tmp_path, capsys):
     store = tmp_path / "s.zarr"
-    run = limited(2000, *precompute(digits, teacher, store, "--codec", "fp16"))
-    said = run.stderr.splitlines()
-    assert run.returncode == 2 and "cannot write store" in said[-1] and said[-1].startswith("error: "), run.stderr
-    assert all(line.startswith("warning: teacher") for line in said[:-1]), run.stderr  # it is none
+    code, said = limited(2000, tmp_path, precompute(digits, teacher, store, "--codec", "fp16"))
+    assert code == 2 and "cannot write store" in said[-1] and said[-1].startswith("error: "), said
+    assert all(line.startswith("warning: teacher") for line in said[:-1]), said  # it is none
     if (store / "zarr.json").exists():
         assert len(cache.open(store).missing_blocks()) == 2 * 3
     assert command(capsys, *precompute(digits, teacher, store, "--codec", "fp16"))[0] == 0
@@ -335,10 +343,9 @@ def test_a_full_disk_while_labels_are_written(digits, teacher, tmp_path, capsys)
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(digits, labels, tmp_path, capsys):
-    run = limited(20000, *student(digits, labels, tmp_path / "r"))
-    said = run.stderr.splitlines()
-    assert run.returncode == 2 and said[-1].startswith("error: ") and "Traceback" not in run.stderr, run.stderr
-    assert all(line.startswith("train ") for line in said[:-1]), run.stderr  # how far it is, on a slow machine
+    code, said = limited(20000, tmp_path, student(digits, labels, tmp_path / "r"))
+    assert code == 2 and said[-1].startswith("error: ") and "Traceback" not in "".join(said), said
+    assert all(line.startswith("train ") for line in said[:-1]), said  # how far it is, on a slow machine
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
     assert command(capsys, *student(digits, labels, tmp_path / "r", "--resume"))[0] == 0
 

@@ -53,7 +53,7 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGK
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_prepare_stopped_while_it_writes_and_run_again(tmp_path, capsys, number, code):
     """At its first and a later file; OUT is not there, and then it is the one of a run that nobody stopped."""
-    source = ("prepare", "synthetic:40", "--shard-size", 8, "--classes", 3)
+    source = ("prepare", "synthetic:10", "--shard-size", 2, "--classes", 3)
     assert command(capsys, *source, "--out", tmp_path / "whole")[0] == 0
     for at in (1, 4):
         out = tmp_path / f"out{at}"

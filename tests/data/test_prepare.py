@@ -4,7 +4,7 @@ import gc
 import io
 import os
 import resource
-import subprocess
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -16,10 +16,11 @@ from google_crc32c import value as crc32c
 from PIL import Image, PngImagePlugin
 from support.images import encode, jpeg, pixels, png, png_claiming, tar
 from support.prepared import RNG, SMALL, quarantine, refuse, samples
+from support.processes import FORK
 from webdataset import tariterators
 
 from pipeline.config import Prepare
-from pipeline.data import prepare
+from pipeline.data import examine, index, prepare
 from pipeline.data.index import Index, key_hash
 from pipeline.data.records import MAX_SIDE
 
@@ -40,9 +41,6 @@ def folder(tmp_path_factory):
     (root / ".git").mkdir()
     (root / "void").mkdir()
     return root, names
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_every_kind_of_image_is_indexed_with_its_own_size_bytes_and_label(tmp_path):
@@ -309,27 +307,23 @@ def test_a_folder_name_that_webdataset_skips_is_an_error_not_a_loss(tmp_path):
     refuse(f"imagefolder:{tmp_path}/images", tmp_path / "out", "WebDataset skips", "1 of 2 samples")
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from pipeline.data import examine, index, prepare
-def kill(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-moment, images, out = sys.argv[1:]
-if moment == "check":
-    examine.decode = kill
-elif moment == "half an index":
-    index.json.dumps = kill
-else:
-    os.rename = kill
-prepare.build(f"imagefolder:{images}", Path(out), threads=1)
-"""
+def _killed(moment: str, images: Path, out: Path) -> None:
+    def kill(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    where, name = {"check": (examine, "decode"), "half an index": (index.json, "dumps"), "rename": (os, "rename")}[
+        moment
+    ]
+    setattr(where, name, kill)
+    prepare.build(f"imagefolder:{images}", out, threads=1)
 
 
 @pytest.mark.parametrize("moment", ["check", "half an index", "rename"])
 def test_a_killed_run_leaves_no_output_and_the_next_one_starts_afresh(folder, tmp_path, moment):
-    killed = subprocess.run([sys.executable, "-c", KILLED, moment, folder[0], tmp_path / "out"], cwd=ROOT)
-    assert killed.returncode == -9
+    killed = FORK.Process(target=_killed, args=(moment, folder[0], tmp_path / "out"))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     (leftover,) = tmp_path.iterdir()
     assert leftover.name == ".out.partial" and (leftover / "shard-000000.tar").exists()
     (leftover / "stale.tar").touch()

@@ -12,9 +12,16 @@ from cache.store.objects import Files
 from pipeline.training import loop
 
 FORK = multiprocessing.get_context("forkserver")
-# Children start at once. An optimizer imports torch._dynamo, which takes as long as torch itself.
+# Children start at once. An optimizer imports torch._dynamo, which takes as long as torch itself, and what makes images
+# of photographs or digits imports scikit-learn.
 FORK.set_forkserver_preload(
-    ["pipeline.labels.precompute", "pipeline.training.train_student", "torch._dynamo", "support.undrawn"]
+    [
+        "pipeline.labels.precompute",
+        "pipeline.training.train_student",
+        "torch._dynamo",
+        "sklearn.datasets",
+        "support.undrawn",
+    ]
 )
 
 
