@@ -109,10 +109,11 @@ def test_help_is_help(arguments, capsys):
 @pytest.mark.parametrize("entry", [["-m", "pipeline"], ["-c", MAIN]])
 def test_the_process_exits_with_two(entry, tmp_path):
     """The real exit code of a real process; and `-m pipeline` is what torchrun starts."""
-    arguments = ["evaluate", "--data", str(tmp_path / "no"), "--model", "cifar/resnet8"]
+    arguments = ["prepare", f"imagefolder:{tmp_path}/no", "--out", str(tmp_path / "out")]
     run = subprocess.run([sys.executable, *entry, *arguments], capture_output=True, text=True)
     assert run.returncode == 2
-    assert run.stderr == f"error: no data set at {tmp_path}/no; fix: pipeline prepare SOURCE --out {tmp_path}/no\n"
+    found = "found No such file or directory; fix: give a folder of folders"
+    assert run.stderr == f"error: cannot read {tmp_path}/no; {found}\n"
     assert run.stdout == ""
 
 
