@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support.commands import command, refused
 from support.images import jpeg
-from support.processes import FORK
+from support.processes import exit_code
 from support.tars import mixed_tar, tar_of
 
 import cache
@@ -316,14 +316,12 @@ def test_no_store_at_all(digits, tmp_path, capsys):
 # --- a disk that is full
 
 
-def limited(limit: int, folder: Path, arguments: list) -> tuple[int, list[str]]:
+def limited(limit: int, folder: Path, arguments: list) -> tuple[int | None, list[str]]:
     """Exit code and lines on stderr of a command whose writes fail beyond `limit` bytes of a file, as they would on a
     full disk."""
     said = folder / "stderr"
-    child = FORK.Process(target=_limited, args=(limit, said, [str(argument) for argument in arguments]))
-    child.start()
-    child.join()
-    return child.exitcode, said.read_text().splitlines()
+    code = exit_code(_limited, limit, said, [str(argument) for argument in arguments])
+    return code, said.read_text().splitlines()
 
 
 def _limited(limit: int, said: Path, arguments: list[str]) -> None:

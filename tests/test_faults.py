@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.commands import command, refused
-from support.processes import FORK, before
+from support.processes import before, exit_code
 from support.stores import files
 
 import cache
@@ -39,12 +39,9 @@ def stopping(arguments: list[str], event: str, at: int, number: int) -> None:
     sys.exit(main())
 
 
-def stopped(arguments: list, event: str, at: int, number: int) -> int:
+def stopped(arguments: list, event: str, at: int, number: int) -> int | None:
     """Exit code of the command in a child that stops itself."""
-    child = FORK.Process(target=stopping, args=([str(argument) for argument in arguments], event, at, number))
-    child.start()
-    child.join()
-    return child.exitcode
+    return exit_code(stopping, [str(argument) for argument in arguments], event, at, number)
 
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)]

@@ -16,7 +16,7 @@ from google_crc32c import value as crc32c
 from PIL import Image, PngImagePlugin
 from support.images import encode, jpeg, pixels, png, png_claiming, tar
 from support.prepared import RNG, SMALL, quarantine, refuse, samples
-from support.processes import FORK
+from support.processes import exit_code
 from webdataset import tariterators
 
 from pipeline.config import Prepare
@@ -320,10 +320,7 @@ def _killed(moment: str, images: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["check", "half an index", "rename"])
 def test_a_killed_run_leaves_no_output_and_the_next_one_starts_afresh(folder, tmp_path, moment):
-    killed = FORK.Process(target=_killed, args=(moment, folder[0], tmp_path / "out"))
-    killed.start()
-    killed.join()
-    assert killed.exitcode == -signal.SIGKILL
+    assert exit_code(_killed, moment, folder[0], tmp_path / "out") == -signal.SIGKILL
     (leftover,) = tmp_path.iterdir()
     assert leftover.name == ".out.partial" and (leftover / "shard-000000.tar").exists()
     (leftover / "stale.tar").touch()

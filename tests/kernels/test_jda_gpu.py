@@ -48,10 +48,6 @@ def pairs(device: str, images: list, table, views, pad: int, size: int, both=Tru
         warnings.simplefilter("error", RuntimeWarning)
         for name, value in settings.items():
             patch.setattr(jda_gpu, name, value)
-        if device == "cpu":  # small images in small blocks
-            for constants in (jda_gpu.PIXELS, jda_gpu.VIEW):
-                patch.setitem(constants, "ROWS", 32)
-            patch.setitem(jda_gpu.COEFFICIENTS, "BLOCK", 16)
         out = jda_gpu.pairs(addresses, sizes, compile_table(tuple(table)), views, pad, size, both, device).cpu()
     assert all((tensor.cpu().numpy() == image).all() for tensor, image in zip(tensors, images, strict=True))
     return out.numpy()

@@ -25,12 +25,17 @@ FORK.set_forkserver_preload(
 )
 
 
-def finished(target, config) -> None:
-    """Run in a child of its own to the end."""
-    child = FORK.Process(target=target, args=(config,))
+def exit_code(target, *arguments) -> int | None:
+    """Of a child of its own; of one that a signal ended the signal's number, negative."""
+    child = FORK.Process(target=target, args=arguments)
     child.start()
     child.join()
-    assert child.exitcode == 0
+    return child.exitcode
+
+
+def finished(target, config) -> None:
+    """Run in a child of its own to the end."""
+    assert exit_code(target, config) == 0
 
 
 def stopped(target, config, event: str, count: int, number: int = signal.SIGKILL) -> bool:
@@ -39,10 +44,7 @@ def stopped(target, config, event: str, count: int, number: int = signal.SIGKILL
     Events: "step" after a step of an optimizer, "rename" before a file gets its name, "put" before a store's object is
     written, "evaluate" before a run's evaluation.
     """
-    child = FORK.Process(target=_stopping, args=(target, config, event, count, number))
-    child.start()
-    child.join()
-    return child.exitcode in (-number, 128 + number)
+    return exit_code(_stopping, target, config, event, count, number) in (-number, 128 + number)
 
 
 def _stopping(target, config, event: str, count: int, number: int) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import FORK, finished
+from support.processes import finished
 from torch import nn
+from torch.multiprocessing.spawn import start_processes
 
 from pipeline import cli
 from pipeline.data import order
@@ -52,7 +53,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(out: Path, digits, labels, *flags: str, world: int = 1) -> list[dict]:
     """Records of all steps, of processes that start at once in the environment that torchrun would give them."""
-    words = command(out, digits, labels, *flags, world=world)
+    words = command(out, digits, labels, *flags)
     words = words[words.index(TRAIN) :]
     if world == 1:
         finished(_command, words)
@@ -60,17 +61,17 @@ def run(out: Path, digits, labels, *flags: str, world: int = 1) -> list[dict]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     there = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [FORK.Process(target=_command, args=(words, there | {"RANK": n, "LOCAL_RANK": n})) for n in range(world)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0] * world
+    start_processes(_ranked, (words, there), world, start_method="forkserver")  # which ends all if one fails
     return records(out)
 
 
-def _command(words: list[str], there: dict[str, object] = {}) -> None:  # noqa: B006
+def _ranked(rank: int, words: list[str], there: dict[str, object]) -> None:
+    there |= {"RANK": rank, "LOCAL_RANK": rank}
     os.environ.update({name: str(value) for name, value in there.items()})
+    _command(words)
+
+
+def _command(words: list[str]) -> None:
     sys.exit(cli.main(words))
 
 
@@ -225,12 +226,7 @@ def test_synchronised_statistics_are_those_of_one_big_batch(sizes, tmp_path):
     whole = nn.Sequential(nn.BatchNorm2d(5))
     nn.init.normal_(whole[0].weight), nn.init.normal_(whole[0].bias)
     torch.save({"x": x, "weight": weight, "state": whole.state_dict()}, tmp_path / "data")
-    children = [FORK.Process(target=_statistics, args=(rank, str(tmp_path), sizes)) for rank in range(len(sizes))]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children] == [0] * len(sizes)
+    start_processes(_statistics, (str(tmp_path), sizes), len(sizes), start_method="forkserver")
     found = [torch.load(tmp_path / str(rank)) for rank in range(len(sizes))]
     double = x.double().requires_grad_()
     whole = whole.double()
