@@ -12,7 +12,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 from support.commands import refused
-from support.processes import FORK, _stopping
+from support.processes import _stopping, forking
 from support.stores import files
 
 from cache import UserError
@@ -59,7 +59,7 @@ def job(config: PrecomputeTeacher, environment: dict[str, str], dies_at: int | N
 
 def run(configs: list, environment: dict[str, str], deaths: list[int | None]) -> list[int]:
     """All at once; exit codes."""
-    jobs = [FORK.Process(target=job, args=(c, environment, at)) for c, at in zip(configs, deaths, strict=True)]
+    jobs = [forking().Process(target=job, args=(c, environment, at)) for c, at in zip(configs, deaths, strict=True)]
     for process in jobs:
         process.start()
     for process in jobs:

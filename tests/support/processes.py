@@ -1,33 +1,39 @@
 """Child processes that finish, or stop themselves at a chosen event: a clock in the parent would know no event."""
 
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
+import pytest
+from torch.multiprocessing.spawn import start_processes
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cache.store.objects import Files
 from pipeline.training import loop
 
-FORK = multiprocessing.get_context("forkserver")
-# Children start at once. An optimizer imports torch._dynamo, which takes as long as torch itself, and what makes images
-# of photographs or digits imports scikit-learn.
-FORK.set_forkserver_preload(
-    [
-        "pipeline.labels.precompute",
-        "pipeline.training.train_student",
-        "torch._dynamo",
-        "sklearn.datasets",
-        "support.undrawn",
-    ]
-)
+_TESTS = str(Path(__file__).parents[1])
+
+
+@functools.cache
+def forking() -> ForkServerContext:
+    """Of multiprocessing: children of a process that has imported what they need, see `support.preloaded`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.preloaded"])
+    with pytest.MonkeyPatch.context() as patch:  # it leaves out, without a word, what it does not find on its own path
+        patch.setenv("PYTHONPATH", os.pathsep.join([_TESTS, *filter(None, [os.environ.get("PYTHONPATH")])]))
+        forkserver.ensure_running()
+    return context
 
 
 def exit_code(target, *arguments) -> int | None:
     """Of a child of its own; of one that a signal ended the signal's number, negative."""
-    child = FORK.Process(target=target, args=arguments)
+    child = forking().Process(target=target, args=arguments)
     child.start()
     child.join()
     return child.exitcode
@@ -36,6 +42,11 @@ def exit_code(target, *arguments) -> int | None:
 def finished(target, config) -> None:
     """Run in a child of its own to the end."""
     assert exit_code(target, config) == 0
+
+
+def together(target, arguments: tuple, count: int) -> None:
+    """Run `target(rank, *arguments)` in so many children at once; one that fails ends all, and raises."""
+    start_processes(target, arguments, count, start_method=forking().get_start_method())
 
 
 def stopped(target, config, event: str, count: int, number: int = signal.SIGKILL) -> bool:

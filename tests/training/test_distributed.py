@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import finished
+from support.processes import finished, together
 from torch import nn
-from torch.multiprocessing.spawn import start_processes
 
 from pipeline import cli
 from pipeline.data import order
@@ -61,7 +60,7 @@ def run(out: Path, digits, labels, *flags: str, world: int = 1) -> list[dict]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     there = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    start_processes(_ranked, (words, there), world, start_method="forkserver")  # which ends all if one fails
+    together(_ranked, (words, there), world)
     return records(out)
 
 
@@ -226,7 +225,7 @@ def test_synchronised_statistics_are_those_of_one_big_batch(sizes, tmp_path):
     whole = nn.Sequential(nn.BatchNorm2d(5))
     nn.init.normal_(whole[0].weight), nn.init.normal_(whole[0].bias)
     torch.save({"x": x, "weight": weight, "state": whole.state_dict()}, tmp_path / "data")
-    start_processes(_statistics, (str(tmp_path), sizes), len(sizes), start_method="forkserver")
+    together(_statistics, (str(tmp_path), sizes), len(sizes))
     found = [torch.load(tmp_path / str(rank)) for rank in range(len(sizes))]
     double = x.double().requires_grad_()
     whole = whole.double()
