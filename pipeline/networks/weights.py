@@ -215,13 +215,14 @@ def _place(text: str) -> tuple[Path, str]:
         name, _, which = text.rpartition("#")
         path = Path(name)
     try:
-        if text and not path.is_file():
-            found = "a folder" if path.is_dir() else "no regular file" if path.exists() else "No such file or directory"
-            close = did_you_mean(text, ["pretrained"]) if re.fullmatch(r"\w+", text) else ""
-            fix = close if close.startswith("did") else "check the path"
-            raise UserError(f"cannot read weights {path}", found=found, fix=fix)
+        there = not text or path.is_file()
+        found = "a folder" if path.is_dir() else "no regular file" if path.exists() else "No such file or directory"
     except (OSError, ValueError) as error:  # a name too long, or with a null byte
         raise UserError(f"cannot read weights {text!r:.80}", found=str(error), fix="check the path") from None
+    if not there:
+        close = did_you_mean(text, ["pretrained"]) if re.fullmatch(r"\w+", text) else ""
+        fix = close if close.startswith("did") else "check the path"
+        raise UserError(f"cannot read weights {path}", found=found, fix=fix)
     if not text:
         raise UserError("no weights behind the @", expected="NAME@FILE, or NAME@pretrained for timm's own")
     return path, which

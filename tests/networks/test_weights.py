@@ -208,9 +208,12 @@ def test_a_place_without_a_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder.pth").mkdir()
     os.mkfifo("pipe")
-    assert "cannot read weights nowhere.pth; found No such file or directory" in refused(f"{SMALL}@nowhere.pth")
-    assert "cannot read weights folder.pth; found a folder" in refused(f"{SMALL}@folder.pth")
-    assert "cannot read weights pipe; found no regular file" in refused(f"{SMALL}@pipe")
+    for name, found in (
+        ("nowhere.pth", "No such file or directory"),
+        ("folder.pth", "a folder"),
+        ("pipe", "no regular file"),
+    ):
+        assert refused(f"{SMALL}@{name}") == f"cannot read weights {name}; found {found}; fix: check the path"
     assert "fix: did you mean pretrained?" in refused(f"{SMALL}@pretraned")
     assert "no weights behind the @; expected NAME@FILE" in refused(f"{SMALL}@")
     for text in ("a\0b", "x" * 5000, "#", "#ema"):
