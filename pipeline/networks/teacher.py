@@ -13,6 +13,10 @@ from pipeline.networks.placed import placed
 from pipeline.views.batch import Batch
 from pipeline.views.policy import Policy
 
+_AT_ONCE = 32 * 224**2
+"""Pixels of images that a CPU's teacher looks at together: activations of more go back to the kernel, page by page, and
+come again for the next."""
+
 
 class Said(NamedTuple):
     """What a teacher answers to B pairs of views."""
@@ -73,11 +77,20 @@ class Teacher:
     @torch.inference_mode()
     def said(self, batch: Batch) -> Said:
         """The answers to a batch, original before augmented, on the teacher's device."""
-        parts = [self._answer(images) for images in batch.images]
+        parts = [self._look(images) for images in batch.images]
         if self.head is None:
             logits = torch.stack(parts, dim=1).float()
             return Said(logits, logits)
         return Said(*(torch.stack(part, dim=1).float() for part in zip(*parts, strict=True)))
+
+    def _look(self, images: torch.Tensor) -> Any:
+        if self.device.type != "cpu":
+            return self._answer(images)
+        few = max(_AT_ONCE // (self.size or images.shape[1]) ** 2, 1)
+        parts = [self._answer(part) for part in images.split(few)]
+        if self.head is None:
+            return torch.cat(parts)
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Logits of a batch, f32 (B, 2, C) on the teacher's device, original before augmented."""
