@@ -22,6 +22,8 @@ class UserError(ValueError):
         ]
         parts = [_short("what", what), ", ".join(facts), f"fix: {_short('fix', fix)}" if fix else ""]
         super().__init__("; ".join(part for part in parts if part))
+        self.brief = parts[0] if found is None else f"{parts[0]}: {_short('found', found)}"
+        """What, and what was found: for the line of another error that tells of this one."""
 
 
 def redacted(text: str) -> str:

@@ -4,7 +4,7 @@ import sys
 import threading
 
 from cache import UserError
-from pipeline.data.index import Index
+from pipeline.data.index import BadSample, Index
 
 
 class Skipped:
@@ -20,17 +20,17 @@ class Skipped:
     def __contains__(self, row: int) -> bool:
         return row in self.causes
 
-    def add(self, row: int, cause: str) -> None:
+    def add(self, row: int, error: BadSample) -> None:
         """Skip `row` from now on, and say so on stderr. Raises UserError beyond the limit."""
         with self._lock:
             if row in self.causes:
                 return
-            self.causes[row] = cause
-        print(f"skipped: {cause}", file=sys.stderr)
+            self.causes[row] = str(error)
+        print(f"skipped: {error}", file=sys.stderr)
         if len(self.causes) > self.limit:
             raise UserError(
                 "too many samples cannot be read",
-                found=f"{len(self.causes)}, the last: {cause}",
+                found=f"{len(self.causes)}, the last: {error.brief}",
                 expected=f"at most {self.limit} of {self.index.usable:,} (--max-bad)",
                 fix="repair the shards, or prepare the data set again to quarantine them",
             )

@@ -113,9 +113,9 @@ def _read(index: Index, rows: list[int], skipped: Skipped) -> list[bytes | None]
                 data = index.read(row)
                 data = as_rgb(data) if index.records["cmyk"][row] else data
             except BadSample as error:
-                skipped.add(row, str(error))
+                skipped.add(row, error)
             except Undecodable as error:
                 data = None
-                skipped.add(row, str(index.bad(row, f"cannot be decoded: {error}")))
+                skipped.add(row, index.bad(row, f"cannot be decoded: {error}"))
         found.append(data)
     return found

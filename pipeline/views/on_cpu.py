@@ -102,10 +102,10 @@ class _Drawing:
         try:
             image = decode(data)
         except Undecodable as error:
-            skipped.add(int(row), str(index.bad(row, f"cannot be decoded: {error}")))
+            skipped.add(int(row), index.bad(row, f"cannot be decoded: {error}"))
             return None
         if image.shape[:2] != self.sizes[place]:  # the boxes were drawn for that size, and the kernel does not look
-            skipped.add(int(row), str(index.bad(row, f"not of the indexed size: {image.shape[:2]}")))
+            skipped.add(int(row), index.bad(row, f"not of the indexed size: {image.shape[:2]}"))
             return None
         return image
 

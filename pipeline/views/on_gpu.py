@@ -231,7 +231,7 @@ class _Engine:
         wrong = [i for i, size in enumerate(sizes.tolist()) if shapes[i] != (*size, 3)]
         for i in wrong:
             row = all_rows[i]
-            skipped.add(int(row), str(self.job.index.bad(row, f"not of the indexed size: {shapes[i][:2]}")))
+            skipped.add(int(row), self.job.index.bad(row, f"not of the indexed size: {shapes[i][:2]}"))
         kept = np.setdiff1d(np.arange(len(all_rows)), wrong)
         images = _Images(addresses, sizes, np.full(len(work.request.read), -1))
         images.places[work.places[kept]] = kept
@@ -290,7 +290,7 @@ class _Engine:
             )
         for i, why in bad.items():
             row = work.rows[i]
-            self.job.skipped.add(int(row), str(self.job.index.bad(row, f"cannot be decoded: {why}")))
+            self.job.skipped.add(int(row), self.job.index.bad(row, f"cannot be decoded: {why}"))
         decoders, self.scheduled = failed.anew(), deque()
         if self.decoders is failed:
             self.decoders = decoders
