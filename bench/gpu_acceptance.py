@@ -278,15 +278,6 @@ def read_steps(found: Path) -> tuple[str, Tables]:
     return ", ".join(f"{row['arm']} {row['ms/step']:.1f} ms" for row in rows), {found.stem: rows, **tables}
 
 
-def read_loader(found: Path) -> tuple[str, Tables]:
-    """`bench loader`: a row per arm."""
-    rows = [
-        {"loader": name, **{f"pairs/s {at}": arm["rate"][at] for at in ("median", "min", "max")}}
-        for name, arm in json.loads(found.read_text())["arms"].items()
-    ]
-    return ", ".join(f"{row['loader']} {row['pairs/s median']:,.0f} pairs/s" for row in rows), {"loader": rows}
-
-
 def verdicts(tables: Tables, gpu: bool) -> list[dict]:
     """Rows {claim, target, found, met}; met is yes, no, does not apply or not measured, without a GPU always that."""
     by = {name: {row.get("arm"): row for row in rows} for name, rows in tables.items()}
