@@ -29,19 +29,27 @@ BUCKET = "s3://labels"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """A bucket that can be written to, and the environment that says where."""
+def there() -> Iterator[dict[str, str]]:
+    """The environment that leads to a bucket that can be written to."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     moto.start()
     endpoint = "http://{}:{}".format(*moto.get_host_and_port())
     environment = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+    environment |= {"AWS_ENDPOINT_URL": endpoint, "NO_PROXY": "127.0.0.1"}
     try:
-        with mock.patch.dict(os.environ, environment | {"AWS_ENDPOINT_URL": endpoint, "NO_PROXY": "127.0.0.1"}):
+        with mock.patch.dict(os.environ, environment):
             urllib.request.urlopen(urllib.request.Request(f"{endpoint}/labels", method="PUT")).close()
-            yield endpoint
+        yield environment
     finally:
         moto.stop()
+
+
+@pytest.fixture
+def server(there, monkeypatch) -> None:
+    """For the test alone, as other servers of this file have an environment too."""
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
 
 
 def objects(url: str) -> dict[str, bytes]:
@@ -164,12 +172,19 @@ def test_what_is_missing_on_a_server_is_named(server, at_once):
 
 
 @pytest.fixture(scope="module")
-def remote(tmp_path_factory) -> Iterator[Remote]:
-    """A finished store behind a proxy that makes faults; it passes on reads alone."""
+def served(tmp_path_factory) -> Iterator[Remote]:
     folder = tmp_path_factory.mktemp("served")
     fill(make(folder / "s.zarr"))
     with serve(folder) as served:
         yield served
+
+
+@pytest.fixture
+def remote(served, monkeypatch) -> Remote:
+    """A finished store behind a proxy that makes faults; it passes on reads alone."""
+    for name, value in served.environment.items():
+        monkeypatch.setenv(name, value)
+    return served
 
 
 @pytest.fixture
@@ -214,7 +229,6 @@ def test_no_credentials_are_said_to_be_missing(server, monkeypatch, at_once):
 
 def test_teacher_and_student_work_on_a_store_behind_a_url(server, digits, teacher, tmp_path, monkeypatch):
     """Labels and weights are those of a store in a folder."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)  # other servers of this module may have taken its place
 
     def job(store: str, out: Path) -> bytes:
         common = {"data": digits, "device": "cpu", "batch_size": 16, "store": store}

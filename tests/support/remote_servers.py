@@ -90,6 +90,7 @@ class Remote:
     http: str  # http://127.0.0.1:port
     tagged: str  # the same, of a server that sends ETags, as Google's and Azure's do
     faults: Faults
+    environment: dict[str, str]  # the variables that lead to `s3`
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def serve(folder: Path, fault_rate: float = 0.0, kinds: tuple[str, ...] = KINDS)
             if path.is_file():
                 obstore.put(store, path.relative_to(folder).as_posix(), path)
         hosts = (f"http://127.0.0.1:{server.server_port}" for server in (web, tagged))
-        yield Remote(f"s3://{bucket}", *hosts, faults)
+        yield Remote(f"s3://{bucket}", *hosts, faults, environment)
 
 
 class _Server(ThreadingHTTPServer):
