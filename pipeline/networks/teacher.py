@@ -77,20 +77,17 @@ class Teacher:
     @torch.inference_mode()
     def said(self, batch: Batch) -> Said:
         """The answers to a batch, original before augmented, on the teacher's device."""
-        parts = [self._look(images) for images in batch.images]
-        if self.head is None:
-            logits = torch.stack(parts, dim=1).float()
-            return Said(logits, logits)
-        return Said(*(torch.stack(part, dim=1).float() for part in zip(*parts, strict=True)))
+        views = zip(*(self._look(images) for images in batch.images), strict=True)
+        found = [torch.stack(pair, dim=1).float() for pair in views]
+        return Said(found[0], found[-1])
 
-    def _look(self, images: torch.Tensor) -> Any:
-        if self.device.type != "cpu":
-            return self._answer(images)
-        few = max(_AT_ONCE // (self.size or images.shape[1]) ** 2, 1)
-        parts = [self._answer(part) for part in images.split(few)]
-        if self.head is None:
-            return torch.cat(parts)
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    def _look(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits of images, with their features if the teacher tells these."""
+        few = len(images)
+        if self.device.type == "cpu":
+            few = _AT_ONCE // (self.size or images.shape[1]) ** 2
+        said = [self._answer(part) for part in images.split(max(few, 1))]
+        return tuple(map(torch.cat, [said] if self.head is None else zip(*said, strict=True)))
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Logits of a batch, f32 (B, 2, C) on the teacher's device, original before augmented."""
