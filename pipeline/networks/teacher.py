@@ -87,7 +87,8 @@ class Teacher:
         if self.device.type == "cpu":
             few = _AT_ONCE // (self.size or images.shape[1]) ** 2
         said = [self._answer(part) for part in images.split(max(few, 1))]
-        return tuple(map(torch.cat, [said] if self.head is None else zip(*said, strict=True)))
+        whole = [said] if self.head is None else zip(*said, strict=True)
+        return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in whole)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Logits of a batch, f32 (B, 2, C) on the teacher's device, original before augmented."""

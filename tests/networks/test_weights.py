@@ -208,11 +208,8 @@ def test_a_place_without_a_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder.pth").mkdir()
     os.mkfifo("pipe")
-    for name, found in (
-        ("nowhere.pth", "No such file or directory"),
-        ("folder.pth", "a folder"),
-        ("pipe", "no regular file"),
-    ):
+    places = {"nowhere.pth": "No such file or directory", "folder.pth": "a folder", "pipe": "no regular file"}
+    for name, found in places.items():
         assert refused(f"{SMALL}@{name}") == f"cannot read weights {name}; found {found}; fix: check the path"
     assert "fix: did you mean pretrained?" in refused(f"{SMALL}@pretraned")
     assert "no weights behind the @; expected NAME@FILE" in refused(f"{SMALL}@")

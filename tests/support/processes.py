@@ -8,16 +8,14 @@ import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
-from pathlib import Path
 
 import pytest
+from support.interpreter import TESTS
 from torch.multiprocessing.spawn import start_processes
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cache.store.objects import Files
 from pipeline.training import loop
-
-_TESTS = str(Path(__file__).parents[1])
 
 
 @functools.cache
@@ -26,7 +24,7 @@ def forking() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.preloaded"])
     with pytest.MonkeyPatch.context() as patch:  # it leaves out, without a word, what it does not find on its own path
-        patch.setenv("PYTHONPATH", os.pathsep.join([_TESTS, *filter(None, [os.environ.get("PYTHONPATH")])]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]))
         forkserver.ensure_running()
     return context
 
