@@ -146,13 +146,13 @@ def compile_loss(case: Case) -> Compiled:
     return compile_kernel(kernel, types, constants, case.arch, launch, ("student_o", "teacher_o"))
 
 
-def compile_unpack(arch: int, dims: int, wide: int) -> Compiled:
-    """Subspace codes to coefficients."""
+def compile_unpack(arch: int, dims: int, wide: int, tables: int = 2) -> Compiled:
+    """Subspace codes to coefficients; of one table are those of version 1."""
     sizes = unpack.options(dims)
     options = {name: sizes.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     segment = -(-(wide + (dims - wide + 1) // 2) // 16) * 16
-    constants = {"CODE_BYTES": 16 + 2 * segment, "WIDE": wide, "DIMS": dims, **sizes}
-    types = {"codes": "*u8", "rows": "*i64", "dither_keys": "*i64", "table": "*fp32", "out": "*fp16", "vectors": "i32"}
+    constants = {"CODE_BYTES": 16 + 2 * segment, "WIDE": wide, "DIMS": dims, "TABLES": tables, **sizes}
+    types = {"codes": "*u8", "rows": "*i64", "dither_keys": "*i64", "table": "*fp32", "out": "*fp16"}
     return compile_kernel(unpack.unpack, types, constants, arch, options, ("codes",))
 
 

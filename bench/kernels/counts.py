@@ -19,7 +19,7 @@ import triton
 
 from bench.kernels import ahead
 from bench.kernels.ahead import Case, Compiled
-from kernels.loss import autograd, unpack
+from kernels.loss import autograd
 from kernels.loss.terms import METHODS
 
 SMS, CLOCK_HZ, BYTES_PER_S = 132, 1.755e9, 3.0e12
@@ -154,10 +154,9 @@ def model() -> list[dict]:
     dims, wide, batch, classes = 512, 144, 4096, 1000
     found = ahead.compile_unpack(90, dims, wide)
     counts = count(disassemble(found.cubin))
-    vectors = unpack.options(dims)["VECTORS"]
-    times = predicted(counts, found.warps, 2 * batch / vectors, batch * (688 + 4 * (dims + 16)))
+    times = predicted(counts, found.warps, batch, batch * (688 + 4 * (dims + 16)))
     rows.append(_row(f"{batch}×{dims}", "subspace codes to coefficients", found, counts))
-    each = counts.per_unit["issue"] * found.warps * 32 / (vectors * dims)
+    each = counts.per_unit["issue"] * found.warps * 32 / (2 * dims)
     rows[-1] |= {"instructions / pair": round(each, 1), **_times(times)}
     product = 1e6 * 2 * 2 * batch * (dims + 16) * (classes + 8) / _PRODUCT
     rows.append({"size": f"{batch}×{classes}", "kernel": "product at 650 TFLOPS", "predicted µs": round(product, 1)})

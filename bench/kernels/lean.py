@@ -58,7 +58,7 @@ def measured(path: Path) -> dict:
     return {
         "logits": path.stem,
         "pairs": len(held),
-        "directions": len(decoder.lean.table[0]),
+        "directions": decoder.lean.table.shape[-1],
         "budget": DEFAULT_BUDGET,
         "KL of the code": code,
         "KL between": divergence(exact, kernels, _TEMPERATURE),

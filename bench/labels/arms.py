@@ -58,9 +58,11 @@ class Corrected:
     @property
     def variance(self) -> np.ndarray:
         """s f64 (C,)."""
-        beta = np.minimum(self.code.array("beta") / entropy.BETA_UNIT, 1)
-        noise = np.where(np.arange(len(beta)) < self.code.trellis, entropy.TRELLIS_NOISE, (1 - (1 - beta) ** 2) / 12)
-        return (self.code.synthesis.astype(np.float64) ** 2 * noise[:, None]).sum(axis=0)
+        code, beta = self.code, np.minimum(self.code.of_both("beta") / entropy.BETA_UNIT, 1)
+        joint = np.arange(code.dims) < np.array(code.trellis)[:, None]
+        noise = np.where(joint, entropy.TRELLIS_NOISE[code.states], (1 - (1 - beta) ** 2) / 12)
+        noise = (noise * code.of_both("scale").astype(np.float64) ** 2).sum(axis=0)
+        return noise @ self.code.array("basis").astype(np.float64) ** 2
 
     def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
         return self.code.encode(logits, dither_keys)

@@ -50,12 +50,12 @@ def require_encodable(logits: np.ndarray, classes: int, what: str = "logit") -> 
     )
 
 
-def require_keys(config: object, where: str, name: str, version: int, keys: tuple[str, ...]) -> dict:
-    """A config from outside as a mapping of the keys of this codec in this format. Raises UserError."""
+def require_keys(config: object, where: str, name: str, formats: tuple[int, ...], keys: tuple[str, ...]) -> dict:
+    """A config from outside as a mapping of the keys of this codec in one of these formats. Raises UserError."""
     found = record(config, where, FIX, dict.fromkeys(("name", "format", *keys), (anything,)))
     require(found["name"] == name, found["name"], f"{where}: unknown name", FIX, name)
-    known = type(found["format"]) is int and found["format"] == version
-    require(known, found["format"], f"{where}: unknown format of {name}", FIX, f"{version}")
+    known = type(found["format"]) is int and found["format"] in formats
+    require(known, found["format"], f"{where}: unknown format of {name}", FIX, " or ".join(map(str, formats)))
     return found
 
 

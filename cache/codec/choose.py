@@ -98,8 +98,9 @@ def array_shapes(header: object, where: str = "codec") -> dict[str, tuple[str, t
     """Of the arrays that go with a header from outside: name -> type, axes, shape. Raises UserError naming the key."""
     if (name := _name(header)) not in _FITTED:
         return {}
-    keys = _FITTED[name].HEADER_KEYS
-    return _FITTED[name].array_shapes(require_keys(header, where, name, 2, keys), where)
+    fitted = _FITTED[name]
+    found = require_keys(header, where, name, fitted.HEADER_FORMATS, fitted.HEADER_KEYS)
+    return fitted.array_shapes(found, where)
 
 
 def join(header: dict, arrays: dict[str, np.ndarray], where: str = "codec") -> dict:
@@ -116,9 +117,10 @@ def _name(config: object) -> str:
 def from_config(config: object, where: str = "codec") -> Codec:
     """The codec of a config from outside, every value checked. Raises UserError naming the key."""
     if (name := _name(config)) in _FITTED:
-        return _FITTED[name].from_config(require_keys(config, where, name, 1, _FITTED[name].CONFIG_KEYS), where)
+        fitted = _FITTED[name]
+        return fitted.from_config(require_keys(config, where, name, fitted.CONFIG_FORMATS, fitted.CONFIG_KEYS), where)
     if isinstance(config, dict) and "name" in config:
         known = " or ".join((*_PLAIN, *_FITTED))
         require(name in _PLAIN, config["name"], f"{where}: unknown name", FIX, known)
-    found = require_keys(config, where, name, 1, ("classes",))
+    found = require_keys(config, where, name, (1,), ("classes",))
     return _PLAIN[name](whole(found["classes"], f"{where}: classes", FIX, 1, MAX_CLASSES))

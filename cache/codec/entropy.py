@@ -9,9 +9,10 @@ alone takes. The augmented view's mean is predicted from the original's decoded 
 arXiv:1311.2540) with a 64-bit state, 32-bit words and 16-bit probabilities, each at least 2^-16.
 
 Of coefficients finer than about a spread the leading ones are rounded together, on a trellis (Marcellin & Fischer,
-*Trellis coded quantization*, 1990, with the eight states of JPEG 2000 part 2): a state allows every second integer of
-a grid 0.57 times as wide, and leads to the next state. Noise of the same variance, whatever x, costs a sixth of a bit
-less, as it is nearly normal. Their dither is four times as wide; decoding takes no notice of states.
+*Trellis coded quantization*, 1990): a state allows every second integer of a grid 0.57 times as wide, and leads to the
+next state. Noise of the same variance, whatever x, costs a fifth of a bit less, as it is nearly normal. Their dither is
+four times as wide; decoding takes no notice of states. A state is the last bits that entered a shift register, the
+newest lowest: `labels` says of each state which integers, mod 4, a bit 0 stands for, and a bit 1 for those two off.
 
 All functions are compiled by numba, release the GIL and live in one file: numba's cache looks at no other.
 """
@@ -30,12 +31,13 @@ BETA_UNIT = 256
 
 TRELLIS_DITHER = 4
 """Width of the dither of coefficients on the trellis, in steps."""
-TRELLIS_NOISE = 0.26
-"""Variance of their error, in steps squared; 1/12 otherwise."""
+TRELLIS_NOISE = {8: 0.26, 256: 0.2466}
+"""States -> variance of their error, in steps squared; 1/12 otherwise."""
 
-_STATES = 8
-_CLASS = np.array([[0, 2], [1, 3], [2, 0], [3, 1], [2, 0], [3, 1], [0, 2], [1, 3]], np.int64)  # integers mod 4, allowed
-_NEXT = np.array([[0, 1], [2, 3], [4, 5], [6, 7], [0, 1], [2, 3], [4, 5], [6, 7]], np.int64)  # and where they lead
+# States -> taps of the shift register, the entering bit lowest, for bit 0 and bit 1 of the integers. Eight states are
+# those of JPEG 2000 part 2; of 4,000 taps drawn at random for 256 these made the least noise,
+# 0.2 % less than Ungerboeck's.
+_TAPS = {8: (0b10, 0b1101), 256: (0o206, 0o717)}
 _BEYOND = 256  # the ends of all ranges are nearest; the squares of more would drown the others' in float32
 
 _BITS = 16
@@ -47,6 +49,13 @@ _NORMAL = np.array(
     [round(_TOTAL * 0.5 * math.erfc(-(i - _HALF) / _SIGMA / math.sqrt(2))) for i in range(2 * _HALF + 1)], np.int64
 )
 _RATIO_BITS = 24
+
+
+def labels(states: int) -> np.ndarray:
+    """i32 (states,), for a trellis of that many states, a key of `TRELLIS_NOISE`."""
+    low, high = _TAPS[states]
+    odd = [((2 * state & low).bit_count() & 1) + 2 * ((2 * state & high).bit_count() & 1) for state in range(states)]
+    return np.array(odd, np.int32)
 
 
 def jit(function):
@@ -82,24 +91,25 @@ def dither(key, view, out):
 
 
 @jit
-def quantise(steps, dither_keys, trellis, wide, out):
+def quantise(steps, dither_keys, trellis, labels, wide, out):
     """Coefficients in steps f32 (B, 2, d) -> segments u8 (B, 2, segment), kept to the range of their width.
 
-    The first `trellis` coefficients are rounded together.
+    The first `trellis` i64 (2,) coefficients of either segment are rounded together.
     """
     pairs, _, size = steps.shape
     bytes_ = np.empty(size, np.uint8)
     q = np.empty(size, np.int32)
-    x = np.empty(trellis, np.float32)
-    paths = np.empty((trellis, _STATES), np.int32)
+    x = np.empty(size, np.float32)
+    near, older = np.empty((size, 4), np.int32), np.empty((size, len(labels)), np.bool_)
     for pair in range(pairs):
         for view in range(2):
             dither(dither_keys[pair], view, bytes_)
-            for i in range(trellis):
+            joint = trellis[view]
+            for i in range(joint):
                 u = np.float32(TRELLIS_DITHER * (2 * np.int32(bytes_[i]) - 255) / UNIT)
                 x[i] = min(max(steps[pair, view, i] + u, np.float32(-_BEYOND)), np.float32(_BEYOND))
-            nearest(x, wide, paths, q)
-            for i in range(trellis, size):
+            nearest(x[:joint], labels, wide, near, older, q)
+            for i in range(joint, size):
                 u = np.float32((2 * np.int32(bytes_[i]) - 255) / UNIT)
                 low, high = (-128, 127) if i < wide else (-8, 7)
                 q[i] = min(max(math.floor(steps[pair, view, i] + u + np.float32(0.5)), low), high)
@@ -107,34 +117,52 @@ def quantise(steps, dither_keys, trellis, wide, out):
 
 
 @jit
-def nearest(x, wide, paths, q):
-    """The integers q on a path from state 0 that are nearest to x f32 (t,), by Viterbi's algorithm."""
-    far = np.float32(1e30)
-    cost, other = np.full(_STATES, far, np.float32), np.empty(_STATES, np.float32)
+def nearest(x, labels, wide, near, older, q):
+    """The integers q on a path from state 0 that are nearest to x f32 (t,), by Viterbi's algorithm.
+
+    `near` i32 (t, 4) and `older` bool (t, states) are memory to work in.
+    """
+    states, half = len(labels), len(labels) >> 1
+    cost, other = np.full(states, np.float32(1e30), np.float32), np.empty(states, np.float32)
     cost[0] = 0
-    near, square = np.empty(4, np.int32), np.empty(4, np.float32)
+    square = np.empty(4, np.float32)
     for i in range(len(x)):
         low, high = (-128, 127) if i < wide else (-8, 7)
         for kind in range(4):
             k = 4 * math.floor((x[i] - kind) * np.float32(0.25) + np.float32(0.5)) + kind
             k = min(max(k, low + kind), high - 3 + kind)  # low is a multiple of 4
-            near[kind], square[kind] = k, (x[i] - k) ** 2
-        other[:] = far
-        for state in range(_STATES):
-            for bit in range(2):
-                total, then = cost[state] + square[_CLASS[state, bit]], _NEXT[state, bit]
-                if total < other[then]:
-                    other[then] = total
-                    paths[i, then] = near[_CLASS[state, bit]] * _STATES + state
+            near[i, kind], square[kind] = k, (x[i] - k) ** 2
+        _forward(cost, other, labels, square, older[i])
         cost, other = other, cost
     state = np.argmin(cost)
     for i in range(len(x) - 1, -1, -1):
-        q[i], state = paths[i, state] >> 3, paths[i, state] & (_STATES - 1)
+        before = state >> 1 | (half if older[i, state] else 0)
+        q[i] = near[i, labels[before] ^ (2 * (state & 1))]
+        state = before
+
+
+@jit
+def _forward(cost, other, labels, square, older):
+    """One step of all states: `other` f32 (states,) from `cost`; `older` whether the bit that leaves is 1.
+
+    States p and p + half lead to the same two, and what one takes for a bit 0 the other takes for a bit 1. Written so
+    that LLVM makes vectors of it: no table of squares, and indices that cannot be negative.
+    """
+    s0, s1, s2, s3 = square[0], square[1], square[2], square[3]
+    half, one = len(cost) >> 1, np.uint64(1)
+    lower, upper = cost[:half], cost[half:]
+    for p in range(half):
+        low, high = (s1, s3) if labels[p] & 1 else (s0, s2)
+        zero, set_ = (high, low) if labels[p] & 2 else (low, high)
+        a0, a1, b0, b1 = lower[p] + zero, lower[p] + set_, upper[p] + set_, upper[p] + zero
+        then = np.uint64(p) << one
+        other[then], older[then] = min(a0, b0), b0 < a0
+        other[then | one], older[then | one] = min(a1, b1), b1 < a1
 
 
 @jit
 def dequantise(segments, dither_keys, wide, beta, out):
-    """Segments u8 (B, 2, segment) -> coefficients in steps f32 (B, 2, d): q - beta u; beta i32 (d,), 1/`BETA_UNIT`."""
+    """Segments u8 (B, 2, segment) -> coefficients f32 (B, 2, d), in steps: q - beta u; beta i32 (2, d) in 1/256."""
     size = out.shape[2]
     bytes_ = np.empty(size, np.uint8)
     q = np.empty(size, np.int32)
@@ -143,7 +171,7 @@ def dequantise(segments, dither_keys, wide, beta, out):
             dither(dither_keys[pair], view, bytes_)
             _load(segments[pair, view], wide, q)
             for i in range(size):
-                u = beta[i] * (2 * np.int32(bytes_[i]) - 255)
+                u = beta[view, i] * (2 * np.int32(bytes_[i]) - 255)
                 out[pair, view, i] = np.float32(q[i]) - np.float32(u / (UNIT * BETA_UNIT))
 
 
@@ -196,47 +224,48 @@ def _below(q, low, high, unit, shift, ratio):
 
 
 @jit
-def _shift(view, i, trellis, bytes_, q, gain, beta):
+def _shift(view, i, joint, bytes_, q, gain, beta):
     """Where the model of coefficient i is centred, plus its dither. bytes_ u8 (2, d), q i32 (2, d)."""
-    u = (2 * np.int64(bytes_[view, i]) - 255) * (TRELLIS_DITHER if i < trellis else 1)
+    u = (2 * np.int64(bytes_[view, i]) - 255) * (TRELLIS_DITHER if joint else 1)
     if view == 0:
         return u
-    original = np.int64(q[0, i]) * UNIT - (beta[i] * (2 * np.int64(bytes_[0, i]) - 255) >> 8)
-    return u + (gain[i] * original >> 12)
+    first = np.int64(q[0, i]) * UNIT - (beta[i] * (2 * np.int64(bytes_[0, i]) - 255) >> 8)
+    return u + (gain[i] * first >> 12)
 
 
 @jit
-def _parities(q, trellis, out):
+def _parities(q, trellis, labels, out):
     """Which integers the states along the path q allow: 0 even ones, 1 odd ones. False if q is no path."""
     out[:] = 0
     state = 0
     for i in range(trellis):
-        out[i] = _CLASS[state, 0] & 1
+        out[i] = labels[state] & 1
         if (q[i] & 1) != out[i]:
             return False
-        state = _follow(state, q[i])
+        state = _follow(state, q[i], labels)
     return True
 
 
 @jit
-def _follow(state, q):
-    return _NEXT[state, 0 if _CLASS[state, 0] == (q & 3) else 1]
+def _follow(state, q, labels):
+    return (2 * state | ((q ^ labels[state]) >> 1 & 1)) & (len(labels) - 1)
 
 
 @jit
-def _grid(i, trellis, wide, parity):
+def _grid(joint, i, wide, parity):
     """(lowest, highest number of an integer, positions between neighbours, position of number 0)."""
     low, high = (-128, 127) if i < wide else (-8, 7)
-    if i < trellis:
+    if joint:
         return low >> 1, high >> 1, 2 * UNIT, UNIT * parity
     return low, high, UNIT, 0
 
 
 @jit
-def encode(segments, dither_keys, trellis, wide, spread, gain, beta, out):
+def encode(segments, dither_keys, trellis, labels, wide, spread, gain, beta, out):
     """The entropy code of segments u8 (B, 2, segment), written as u32 words from the end of `out` on: their number.
 
-    `spread` i64 (2, d) the models' standard deviations, `gain` and `beta` i64 (d,). `out` must hold `2 d B + 2` words.
+    `spread` i64 (2, d) the models' standard deviations, `gain` i64 (d,), `beta` i64 (d,) the first segment's. `out`
+    must hold `2 d B + 2` words.
     0 for segments that `quantise` does not make.
     """
     size = spread.shape[1]
@@ -253,13 +282,16 @@ def encode(segments, dither_keys, trellis, wide, spread, gain, beta, out):
         for view in range(2):
             _load(segments[pair, view], wide, q[view])
             _store(q[view], wide, stored)
-            if not _parities(q[view], trellis, parities[view]) or not np.array_equal(stored, segments[pair, view]):
+            if not _parities(q[view], trellis[view], labels, parities[view]) or not np.array_equal(
+                stored, segments[pair, view]
+            ):
                 return 0
         for view in range(1, -1, -1):
             for i in range(size - 1, -1, -1):
-                low, high, unit, zero = _grid(i, trellis, wide, parities[view, i])
-                value = (np.int64(q[view, i]) - parities[view, i]) >> 1 if i < trellis else np.int64(q[view, i])
-                shift, ratio = _shift(view, i, trellis, bytes_, q, gain, beta) - zero, ratios[view, i]
+                joint = i < trellis[view]
+                low, high, unit, zero = _grid(joint, i, wide, parities[view, i])
+                value = (np.int64(q[view, i]) - parities[view, i]) >> 1 if joint else np.int64(q[view, i])
+                shift, ratio = _shift(view, i, joint, bytes_, q, gain, beta) - zero, ratios[view, i]
                 start = _below(value, low, high, unit, shift, ratio)
                 frequency = np.uint64(_below(value + 1, low, high, unit, shift, ratio) - start)
                 if state >= frequency << np.uint64(64 - _BITS):
@@ -272,7 +304,7 @@ def encode(segments, dither_keys, trellis, wide, spread, gain, beta, out):
 
 
 @jit
-def decode(words, dither_keys, trellis, wide, spread, gain, beta, out):
+def decode(words, dither_keys, trellis, labels, wide, spread, gain, beta, out):
     """Fill segments u8 (B, 2, segment) from u32 words; False if the words cannot be those of so many pairs."""
     size = spread.shape[1]
     ratios = _ratios(spread)
@@ -288,9 +320,9 @@ def decode(words, dither_keys, trellis, wide, spread, gain, beta, out):
         for view in range(2):
             node = 0  # of the trellis
             for i in range(size):
-                parity = _CLASS[node, 0] & 1
-                low, high, unit, zero = _grid(i, trellis, wide, parity)
-                shift, ratio = _shift(view, i, trellis, bytes_, q, gain, beta) - zero, ratios[view, i]
+                parity, joint = labels[node] & 1, i < trellis[view]
+                low, high, unit, zero = _grid(joint, i, wide, parity)
+                shift, ratio = _shift(view, i, joint, bytes_, q, gain, beta) - zero, ratios[view, i]
                 slot = np.int64(state & np.uint64(_TOTAL - 1))
                 value = min(max((shift + unit // 2) // unit, low), high)  # the likeliest; others are near
                 start = _below(value, low, high, unit, shift, ratio)
@@ -301,9 +333,9 @@ def decode(words, dither_keys, trellis, wide, spread, gain, beta, out):
                 while slot >= stop:
                     value, start = value + 1, stop
                     stop = _below(value + 1, low, high, unit, shift, ratio)
-                if i < trellis:
+                if joint:
                     q[view, i] = 2 * value + parity
-                    node = _follow(node, q[view, i])
+                    node = _follow(node, q[view, i], labels)
                 else:
                     q[view, i] = value
                 state = np.uint64(stop - start) * (state >> np.uint64(_BITS)) + np.uint64(slot - start)

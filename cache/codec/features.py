@@ -16,14 +16,14 @@ import numpy as np
 
 from cache.codec import fitting, subspace
 from cache.codec.base import MAX_CLASSES, RESTORE, require_encodable, require_keys
-from cache.codec.fidelity import TEMPERATURE, divergence
+from cache.codec.fidelity import TEMPERATURE, divergences
 from cache.codec.fitting import Directions
 from cache.codec.subspace import Subspace
 from cache.outside import require, whole
 
 NOISE = 0.2
-CONFIG_KEYS = ("classes", "code", "weight", "bias")
-HEADER_KEYS = ("classes", "code", "head")
+CONFIG_KEYS, CONFIG_FORMATS = ("classes", "code", "weight", "bias"), (1,)
+HEADER_KEYS, HEADER_FORMATS = ("classes", "code", "head"), (2,)
 _FEWER = "take more samples, or leave --features out"
 _MAX_HEAD = 1e6  # of a weight, as of a code's own arrays
 
@@ -66,7 +66,7 @@ class Features:
 
     def principal(self, most: int) -> tuple[np.ndarray, np.ndarray]:
         """The features' mean f32 (F,) and, of length 1, at most so many directions f32 (k, F) by falling variance."""
-        steps = self.code.synthesis
+        steps = self.code.array("basis") * self.code.of_both("scale")[0][:, None]
         length = np.linalg.norm(steps, axis=1)
         found = np.argsort(-self.code.array("spread")[0] * length, kind="stable")[:most]
         return self.code.array("mean").copy(), steps[found] / length[found, None]
@@ -116,10 +116,10 @@ def fit(
             vectors[part], lambda basis: fitting.sensitivity(logits[part], basis @ exact.T, temperature) + price
         )
 
-    def cost(code: Subspace, part: slice, dither_keys: np.ndarray) -> float:
+    def cost(code: Subspace, part: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
         decoded = code.decode(code.quantised(features[part], dither_keys), dither_keys).astype(np.float64)
-        noise = np.square(decoded - vectors[part]).sum(-1).mean()
-        return divergence(logits[part], decoded @ exact.T + bias, temperature) + price * noise
+        noise = np.square(decoded - vectors[part]).sum(-1)
+        return (divergences(logits[part], decoded @ exact.T + bias, temperature) + price * noise).mean(axis=1)
 
     code = fitting.search(vectors, directions, cost, kl, _FEWER)
     head = {"weight": weight.astype("<f4").tobytes(), "bias": bias.astype("<f4").tobytes()}
@@ -145,7 +145,7 @@ def split(codec: Features) -> tuple[dict, dict[str, np.ndarray]]:
 
 def array_shapes(header: dict, where: str) -> dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """Of the arrays of a header from outside: name -> type, axes, shape. Raises UserError naming the key."""
-    code = require_keys(header["code"], f"{where}: code", "subspace", 2, subspace.HEADER_KEYS)
+    code = require_keys(header["code"], f"{where}: code", "subspace", subspace.HEADER_FORMATS, subspace.HEADER_KEYS)
     classes, width = _classes(header, where), code["classes"]
     found = {
         name: (dtype, tuple("feature" if axis == "class" else axis for axis in axes), shape)
@@ -167,7 +167,7 @@ def join(header: dict, arrays: dict[str, np.ndarray], where: str) -> dict:
 
 def from_config(config: dict, where: str) -> Features:
     """The codec of a config from outside, every value checked. Raises UserError naming the key."""
-    inner = require_keys(config["code"], f"{where}: code", "subspace", 1, subspace.CONFIG_KEYS)
+    inner = require_keys(config["code"], f"{where}: code", "subspace", subspace.CONFIG_FORMATS, subspace.CONFIG_KEYS)
     code, classes = subspace.from_config(inner, f"{where}: code"), _classes(config, where)
     head = {}
     for name, size in (("weight", 4 * classes * code.classes), ("bias", 4 * classes)):

@@ -83,9 +83,9 @@ def drift(
 ) -> Drift:
     """How far codes u8 (n, row_bytes) are from the logits f32 (n, 2, C) that they say."""
     true, decoded = _centred(logits), _centred(codec.decode(codes, dither_keys))
-    kl = divergences(true, decoded, temperature).ravel()
+    kl = divergences(true, decoded, temperature).mean(axis=1)  # of pairs, whose views have noise in common
     slope = _slope(true, decoded)
-    off = (true * (decoded - slope * true)).sum(-1)
+    off = (true * (decoded - slope * true)).sum((1, 2))
     slope_error = float(np.linalg.norm(off) / max((true * true).sum(), np.finfo(np.float64).tiny))
     return Drift(float(kl.mean()), slope, float(kl.std() / math.sqrt(kl.size)), slope_error, temperature)
 

@@ -9,21 +9,23 @@ import numpy as np
 
 from cache.codec import entropy
 from cache.codec.base import require_encodable
-from cache.codec.fidelity import TEMPERATURE, measure
-from cache.codec.subspace import MAX_DIMS, Subspace
+from cache.codec.fidelity import TEMPERATURE, divergences
+from cache.codec.subspace import MAX_DIMS, Subspace, turned
 from cache.errors import UserError
 
 MIN_PAIRS = 64
 
 _NEGLIGIBLE = 1e-6  # of the mean variance of a logit: directions below it are rounding noise of the teacher
-_MARGIN = 0.98  # of the budget: the mean over held-out pairs is known to about a per cent
-_TOLERANCE = 0.002
+_ERRORS, _MARGIN = 3, 0.02  # below the budget by so many standard errors of the KL, or at most by so large a share
+_TOLERANCE = 0.001
 _ROUNDS = 5
 _MISSED = 1.05
+_MEASURED = 256  # fewer held-out pairs are each measured with several dithers
 _BYTE, _NIBBLE = 127.0, 7.5  # what a coefficient may need, in steps, of a whole byte and of half a one
 _JOINT_MARGIN = entropy.TRELLIS_DITHER / 2 + 2
 _HEADROOM = 1.15  # on the largest coefficient seen
 _WIDE_MULTIPLE = 16
+_STATES = 256  # of the trellis
 
 
 def held_out(pairs: int) -> int:
@@ -46,10 +48,13 @@ def fit(logits: np.ndarray, kl: float, temperature: float = TEMPERATURE) -> Subs
     require_pairs(len(logits), "use --codec int8")
     require_encodable(logits, logits.shape[2])
 
-    def cost(code: Subspace, part: slice, dither_keys: np.ndarray) -> float:
-        return measure(code, logits[part], dither_keys, temperature=temperature).kl[temperature]
+    vectors = _centred(logits)
 
-    return search(_centred(logits), lambda part: _directions(logits[part], temperature), cost, kl, "use --codec int8")
+    def cost(code: Subspace, part: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        decoded = code.decode(code.encode(logits[part], dither_keys), dither_keys)
+        return divergences(vectors[part], decoded, temperature).mean(axis=1)
+
+    return search(vectors, lambda part: _directions(logits[part], temperature), cost, kl, "use --codec int8")
 
 
 def require_pairs(pairs: int, fix: str) -> None:
@@ -61,27 +66,30 @@ def require_pairs(pairs: int, fix: str) -> None:
 def search(
     vectors: np.ndarray,
     find: Callable[[slice], "Directions"],
-    cost: Callable[[Subspace, slice, np.ndarray], float],
+    cost: Callable[[Subspace, np.ndarray, np.ndarray], np.ndarray],
     budget: float,
     fix: str,
 ) -> Subspace:
     """The code of vectors f64 (n, 2, C), in random order, whose noise costs `budget` on held-out pairs.
 
-    `find` gives the directions of some pairs; `cost` the nats that a code's noise costs on some, with dither keys.
-    `fix` is said if the budget is not reached.
+    `find` gives the directions of some pairs. `cost` gives the nats f64 (n,) that a code's noise costs pairs of these
+    numbers i64 (n,) and dither keys u64 (n,), each. `fix` is said if the budget is not reached.
     """
     cut = held_out(len(vectors))
-    dither_keys = np.arange(len(vectors) - cut, dtype=np.uint64)
+    held = np.tile(np.arange(cut, len(vectors)), -(-_MEASURED // (len(vectors) - cut)))
+    dither_keys = np.arange(len(held), dtype=np.uint64)
     part = find(slice(cut))
     moments = _moments(_coefficients(vectors[cut:], part))
     nominal, tried = budget, []
     for _ in range(_ROUNDS):
-        found = cost(_code(part, moments, nominal), slice(cut, None), dither_keys)
-        off = abs(found / (_MARGIN * budget) - 1)
+        each = cost(_code(part, moments, nominal), held, dither_keys).reshape(-1, len(vectors) - cut).mean(axis=0)
+        found, error = float(each.mean()), float(each.std()) / math.sqrt(len(each))
+        aim = budget * (1 - min(_ERRORS * error / max(found, 1e-300), _MARGIN))
+        off = abs(found / aim - 1)
         tried.append((found > _MISSED * budget, off, found, nominal))
         if found <= 0 or off < _TOLERANCE:
             break
-        nominal *= _MARGIN * budget / found
+        nominal *= aim / found
     # Of few pairs the KL has jumps, over which the rounds may go to and fro: the best of them counts, not the last.
     missed, _, found, nominal = min(tried)
     if missed:
@@ -107,7 +115,7 @@ class Directions:
     basis: np.ndarray
     """f64 (d, C), orthonormal, by falling variance."""
     reach: np.ndarray
-    """f64 (d,), largest coefficient of the vectors that they were found in."""
+    """f64 (2, d), largest coefficient of half the sums and half the differences of the vectors they were found in."""
     felt: np.ndarray
     """f64 (d,), nats that noise of variance 1 along each costs; see `sensitivity`."""
 
@@ -126,7 +134,8 @@ def principal(vectors: np.ndarray, felt: Callable[[np.ndarray], np.ndarray]) -> 
         basis = found.T
     kept = np.flatnonzero(variance > _NEGLIGIBLE * max(variance.sum() / length, 1e-12))[::-1][:MAX_DIMS]
     basis = basis[kept] if len(kept) else np.eye(1, length) - 1 / length
-    return Directions(mean, basis, np.abs(flat @ basis.T).max(axis=0), felt(basis))
+    along = turned((flat @ basis.T).reshape(len(vectors), 2, -1)) / 2
+    return Directions(mean, basis, np.abs(along).max(axis=0), felt(basis))
 
 
 def _directions(logits: np.ndarray, temperature: float) -> Directions:
@@ -140,14 +149,14 @@ def _centred(logits: np.ndarray) -> np.ndarray:
 
 
 def _coefficients(vectors: np.ndarray, found: Directions) -> np.ndarray:
-    """f64 (n, 2, d) of vectors f64 (n, 2, C)."""
-    return (vectors - found.mean) @ found.basis.T
+    """f64 (n, 2, d) of half the sums and half the differences of vectors f64 (n, 2, C)."""
+    return turned((vectors - found.mean) @ found.basis.T) / 2
 
 
 def _moments(coefficients: np.ndarray) -> np.ndarray:
-    """f64 (3, d): mean squares of the original's and the augmented's coefficients, and of their product."""
-    original, augmented = coefficients.swapaxes(0, 1)
-    return np.stack([(original**2).mean(0), (augmented**2).mean(0), (original * augmented).mean(0)])
+    """f64 (3, d): mean squares of the sums' and of the differences' coefficients, and the mean of their product."""
+    sums, differences = coefficients.swapaxes(0, 1)
+    return np.stack([(sums**2).mean(0), (differences**2).mean(0), (sums * differences).mean(0)])
 
 
 def sensitivity(logits: np.ndarray, basis: np.ndarray, temperature: float) -> np.ndarray:
@@ -174,6 +183,8 @@ class _Choices:
     """Variance of its error, in steps squared."""
     beta: np.ndarray
     """Share of the dither to subtract."""
+    widened: np.ndarray
+    """Variance in steps squared that the entropy code's model has beyond the coefficient's own."""
     alone: int
     """Number of entries without the trellis."""
 
@@ -181,14 +192,15 @@ class _Choices:
 @cache
 def _choices() -> _Choices:
     """Alone, the rate is I(x; x + u), and beta minimises the variance of q - beta u - x: with f the fractional part of
-    x it is 6 E[f (1 - f)]. On the trellis it is that of the code's model, over its errors on random numbers."""
+    x it is 6 E[f (1 - f)]. On the trellis it is that of the code's model, over its errors on random numbers: a model of
+    an interval's probability, whereas errors are nearly normal, so that another variance than x's own costs least."""
     ratios = np.exp(np.linspace(math.log(0.004), math.log(64.0), 240))
     z = np.linspace(-8, 8, 2001)
     density = np.exp(-z * z / 2)
     density /= density.sum()
-    rates, betas, joint = [], [], []
-    errors = np.quantile(_trellis_errors(), np.linspace(0.0025, 0.9975, 200))
-    few, share = z[::10], density[::10] / density[::10].sum()
+    rates, betas, joint, widened = [], [], [], []
+    errors = np.quantile(_trellis_errors(), np.linspace(0.005, 0.995, 100))
+    few, share = z[::40], density[::40] / density[::40].sum()
     for r in ratios:
         # The density of x + u is flat but for 8 spreads on either side of its edges.
         edge = np.linspace(-8 * r, 8 * r, 1601)
@@ -197,14 +209,22 @@ def _choices() -> _Choices:
         rates.append(np.trapezoid(-f * np.log2(f), y))
         part = np.abs(z * r) % 1
         betas.append(min(6 * (density * part * (1 - part)).sum(), 1.0))
-        p = _normal(few + (errors[:, None] + 1) / r) - _normal(few + (errors[:, None] - 1) / r)
-        joint.append(-(np.log2(np.maximum(p, 2.0**-16)) @ share).mean())
+        tried = []
+        for more in np.linspace(-0.085, 0.04, 6):
+            if r * r + more >= r * r / 4:
+                s = math.sqrt(r * r + more)
+                p = _normal((few * r + errors[:, None] + 1) / s) - _normal((few * r + errors[:, None] - 1) / s)
+                tried.append((-(np.log2(np.maximum(p, 2.0**-16)) @ share).mean(), more))
+        rate, more = min(tried)
+        joint.append(rate)
+        widened.append(more)
     beta = np.array(betas)
     return _Choices(
         ratio=np.tile(ratios, 2),
         rate=np.array(rates + joint),
-        noise=np.concatenate([(1 - (1 - beta) ** 2) / 12, np.full(len(beta), entropy.TRELLIS_NOISE)]),
+        noise=np.concatenate([(1 - (1 - beta) ** 2) / 12, np.full(len(beta), entropy.TRELLIS_NOISE[_STATES])]),
         beta=np.concatenate([beta, np.full(len(beta), entropy.TRELLIS_DITHER)]),
+        widened=np.concatenate([np.zeros(len(beta)), widened]),
         alone=len(beta),
     )
 
@@ -223,16 +243,17 @@ def _normal_table() -> tuple[np.ndarray, np.ndarray]:
 
 def _trellis_errors() -> np.ndarray:
     x = np.random.default_rng(0).uniform(-16, 16, (64, 512)).astype(np.float32)
-    paths, q = np.empty((512, 8), np.int32), np.empty(512, np.int32)
+    labels, q = entropy.labels(_STATES), np.empty(512, np.int32)
+    near, older = np.empty((512, 4), np.int32), np.empty((512, _STATES), np.bool_)
     found = []
     for row in x:
-        entropy.nearest(row, 512, paths, q)
+        entropy.nearest(row, labels, 512, near, older, q)
         found.append(q - row)
     return np.concatenate(found)
 
 
 def _allocate(spread: np.ndarray, felt: np.ndarray, kl: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, beta and error variance in steps squared, f64 (d,), of least total rate, for noise of `kl` nats."""
+    """Steps, beta and error variance in steps squared, f64 (n,), of least total rate, for noise of `kl` nats."""
     choices = _choices()
     low, high = 1e-12, 1e15  # bits per nat, by bisection
     best = np.zeros(len(spread), np.int64)
@@ -249,33 +270,48 @@ def _allocate(spread: np.ndarray, felt: np.ndarray, kl: float) -> tuple[np.ndarr
 
 def _code(found: Directions, moments: np.ndarray, kl: float) -> Subspace:
     """The code of those directions whose noise is `kl` nats to second order; `moments` f64 (3, d)."""
-    step, beta, noise = _allocate(np.sqrt(np.maximum(moments[:2].mean(axis=0), 1e-24)), found.felt, kl)
+    # Of views that never differ in those pairs: others may.
+    spread = np.sqrt(np.maximum(moments[:2], _NEGLIGIBLE * moments[:2].sum(axis=0) + 1e-24))
+    # Noise of the sum and noise of the difference are in both views.
+    felt = np.tile(found.felt, 2)
+    step, beta, noise = (chosen.reshape(2, -1) for chosen in _allocate(spread.ravel(), felt, kl))
     margin = np.where(beta > 1, _JOINT_MARGIN, 0.5)  # dither and error
     # A byte spans fewer spreads of a coefficient on the trellis, at the same noise.
     joint = (beta > 1) & (found.reach * _HEADROOM / step + margin <= _BYTE)
+    joint[1] &= joint[0]  # so that in one order both lead
     alone = (beta > 1) & ~joint
     step, beta = np.where(alone, step * np.sqrt(12 * noise), step), np.where(alone, 1.0, beta)
     noise, margin = np.where(alone, 1 / 12, noise), np.where(alone, 0.5, margin)
     step = np.maximum(step, found.reach * _HEADROOM / (_BYTE - margin))  # clipping is a bias, a coarse step some noise
-    need = found.reach * _HEADROOM / step + margin
-    order = np.lexsort((-need, ~joint))
-    basis, step, beta, noise = found.basis[order], step[order], beta[order], noise[order]
+    need = (found.reach * _HEADROOM / step + margin).max(axis=0)
+    order = np.lexsort((-need, ~joint[1], ~joint[0]))
+    basis, step, beta, noise = found.basis[order], step[:, order], beta[:, order], noise[:, order]
     wide = int(np.flatnonzero(np.append(True, need[order] > _NIBBLE))[-1])
-    wide = min(-(-wide // _WIDE_MULTIPLE) * _WIDE_MULTIPLE, len(step))
+    wide = min(-(-wide // _WIDE_MULTIPLE) * _WIDE_MULTIPLE, len(order))
 
-    original, augmented, both = moments[:, order] / step**2
-    gain = np.clip(both / (original + noise), -7.9, 7.9)
-    rest = np.maximum(augmented - gain * (2 * both - gain * (original + noise)), 0)
+    sums, differences, both = moments[:, order] / [step[0] ** 2, step[1] ** 2, step[0] * step[1]]
+    gain = np.clip(both / (sums + noise[0]), -7.9, 7.9)
+    rest = np.maximum(differences - gain * (2 * both - gain * (sums + noise[0])), 0)
+    variance = _widened(np.array([sums, rest]), beta > 1)
     peak = np.abs(basis).max(axis=1)
     return Subspace(
+        version=3,
         classes=basis.shape[1],
-        dims=len(step),
-        trellis=int(joint.sum()),
+        dims=len(order),
+        trellis=(int(joint[0].sum()), int(joint[1].sum())),
         wide=wide,
         mean=found.mean.astype("<f4").tobytes(),
         basis=np.rint(basis / peak[:, None] * 127).astype("i1").tobytes(),
         scale=(step * peak / 127).astype("<f4").tobytes(),
         beta=np.rint(beta * entropy.BETA_UNIT).astype("<u2").tobytes(),
-        spread=np.clip(np.rint(entropy.UNIT * np.sqrt([original, rest])), 1, 1 << 20).astype("<i4").tobytes(),
+        spread=np.clip(np.rint(entropy.UNIT * np.sqrt(variance)), 1, 1 << 20).astype("<i4").tobytes(),
         gain=np.rint(gain * entropy.GAIN_UNIT).astype("<i2").tobytes(),
     )
+
+
+def _widened(variance: np.ndarray, joint: np.ndarray) -> np.ndarray:
+    """The variances of the entropy code's models, for coefficients of these in steps squared, on the trellis or not."""
+    choices = _choices()
+    ratio = np.log(np.sqrt(np.maximum(variance, 1e-24)))
+    on = slice(choices.alone, None)
+    return variance + np.where(joint, np.interp(ratio, np.log(choices.ratio[on]), choices.widened[on]), 0)

@@ -3,14 +3,18 @@
 A vector of logits, centred (softmax does not see its mean), less the mean over the data, is projected on directions
 b_i, and its coefficient along b_i is rounded with a dither u that the reader subtracts again (Gray & Stockham,
 *Dithered quantizers*, 1993): decoded = mean + sum_i (q_i - beta_i u_i) step_i b_i. The expectation over the dither is
-the truth, whatever the logits; the errors are independent between pairs and views. Students average such errors away,
-whereas they learn a bias, be it a smaller one.
+the truth, whatever the logits; the errors are independent between pairs. Students average such errors away, whereas
+they learn a bias, be it a smaller one.
 
-Steps and beta are chosen per direction. A direction of spread s costs the rate I(s / step) (the mutual information of
-x and x + u) and adds the noise step^2 D(s / step), which KL at T feels with the weight g_i; `fit` minimises the sum
-of rates for a sum of g_i step_i^2 D. beta < 1 trades the independence of the noise's variance for less of it where
-s is small against the step: with beta = 1 even a direction that never moves would be noisy. Errors stay unbiased,
-because E[u] = 0.
+A pair's views are alike. So what is rounded is not each view, but half their sum and half their difference (their
+Karhunen-Loeve transform, where both vary alike), with steps of their own: original = mean + sum + difference,
+augmented = mean + sum - difference. Codes of version 1 kept the views themselves.
+
+Steps and beta are chosen per direction and segment. A direction of spread s costs the rate I(s / step) (the mutual
+information of x and x + u) and adds the noise step^2 D(s / step), which KL at T feels with the weight g_i; `fit`
+minimises the sum of rates for a sum of g_i step_i^2 D. beta < 1 trades the independence of the noise's variance for
+less of it where s is small against the step: with beta = 1 even a direction that never moves would be noisy. Errors
+stay unbiased, because E[u] = 0.
 """
 
 import base64
@@ -32,6 +36,11 @@ _ALIGN = 16  # bytes: a view's segment can be read in vectors
 _MAX_BYTES = 1 << 32
 _HEADER = 5  # number of pairs, and whether their dither keys are left out
 _KEY_BYTES = 8
+_STATES = {1: 8, 3: 256}
+"""Versions -> states of the trellis."""
+_HEADER_FORMAT = {1: 2, 3: 3}
+"""Versions, which are a config's format -> that of the header beside arrays."""
+CONFIG_FORMATS, HEADER_FORMATS = tuple(_HEADER_FORMAT), tuple(_HEADER_FORMAT.values())
 _RANGES = (  # of the arrays' values
     ("mean", -1e6, 1e6),
     ("scale", 1e-12, 1e6),
@@ -42,15 +51,21 @@ _RANGES = (  # of the arrays' values
 _FIELDS = {  # array -> dtype, shape in terms of classes and dims
     "mean": ("<f4", "c"),
     "basis": ("i1", "dc"),
-    "scale": ("<f4", "d"),
-    "beta": ("<u2", "d"),
+    "scale": ("<f4", "2d"),
+    "beta": ("<u2", "2d"),
     "spread": ("<i4", "2d"),
     "gain": ("<i2", "d"),
 }
+_OLD = {"scale": ("<f4", "d"), "beta": ("<u2", "d")}
+"""In version 1, for both segments."""
 _SIZES = ("classes", "dims", "trellis", "wide")
 CONFIG_KEYS = (*_SIZES, *_FIELDS)
 HEADER_KEYS = (*_SIZES, "arrays")
 _AXES = {"c": "class", "d": "direction", "2": "image"}
+
+
+def _fields(version: int) -> dict[str, tuple[str, str]]:
+    return _FIELDS | _OLD if version == 1 else _FIELDS
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,13 @@ class Subspace:
     the other coefficients as nibbles (the first half of them low, the second high), padded to a multiple of 16 bytes.
     """
 
+    version: int
+    """3; or 1, whose segments are the views, whose scale and beta are both segments', and whose trellis is smaller."""
     classes: int
     dims: int
     """d, directions."""
-    trellis: int
-    """Leading coefficients that are rounded together, see `cache.codec.entropy`."""
+    trellis: tuple[int, int]
+    """Leading coefficients of each segment that are rounded together, see `cache.codec.entropy`."""
     wide: int
     """Coefficients that take a whole byte; the others keep within [-8, 7]."""
     mean: bytes
@@ -73,19 +90,29 @@ class Subspace:
     basis: bytes
     """i8 (d, C); times `scale` a direction of the length of its step."""
     scale: bytes
-    """f32 (d,)."""
+    """f32 (2, d)."""
     beta: bytes
-    """u16 (d,), share of the dither that decoding subtracts, in 1/256."""
+    """u16 (2, d), share of the dither that decoding subtracts, in 1/256."""
     spread: bytes
-    """i32 (2, d), standard deviations of the entropy models in 1/512 step, of the augmented view given the original."""
+    """i32 (2, d), standard deviations of the entropy models in 1/512 step, of the second segment given the first."""
     gain: bytes
-    """i16 (d,), prediction of the augmented coefficient from the original, in 1/4096."""
+    """i16 (d,), prediction of the second segment's coefficient from the first's, in 1/4096."""
 
     packed = True
 
     @property
+    def sums(self) -> bool:
+        """Whether the segments are half the sum and half the difference of the views."""
+        return self.version != 1
+
+    @property
+    def states(self) -> int:
+        """Of the trellis."""
+        return _STATES[self.version]
+
+    @property
     def segment(self) -> int:
-        """Bytes of one view of a pair."""
+        """Bytes of one of a pair's two segments."""
         return -(-(self.wide + (self.dims - self.wide + 1) // 2) // _ALIGN) * _ALIGN
 
     @property
@@ -93,45 +120,51 @@ class Subspace:
         return _ALIGN + 2 * self.segment
 
     @property
+    def sizes(self) -> dict:
+        """What a config and a header say beside the arrays."""
+        trellis = list(self.trellis) if self.sums else self.trellis[0]
+        return {"classes": self.classes, "dims": self.dims, "trellis": trellis, "wide": self.wide}
+
+    @property
     def config(self) -> dict:
         """JSON-safe; `from_config` gives an equal codec."""
         arrays = {name: base64.b64encode(getattr(self, name)).decode() for name in _FIELDS}
-        return {
-            "name": "subspace",
-            "format": 1,
-            "classes": self.classes,
-            "dims": self.dims,
-            "trellis": self.trellis,
-            "wide": self.wide,
-            **arrays,
-        }
+        return {"name": "subspace", "format": self.version, **self.sizes, **arrays}
 
     def array(self, name: str) -> np.ndarray:
-        """A field as the array that it is."""
-        dtype, shape = _FIELDS[name]
+        """A field as the array that it is; `scale` and `beta` of version 1 are (d,)."""
+        dtype, shape = _fields(self.version)[name]
         lengths = {"c": self.classes, "d": self.dims, "2": 2}
         return np.frombuffer(getattr(self, name), dtype).reshape([lengths[axis] for axis in shape])
 
+    def of_both(self, name: str) -> np.ndarray:
+        """`scale` or `beta` of both segments, (2, d), whatever the version."""
+        return np.broadcast_to(self.array(name), (2, self.dims))
+
     @cached_property
-    def synthesis(self) -> np.ndarray:
-        """f32 (d, C), each direction times its step."""
-        return self.array("basis") * self.array("scale")[:, None]
+    def _synthesis(self) -> np.ndarray:
+        return self.array("basis").astype(np.float32)
 
     @cached_property
     def _analysis(self) -> np.ndarray:
         # The rounded directions are not quite orthonormal; least squares does not mind.
-        synthesis = self.synthesis.astype(np.float64)
-        return np.linalg.solve(synthesis @ synthesis.T, synthesis).T.astype(np.float32)
+        basis = self.array("basis").astype(np.float64)
+        return np.linalg.solve(basis @ basis.T, basis).T.astype(np.float32)
+
+    @cached_property
+    def _trellis(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(self.trellis), entropy.labels(self.states)
 
     @cached_property
     def _models(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        spread, gain, beta = (self.array(name).astype(np.int64) for name in ("spread", "gain", "beta"))
-        return spread, gain, beta
+        beta = self.of_both("beta")[0]
+        return self.array("spread").astype(np.int64), self.array("gain").astype(np.int64), beta.astype(np.int64)
 
     def project(self, vectors: np.ndarray) -> np.ndarray:
-        """Centred logits f32 (B, 2, C) -> coefficients in steps, f32 (B, 2, d)."""
-        flat = (vectors - self.array("mean")).reshape(-1, self.classes)
-        return (flat @ self._analysis).reshape(len(vectors), 2, self.dims)
+        """Centred logits f32 (B, 2, C) -> coefficients of both segments in steps, f32 (B, 2, d)."""
+        along = (vectors - self.array("mean")).reshape(-1, self.classes) @ self._analysis
+        along = along.reshape(len(vectors), 2, self.dims)
+        return (turned(along) / 2 if self.sums else along) / self.of_both("scale")
 
     def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
         """f32 (B, 2, C), u64 (B,) -> u8 (B, row_bytes). Raises UserError for logits that no codec keeps."""
@@ -142,7 +175,7 @@ class Subspace:
         """`encode` of vectors f32 (B, 2, C) as they are, centred or not."""
         views = np.empty((len(vectors), 2, self.segment), np.uint8)
         dither_keys = checked_keys(dither_keys, len(views))
-        entropy.quantise(self.project(vectors), dither_keys, self.trellis, self.wide, views)
+        entropy.quantise(self.project(vectors), dither_keys, *self._trellis, self.wide, views)
         return self._codes(views, dither_keys)
 
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> np.ndarray:
@@ -153,8 +186,10 @@ class Subspace:
         views, carried = self._parts(codes)
         dither_keys = carried if dither_keys is None else checked_keys(dither_keys, len(views))
         steps = np.empty((len(views), 2, self.dims), np.float32)
-        entropy.dequantise(views, dither_keys, self.wide, self.array("beta").astype(np.int32), steps)
-        decoded = steps.reshape(-1, self.dims) @ self.synthesis + self.array("mean")
+        entropy.dequantise(views, dither_keys, self.wide, self.of_both("beta").astype(np.int32), steps)
+        along = steps * self.of_both("scale")
+        along = turned(along) if self.sums else along
+        decoded = along.reshape(-1, self.dims) @ self._synthesis + self.array("mean")
         return decoded.reshape(len(views), 2, self.classes)
 
     def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes:
@@ -169,7 +204,7 @@ class Subspace:
             raise ValueError("codes of other dither keys")
         views, carried = views[there], carried[there]
         words = np.empty(2 * self.dims * len(views) + 2, "<u4")
-        used = entropy.encode(views, carried, self.trellis, self.wide, *self._models, words)
+        used = entropy.encode(views, carried, *self._trellis, self.wide, *self._models, words)
         if not used or codes[:, _KEY_BYTES:_ALIGN].any():
             raise ValueError("codes that no logits make")
         kept = b"" if dither_keys is not None else carried.astype("<u8").tobytes()
@@ -206,7 +241,7 @@ class Subspace:
             raise ValueError("packed codes cut short")
         views = untouched((len(dither_keys), 2, self.segment))
         words = np.frombuffer(data, "<u4", offset=at)
-        if not entropy.decode(words, dither_keys, self.trellis, self.wide, *self._models, views):
+        if not entropy.decode(words, dither_keys, *self._trellis, self.wide, *self._models, views):
             raise ValueError("packed codes that do not end where they should")
         codes = untouched((count, self.row_bytes))
         codes[there] = self._codes(views, dither_keys)
@@ -225,21 +260,34 @@ class Subspace:
         return np.ascontiguousarray(codes[:, _ALIGN:]).reshape(len(codes), 2, self.segment), carried
 
 
+def turned(pairs: np.ndarray) -> np.ndarray:
+    """Sums and differences of pairs (B, 2, …), which are twice the pairs again of those."""
+    return np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
+
+
 def split(codec: Subspace) -> tuple[dict, dict[str, np.ndarray]]:
-    """What a store keeps: a header, which is JSON and holds a digest of the arrays (format 2), and the arrays."""
+    """What a store keeps: a header, which is JSON and holds a digest of the arrays, and the arrays."""
     arrays = {name: codec.array(name) for name in _FIELDS}
-    sizes = {name: getattr(codec, name) for name in _SIZES}
-    return {"name": "subspace", "format": 2, **sizes, "arrays": _digest(arrays)}, arrays
+    header = {"name": "subspace", "format": _HEADER_FORMAT[codec.version], **codec.sizes, "arrays": _digest(arrays)}
+    return header, arrays
 
 
 def array_shapes(header: dict, where: str) -> dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """Of the arrays of a header from outside: name -> type, axes, shape. Raises UserError naming the key."""
-    sizes = _sizes(header, where)
+    version = _version(header, HEADER_FORMATS)
+    return _shapes(version, _sizes(header, version, where))
+
+
+def _shapes(version: int, sizes: dict) -> dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]]:
     lengths = {"c": sizes["classes"], "d": sizes["dims"], "2": 2}
     return {
         name: (dtype, tuple(_AXES[axis] for axis in shape), tuple(lengths[axis] for axis in shape))
-        for name, (dtype, shape) in _FIELDS.items()
+        for name, (dtype, shape) in _fields(version).items()
     }
+
+
+def _version(config: dict, formats: tuple[int, ...]) -> int:
+    return CONFIG_FORMATS[formats.index(config["format"])]
 
 
 def join(header: dict, arrays: dict[str, np.ndarray], where: str) -> dict:
@@ -247,7 +295,8 @@ def join(header: dict, arrays: dict[str, np.ndarray], where: str) -> dict:
     digest = _digest(arrays)
     require(header["arrays"] == digest, header["arrays"], f"{where}: arrays", RESTORE, digest)
     texts = {name: base64.b64encode(array.tobytes()).decode() for name, array in arrays.items()}
-    return {"name": "subspace", "format": 1, **{name: header[name] for name in _SIZES}, **texts}
+    version = _version(header, HEADER_FORMATS)
+    return {"name": "subspace", "format": version, **{name: header[name] for name in _SIZES}, **texts}
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:
@@ -257,11 +306,18 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _sizes(config: dict, where: str) -> dict[str, int]:
-    sizes: dict[str, int] = {}
+def _sizes(config: dict, version: int, where: str) -> dict:
+    sizes: dict = {}
     for name, low, bound in (("classes", 2, ""), ("dims", 1, "classes"), ("trellis", 0, "dims"), ("wide", 0, "dims")):
         high = min(MAX_DIMS, sizes[bound]) if bound else MAX_CLASSES
-        sizes[name] = whole(config[name], f"{where}: {name}", RESTORE, low, high)
+        given, what = config[name], f"{where}: {name}"
+        if name != "trellis" or version == 1:
+            sizes[name] = whole(given, what, RESTORE, low, high)
+        else:
+            require(type(given) is list and len(given) == 2, given, what, RESTORE, "a list of two numbers")
+            sizes[name] = tuple(whole(value, what, RESTORE, low, high) for value in given)
+    if version == 1:
+        sizes["trellis"] = (sizes["trellis"],) * 2
     return sizes
 
 
@@ -281,15 +337,17 @@ def from_base64(text: object, size: int, where: str) -> bytes:
 
 def from_config(config: dict, where: str) -> Subspace:
     """The codec of a config from outside, every value checked. Raises UserError naming the key."""
-    fields: dict = _sizes(config, where)
-    for name, (dtype, _, shape) in array_shapes(fields, where).items():
+    version = _version(config, CONFIG_FORMATS)
+    fields = _sizes(config, version, where)
+    for name, (dtype, _, shape) in _shapes(version, fields).items():
         size = math.prod(shape) * np.dtype(dtype).itemsize
         fields[name] = from_base64(config[name], size, f"{where}: {name}")
-    codec = Subspace(**fields)
+    codec = Subspace(version, **fields)
     for name, low, high in _RANGES:
         values = codec.array(name).astype(np.float64)
         good = bool(((values >= low) & (values <= high)).all())  # NaN compares false
         require(good, "a value beyond", f"{where}: {name}", RESTORE, f"values in [{low:g}, {high:g}]")
-    good = not (codec.array("beta")[codec.trellis :] > entropy.BETA_UNIT).any()
+    off = np.arange(codec.dims) >= np.array(codec.trellis)[:, None]
+    good = not (codec.of_both("beta")[off] > entropy.BETA_UNIT).any()
     require(good, "a value beyond", f"{where}: beta", RESTORE, f"at most {entropy.BETA_UNIT} off the trellis")
     return codec

@@ -28,11 +28,12 @@ class Decoder:
     wide: int = 0
     """subspace: coefficients of a whole byte."""
     beta: torch.Tensor | None = None
-    """subspace: f32 (d,), share of the dither that is subtracted."""
+    """subspace: f32 like `scale`, share of the dither that is subtracted."""
     basis: torch.Tensor | None = None
     """subspace: i8 (d, P), directions, with C padded by zeros to a multiple of 16 so that rows are aligned."""
     scale: torch.Tensor | None = None
-    """subspace: f32 (d,), a step along a direction is basis · scale · unit."""
+    """subspace: f32, a step along a direction is basis · scale · unit: (d,); or (2, d), of segments that are not the
+    views but half their sum and half their difference."""
     unit: float = 1.0
     """subspace: a power of two that lets every coefficient be a float16."""
     mean: torch.Tensor | None = None
@@ -118,15 +119,16 @@ def _along(codes: torch.Tensor, dither_keys: torch.Tensor, decoder: Decoder) -> 
     batch = len(codes)
     assert decoder.beta is not None
     assert decoder.basis is not None and decoder.scale is not None and decoder.mean is not None
-    dims, wide = len(decoder.beta), decoder.wide
+    dims, wide = len(decoder.basis), decoder.wide
     half = (dims - wide + 1) // 2
     segments = codes[:, 16:].reshape(batch, 2, -1)  # behind the dither key, which the caller has
     nibbles = segments[..., wide : wide + half]
     narrow = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)[..., : dims - wide].to(torch.int8)
     q = torch.cat([segments[..., :wide].contiguous().view(torch.int8), (narrow ^ 8) - 8], dim=-1).float()
-    steps = q - decoder.beta * dither(dither_keys, dims)
-    along = decoder.basis[:, : len(decoder.mean)] * (decoder.scale * decoder.unit)[:, None]
-    return steps @ along + decoder.mean
+    along = (q - decoder.beta * dither(dither_keys, dims)) * (decoder.scale * decoder.unit)
+    if decoder.scale.ndim == 2:
+        along = torch.stack([along[:, 0] + along[:, 1], along[:, 0] - along[:, 1]], dim=1)
+    return along @ decoder.basis[:, : len(decoder.mean)].float() + decoder.mean
 
 
 def dither(dither_keys: torch.Tensor, dims: int) -> torch.Tensor:

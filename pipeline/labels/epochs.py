@@ -204,7 +204,8 @@ def decoder_of(codec: Codec, device: torch.device) -> Decoder:
     if not isinstance(codec, Subspace):
         return Decoder(name, codec.classes)
     basis, scale = codec.array("basis"), codec.array("scale")
-    unit = 2.0 ** np.ceil(np.log2(scale.max() * _LARGEST_STEP / 2**15))
+    largest = scale.reshape(-1, codec.dims).sum(axis=0).max()
+    unit = 2.0 ** np.ceil(np.log2(largest * _LARGEST_STEP / 2**15))
     return Decoder(
         name,
         codec.classes,

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.subspace import coded, codes, dither, fields, integers, streams, with_coefficients
-from support.trellis import _range, as_path, decoded_steps, normal_codec, rows_of, tables
+from support.trellis import _range, as_paths, decoded_steps, normal_codec, rows_of, tables
 
 from cache.codec import entropy
 from cache.codec.subspace import Subspace
@@ -39,7 +39,7 @@ def test_packing_is_lossless_whatever_the_rows_and_models(data, left_out):
         np.testing.assert_array_equal(codec.unpack(packed, stream), rows)
 
 
-@pytest.mark.parametrize("trellis", [0, 7, 24])
+@pytest.mark.parametrize("trellis", [0, (7, 4), 24])
 @pytest.mark.parametrize("spread", [1, 2, 1 << 20])
 @pytest.mark.parametrize("gain", [-32768, 0, 32767])
 def test_packing_is_lossless_at_the_limits_of_the_models(spread, gain, trellis):
@@ -48,7 +48,7 @@ def test_packing_is_lossless_at_the_limits_of_the_models(spread, gain, trellis):
     rng = np.random.default_rng(0)
     low, high = _range(codec)
     q = np.concatenate([rng.integers(low, high + 1, (20, 2, 24)), np.zeros((9, 2, 24), np.int64), [[low, high]]])
-    rows, stream = rows_of(codec, as_path(q, trellis), streams(30)), streams(30)
+    rows, stream = rows_of(codec, as_paths(q, codec), streams(30)), streams(30)
     for keys in (stream, None):
         packed = codec.pack(rows, keys)
         np.testing.assert_array_equal(codec.unpack(packed, keys), rows)
@@ -130,7 +130,7 @@ def ideal_bytes(codec: Subspace, rows: np.ndarray, stream: np.ndarray) -> float:
     second integer, a whole one, and u is four times as wide. The last integers have all that is beyond them.
     """
     arrays, q = fields(codec), integers(rows, codec.dims, codec.wide).astype(np.float64)
-    joint = np.arange(codec.dims) < codec.trellis
+    joint = np.arange(codec.dims) < np.array(codec.trellis)[:, None]
     reach, u = np.where(joint, 1, 0.5), np.where(joint, 4, 1) * dither(stream, codec.dims)
     original = decoded_steps(codec, rows, stream)[:, 0]
     middle = np.stack([np.zeros_like(original), arrays["gain"] / 4096 * original], axis=1)
@@ -143,7 +143,7 @@ def ideal_bytes(codec: Subspace, rows: np.ndarray, stream: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.0, 20.0])
-@pytest.mark.parametrize("trellis", [0, 6, 12])
+@pytest.mark.parametrize("trellis", [0, (12, 6), 12])
 def test_the_size_is_the_information_in_the_rows(spread, trellis):
     """But for 63 bytes of header and state, up to 4 in the last word, and at most 2 % for tables and least counts."""
     codec, rows, stream = normal_codec(spread=spread, trellis=trellis)

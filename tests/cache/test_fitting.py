@@ -118,15 +118,16 @@ def test_a_drift_says_how_far_chance_goes(fitted, unseen):
         exact.append((kl(pairs, decoded), slope(pairs, decoded)))
     found = np.array([(drift.kl, drift.slope) for drift in drifts])
     np.testing.assert_allclose(found, exact, rtol=1e-6)
-    each = [kl(true, said) for true, said in zip(pairs.reshape(128, -1), decoded.reshape(128, -1), strict=True)]
-    assert drifts[-1].kl_error == pytest.approx(np.std(each) / math.sqrt(128), rel=1e-6)
+    each = [kl(true, said) for true, said in zip(pairs, decoded, strict=True)]
+    assert drifts[-1].kl_error == pytest.approx(np.std(each) / math.sqrt(64), rel=1e-6)
     ratio = found.std(axis=0) / (drifts[-1].kl_error, drifts[-1].slope_error)
     assert ((ratio > 0.4) & (ratio < 1.8)).all(), "twelve draws give a deviation to about a fifth"
     assert all(drift.beyond(0.05) is None for drift in drifts)
     assert "KL(T = 4)" in drifts[0].beyond(0.02)
     other = codec.encode(np.float32(1.2) * pairs, stream)
     steep = fidelity.drift(codec, pairs, other, stream)
-    assert steep.slope == pytest.approx(1.2, abs=0.005)
+    assert steep.slope == pytest.approx(1.2, abs=3 * steep.slope_error)
+    assert steep.slope_error < 0.005
     assert f"slope {steep.slope:.4g}, expected 1 ± 0.02" in steep.beyond(1.0)
 
 
@@ -146,24 +147,26 @@ def errors(codec: Subspace, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 def test_noise_per_coefficient_is_the_documented_and_its_share_of_dither_the_best(fitted, unseen):
     """Var e = E[f (1 - f)] (1 - beta) + beta² / 12 in steps squared: measured, and least at the fitted beta.
 
-    On the trellis 0.26; each but those near its ends, of 1024 squares of a deviation of 0.33, to five deviations.
+    On the trellis 0.2466; each but those near its ends, of 512 squares of a deviation of 0.33, to five deviations.
     """
     codec = fitted[0.3]
-    assert 100 < codec.trellis < codec.dims - 100
-    x, _, error = errors(codec, unseen)
-    found = (error**2).mean(axis=(0, 1))
-    joint, found = found[: codec.trellis], found[codec.trellis :]
-    assert joint.mean() == pytest.approx(entropy.TRELLIS_NOISE, rel=0.02)
-    assert np.abs(joint[30:-30] - entropy.TRELLIS_NOISE).max() < 5 * 0.33 / 32
-    assert (fields(codec)["beta"][: codec.trellis] == entropy.TRELLIS_DITHER).all()
-    x, beta = x[..., codec.trellis :], fields(codec)["beta"][codec.trellis :]
-    fraction = (x % 1 * (1 - x % 1)).mean(axis=(0, 1))
-    expected = fraction * (1 - beta) + beta**2 / 12
-    # |e| ≤ 1, so a mean of e² over 1024 vectors has a variance of at most Var e / 1024; 1/256 is the dither's grid.
-    assert found.sum() == pytest.approx(expected.sum(), abs=5 * math.sqrt(expected.sum() / 1024))
-    assert (np.abs(found - expected) <= 5 * np.sqrt(expected / 1024) + 1 / 256).all()
-    best = np.minimum(6 * fraction, 1)
-    assert expected.sum() <= 1.02 * (fraction * (1 - best) + best**2 / 12).sum()
+    assert 100 < codec.trellis[1] < codec.trellis[0] - 100 < codec.dims - 150
+    coded, _, error = errors(codec, unseen)
+    for segment, trellis in enumerate(codec.trellis):
+        found, noise = (error[:, segment] ** 2).mean(axis=0), entropy.TRELLIS_NOISE[256]
+        joint, found = found[:trellis], found[trellis:]
+        assert joint.mean() == pytest.approx(noise, rel=0.02)
+        assert np.abs(joint[30:-30] - noise).max() < 5 * 0.33 / math.sqrt(512)
+        share = fields(codec)["beta"][segment]
+        assert (share[:trellis] == entropy.TRELLIS_DITHER).all()
+        x, beta = coded[:, segment, trellis:], share[trellis:]
+        fraction = (x % 1 * (1 - x % 1)).mean(axis=0)
+        expected = fraction * (1 - beta) + beta**2 / 12
+        # |e| ≤ 1, so a mean of e² over 512 has a variance of at most Var e / 512; 1/256 is the dither's grid.
+        assert found.sum() == pytest.approx(expected.sum(), abs=5 * math.sqrt(expected.sum() / 512))
+        assert (np.abs(found - expected) <= 5 * np.sqrt(expected / 512) + 1 / 256).all()
+        best = np.minimum(6 * fraction, 1)
+        assert expected.sum() <= 1.02 * (fraction * (1 - best) + best**2 / 12).sum()
 
 
 def test_the_trellis_saves_an_eighth_of_the_bytes(fitted, seen, unseen, monkeypatch):
@@ -171,7 +174,7 @@ def test_the_trellis_saves_an_eighth_of_the_bytes(fitted, seen, unseen, monkeypa
     dear = np.where(np.arange(len(choices.rate)) < choices.alone, choices.rate, np.inf)
     monkeypatch.setattr(fitting, "_choices", lambda: replace(choices, rate=dear))
     alone = fitting.fit(seen, 0.05)
-    assert alone.trellis == 0
+    assert alone.trellis == (0, 0)
     assert measured(fitted[0.05], unseen)[0] < 0.875 * measured(alone, unseen)[0]
 
 
@@ -183,10 +186,9 @@ def test_a_step_is_right_for_its_direction(fitted, unseen):
     assert loss == pytest.approx(budget, rel=0.1)
     for tilt in (-0.3, 0.3):
         factor = np.exp(tilt * np.linspace(-1, 1, codec.dims))
-        tilted = Subspace(
-            **{name: getattr(codec, name) for name in ("classes", "dims", "trellis", "wide", "mean", "basis", "gain")},
+        tilted = replace(
+            codec,
             scale=(arrays["scale"] * factor).astype("<f4").tobytes(),
-            beta=codec.beta,
             spread=np.rint(arrays["spread"] / factor).clip(1).astype("<i4").tobytes(),
         )
         rows = tilted.encode(unseen, stream)
@@ -205,11 +207,15 @@ def test_the_entropy_models_are_those_of_the_data(fitted, unseen):
     codec = fitted[0.01]
     arrays, (x, decoded, _) = fields(codec), errors(codec, unseen)
     rest = x[:, 1] - arrays["gain"] / 4096 * decoded[:, 0]
-    found = np.sqrt(np.stack([(x[:, 0] ** 2).mean(0), (rest**2).mean(0)])) * 512
-    ratio = found / arrays["spread"]
+    joint = np.arange(codec.dims) < np.array(codec.trellis)[:, None]
+    found = np.stack([(x[:, 0] ** 2).mean(0), (rest**2).mean(0)])
+    ratio = np.sqrt(fitting._widened(found, joint)) * 512 / arrays["spread"]
     assert (np.abs(ratio.mean(axis=1) - 1) < 0.05).all()
     assert (np.abs(ratio - 1) < 0.25).all()
-    assert (rest**2).mean() < 0.7 * (x[:, 1] ** 2).mean()  # views of one image are alike
+    lengths = arrays["scale"] * np.linalg.norm(arrays["basis"], axis=1)
+    sums, differences = ((x * lengths) ** 2).mean(axis=(0, 2))
+    assert differences < 0.3 * sums  # views of one image are alike
+    assert (lengths[1] < lengths[0]).mean() > 0.9, "what varies less is rounded more finely"
 
 
 # The choice
@@ -219,8 +225,7 @@ def test_the_entropy_models_are_those_of_the_data(fitted, unseen):
     ("budget", "expected"), [(0.3, "subspace"), (0.05, "subspace"), (1e-3, "subspace"), (1e-5, "int8"), (1e-7, "fp16")]
 )
 def test_auto_takes_the_fewest_bytes_within_the_budget(budget, expected):
-    logits = low_rank(1024)
-    held = logits[768:]
+    logits, unseen = low_rank(1024), low_rank(2048, seed=8)
     chosen = codecs.auto(logits, budget)
     assert chosen.config["name"] == expected
     sizes = {}
@@ -230,8 +235,8 @@ def test_auto_takes_the_fewest_bytes_within_the_budget(budget, expected):
         except UserError:
             assert name == "subspace" and budget < 1e-4
             continue
-        size, found, line = measured(codec, held)
-        if found <= 1.03 * budget and abs(line - 1) <= 0.02:  # other keys than auto's
+        size, found, line = measured(codec, unseen)
+        if found <= 1.03 * budget and abs(line - 1) <= 0.02:  # other pairs than auto's
             sizes[name] = size
     assert min(sizes, key=sizes.get) == expected
     assert measured(chosen, low_rank(512, seed=9))[1] <= 1.1 * budget
@@ -268,6 +273,7 @@ DEGENERATE = {
     "rank one, far off zero": _rank_one() + np.float32(1000),
     "two equal views": low_rank(256)[:, [0, 0]],
     "opposite views": low_rank(256)[:, :1] * np.float32([[[1], [-1]]]),
+    "opposite views, but for a fortieth": low_rank(256)[:, :1] * np.float32([[[1], [-1.05]]]),
     "an augmented view forty times as large": low_rank(256)[:, :1] * np.float32([[[1], [40]]]),
     "one hot, as large as can be": np.where(np.eye(10)[np.arange(256).reshape(128, 2) % 10], 65504, 0).astype("f4"),
     "near zero": low_rank(128) * np.float32(1e-6),
@@ -279,14 +285,15 @@ def test_degenerate_logits_get_a_codec_within_the_budget(name):
     logits = DEGENERATE[name]
     codec = codecs.auto(logits, 0.05)
     assert codecs.from_config(json.loads(json.dumps(codec.config))) == codec
-    assert measured(codec, logits.astype(np.float32))[1] <= 0.06
+    # Noise of one direction, of 128 pairs whose views share it: known to 8 %.
+    assert measured(codec, logits.astype(np.float32))[1] <= 0.062
 
 
 def test_a_gain_beyond_its_range_is_cut_not_wrapped():
-    codec = fitting.fit(DEGENERATE["an augmented view forty times as large"], 0.05)
+    codec = fitting.fit(DEGENERATE["opposite views, but for a fortieth"], 0.001)
     gain = fields(codec)["gain"]
-    assert (gain > 0).all()
-    assert gain.max() > 7.8 * 4096
+    assert (gain < 0).all()
+    assert gain.min() < -7.8 * 4096
 
 
 @pytest.mark.parametrize("pairs", [4, 63])
@@ -319,8 +326,9 @@ def test_no_budget_makes_a_code_that_clips_or_cannot_be_read(budget):
     codec = fitting.fit(logits, budget)
     assert codecs.from_config(json.loads(json.dumps(codec.config))) == codec
     limit = np.where(np.arange(codec.dims) < codec.wide, 127, 7)
-    limit = limit - np.where(np.arange(codec.dims) < codec.trellis, 3.5, 0)  # 2 for the dither, 2 to go on, less 1/2
-    assert (np.abs(coefficients(codec, logits)).max(axis=(0, 1)) < limit).all()
+    joint = np.arange(codec.dims) < np.array(codec.trellis)[:, None]
+    limit = limit - np.where(joint, 3.5, 0)  # 2 for the dither, 2 to go on, less 1/2
+    assert (np.abs(coefficients(codec, logits)).max(axis=0) < limit).all()
     assert abs(measured(codec, logits)[2] - 1) < 0.02 or budget > 1
 
 
@@ -366,7 +374,9 @@ def test_directions_are_the_principal_ones_however_many_pairs_there_are(classes)
     np.testing.assert_allclose(found.basis @ found.basis.T, np.eye(12), atol=1e-6)
     same = np.sign((found.basis * right[:12]).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(same * found.basis, right[:12], atol=1e-5)
-    np.testing.assert_allclose(found.reach, np.abs(left * values)[:, :12].max(axis=0), rtol=1e-4)
+    along = (left * values)[:, :12].reshape(30, 2, 12)
+    reach = np.abs(np.stack([along.sum(axis=1), along[:, 0] - along[:, 1]]) / 2).max(axis=1)
+    np.testing.assert_allclose(found.reach, reach, rtol=1e-4)
 
 
 def test_both_ways_to_the_directions_agree():

@@ -15,6 +15,7 @@ from support.subspace import U, reference_decode
 
 import cache
 from cache import codec as codecs
+from cache.codec import subspace
 from cache.codec.features import Features
 from cache.codec.subspace import Subspace
 from cache.store import beside
@@ -49,10 +50,11 @@ def test_every_codec_has_a_frozen_example():
     assert {path.stem.split("-")[0] for path in FIXTURES} == {*codecs.NAMES, "features"}
 
 
-def test_the_frozen_subspace_has_bytes_and_nibbles_on_the_trellis_and_some_off_it():
-    (path,) = (path for path in FIXTURES if path.stem.startswith("subspace"))
-    config = json.loads(path.read_text())["config"]
-    assert 0 < config["wide"] < config["trellis"] < config["dims"]
+def test_the_frozen_subspaces_have_bytes_and_nibbles_on_the_trellis_and_some_off_it():
+    found = [json.loads(path.read_text())["config"] for path in FIXTURES if path.stem.startswith("subspace")]
+    assert [config["format"] for config in found] == list(subspace.CONFIG_FORMATS)
+    for config in found:
+        assert 0 < config["wide"] < np.max(config["trellis"]) < config["dims"]
 
 
 # Stores
@@ -78,8 +80,10 @@ def test_a_frozen_store_reads_as_it_did_and_takes_blocks(path, tmp_path):
     np.testing.assert_array_equal(plane.digest, pairs)
     np.testing.assert_array_equal(store.status, frozen["status"])
     store.write_block(0, 0, rows[:3], weight[:3], digest[:3], (0.25, 1.0))
-    written = {name: base64.b64encode((tmp_path / name).read_bytes()).decode() for name in frozen["files"]}
-    assert written == frozen["files"]
+    # What zstd makes of w may differ from version to version.
+    same = [name for name in frozen["files"] if store.manifest.format == 2 or not name.startswith("weight")]
+    written = {name: base64.b64encode((tmp_path / name).read_bytes()).decode() for name in same}
+    assert written == {name: frozen["files"][name] for name in same}
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,8 @@ def test_encoding_rounds_the_coefficient_plus_its_dither(codec, seed, count):
     low, high = (
         np.floor(exact + slack).clip(np.where(wide, -128, -8), np.where(wide, 127, 7)) for slack in (-1e-3, 1e-3)
     )
-    assert ((low <= found) & (found <= high))[..., codec.trellis :].all()
+    alone = np.arange(codec.dims) >= np.array(codec.trellis)[:, None]
+    assert ((low <= found) & (found <= high))[:, alone].all()
 
 
 @pytest.mark.parametrize("size", [7.4, 9, 126, 128, 200, 255, 257, 1000, 30000])
@@ -200,7 +201,7 @@ def test_the_noise_is_that_of_the_documented_dither(repeated):
     found = (repeated["right"] ** 2).mean(axis=0)
     assert (np.abs(found - repeated["variance"]) <= 5 * np.sqrt(repeated["variance"] / SAMPLES) + 1 / 256).all()
     whole = repeated["beta"] == 1  # Schuchman's condition: uniform, whatever the logits
-    assert np.abs(found[:, whole] * 12 - 1).max() < 0.03
+    assert np.abs(found[whole] * 12 - 1).max() < 0.03
 
 
 def test_errors_of_rows_views_and_coefficients_are_uncorrelated(repeated):
@@ -214,23 +215,39 @@ def test_errors_of_rows_views_and_coefficients_are_uncorrelated(repeated):
 def test_another_rows_dither_makes_far_more_noise(repeated):
     """f (1 - f) + beta² / 12 instead: it must be the right key."""
     whole = repeated["beta"] == 1
-    right, wrong = ((repeated[name][..., whole] ** 2).mean() for name in ("right", "wrong"))
+    right, wrong = ((repeated[name][:, whole] ** 2).mean() for name in ("right", "wrong"))
     assert wrong > 2 * right
 
 
 # Config
 
 
-def test_a_config_survives_json_and_decides_equality():
-    codec = coded(seed=1)
+def test_the_three_formats_are_told_apart():
+    """Of codes by their config's, and of stores by their header's."""
+    for version, beside in ((1, 2), (3, 3)):
+        codec = coded(version=version)
+        assert codec.config["format"] == version
+        assert subspace.split(codec)[0]["format"] == beside
+        for other in (0, 2, 4, 1.0, "3", None, True):
+            with pytest.raises(UserError, match=r"unknown format of subspace; found .* expected 1 or 3"):
+                codecs.from_config({**codec.config, "format": other})
+        with pytest.raises(UserError, match=r"codec: "):
+            codecs.from_config({**codec.config, "format": 4 - version})
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_config_survives_json_and_decides_equality(version):
+    codec = coded(seed=1, version=version)
     again = codecs.from_config(json.loads(json.dumps(codec.config)))
     assert again == codec
     assert hash(again) == hash(codec)
     assert set(codec.config) == {"name", "format", "classes", "dims", "trellis", "wide", *TYPES}
     for name in TYPES:
-        assert coded(seed=1, **{name: np.ones_like(fields(codec)[name])}) != codec
-    assert coded(seed=1, wide=9) != codec
-    assert coded(seed=1, trellis=1, **fields(codec) | {"beta": fields(codec)["beta"] * 256}) != codec
+        assert coded(seed=1, version=version, **{name: np.ones_like(fields(codec)[name])}) != codec
+    assert coded(seed=1, version=version, wide=9) != codec
+    same = fields(codec) | {"beta": fields(codec)["beta"] * 256}
+    assert coded(seed=1, version=version, trellis=0, **same) == codec
+    assert coded(seed=1, version=version, trellis=1, **same) != codec
 
 
 @pytest.mark.parametrize(
@@ -238,14 +255,16 @@ def test_a_config_survives_json_and_decides_equality():
     [
         *(("classes", value) for value in (1, 0, 39, 41, 2**20 + 1, 10**400, 40.0, "40", None, True)),
         *(("dims", value) for value in (0, -1, 23, 25, 41, 5000, 2**40, 24.0, "24", None, True, [24])),
-        *((key, value) for key in ("trellis", "wide") for value in (-1, 25, 10**400, 8.0, None, False)),
+        *(("wide", value) for value in (-1, 25, 10**400, 8.0, None, False)),
+        *(("trellis", [7, value]) for value in (-1, 25, 10**400, 8.0, None, False, [7])),
+        *(("trellis", value) for value in ([], [7], [7, 7, 7], 7, None, "77", {"a": 1, "b": 2})),
         *((key, value) for key in TYPES for value in ("", None, 7, b"AAAA", [], {}, "A" * 8, "A" * 10**6, "é" * 128)),
         *((key, "?" * len(coded().config[key])) for key in TYPES),
         *((key, coded().config[key][:-4] + "A===") for key in TYPES),
         *((key, coded().config[key][:-4] + "\n\n\n\n") for key in TYPES),
         *(("mean", text("<f4", 0, bad, count=40)) for bad in (np.nan, np.inf, -np.inf, 2e6, -2e6)),
-        *(("scale", text("<f4", 1, bad)) for bad in (np.nan, np.inf, 0, -1, 1e-13, 2e6)),
-        *(("beta", text("<u2", 256, bad)) for bad in (257, 1024, 1025, 65535)),
+        *(("scale", text("<f4", 1, bad, count=48)) for bad in (np.nan, np.inf, 0, -1, 1e-13, 2e6)),
+        *(("beta", text("<u2", 256, bad, count=48)) for bad in (257, 1024, 1025, 65535)),
         *(("spread", text("<i4", 1, bad, count=48)) for bad in (0, -1, 2**20 + 1, 2**31 - 1)),
     ],
 )
@@ -263,14 +282,18 @@ def test_a_hostile_config_is_refused_by_the_name_of_the_key(key, value):
 
 def test_a_dither_wider_than_a_step_is_for_the_trellis_only():
     """Four steps there; what is not there would be decoded with a noise that no encoder made."""
-    beta = np.where(np.arange(24) < 7, 1024, 256)
-    config = coded(trellis=7, beta=beta).config
-    for at, bad in ((0, 1025), (6, 65535), (7, 257), (23, 1024)):
-        other = np.where(np.arange(24) == at, bad, beta)
+    beta = np.where(np.arange(24) < np.array([[7], [4]]), 1024, 256).ravel()
+    config = coded(trellis=(7, 4), beta=beta.reshape(2, 24)).config
+    for at, bad in ((0, 1025), (6, 65535), (7, 257), (23, 1024), (24, 1025), (28, 257), (29, 1024)):
+        other = np.where(np.arange(48) == at, bad, beta)
         with pytest.raises(UserError, match=r"store/codec: beta; found .*, expected "):
-            codecs.from_config({**config, "beta": text("<u2", *other)}, "store/codec")
+            codecs.from_config({**config, "beta": text("<u2", *other, count=48)}, "store/codec")
+    for trellis in ([6, 4], [7, 3]):
+        with pytest.raises(UserError, match="store/codec: beta; found "):
+            codecs.from_config({**config, "trellis": trellis}, "store/codec")
+    old = coded(trellis=7, version=1, beta=beta[:24]).config
     with pytest.raises(UserError, match="store/codec: beta; found "):
-        codecs.from_config({**config, "trellis": 6}, "store/codec")
+        codecs.from_config({**old, "trellis": 6}, "store/codec")
 
 
 @pytest.mark.parametrize("key", [*subspace.CONFIG_KEYS, "name", "format", "extra"])

@@ -8,22 +8,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.subspace import coded, codes, coefficients, dither, header, integers, resolved, streams, with_coefficients
-from support.trellis import as_path, decoded_steps, follow, normal_codec, rows_of, tables
+from support.trellis import as_path, as_paths, decoded_steps, follow, normal_codec, parity, rows_of, tables
 
 from cache.codec import entropy, fitting
 
+STATES = sorted(entropy.TRELLIS_NOISE)
 
-def rounded(x: np.ndarray, wide: int) -> np.ndarray:
+
+def rounded(x: np.ndarray, wide: int, states: int = 256) -> np.ndarray:
     """`nearest` of x f32 (n, t): i32 (n, t)."""
-    q, paths = np.full(x.shape, 99, np.int32), np.empty((x.shape[1], 8), np.int32)
+    q, labels = np.full(x.shape, 99, np.int32), entropy.labels(states)
+    near, older = np.empty((x.shape[1], 4), np.int32), np.empty((x.shape[1], states), np.bool_)
     for row, found in zip(x, q, strict=True):
-        entropy.nearest(row, wide, paths, found)
+        entropy.nearest(row, labels, wide, near, older, found)
     return q
 
 
-def is_path(q: np.ndarray, trellis: int) -> np.ndarray:
+def quantised(
+    steps: np.ndarray, stream: np.ndarray, joint: int, wide: int, out: np.ndarray, states: int = 256
+) -> np.ndarray:
+    """`quantise` with the same trellis in both segments; returns `out`."""
+    entropy.quantise(steps.astype(np.float32), stream, np.array([joint, joint]), entropy.labels(states), wide, out)
+    return out
+
+
+def is_path(q: np.ndarray, trellis: int, states: int = 256) -> np.ndarray:
     """Whether each of the integers (..., d) is what the states along the leading `trellis` allow."""
-    return (as_path(q, trellis) == q).all(axis=-1)
+    return (as_path(q, trellis, states) == q).all(axis=-1)
 
 
 def ranges(wide: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,31 +51,28 @@ def candidates(x: np.ndarray, low: int, high: int) -> np.ndarray:
     return first[..., None] + np.arange(16)
 
 
-def best_of_all(x: np.ndarray, wide: int) -> float:
+def best_of_all(x: np.ndarray, wide: int, states: int) -> float:
     """The least sum of squares of x f64 (t,) less a path, over all the paths."""
     cost, state = np.zeros(1), np.zeros(1, np.int64)
     for value, low, high in zip(x, *ranges(wide, len(x)), strict=True):
         q = candidates(value, low, high)
         cost, state, q = (a.ravel() for a in np.broadcast_arrays(cost[:, None], state[:, None], q))
-        allowed = (q & 1) == (state & 1)
-        cost, state = (cost + (value - q) ** 2)[allowed], follow(state, q)[allowed]
+        allowed = (q & 1) == parity(state, states)
+        cost, state = (cost + (value - q) ** 2)[allowed], follow(state, q, states)[allowed]
     return float(cost.min())
 
 
-def least(x: np.ndarray, wide: int) -> np.ndarray:
+def least(x: np.ndarray, wide: int, states: int = 256) -> np.ndarray:
     """The same of rows (n, t) at once: f64 (n,). Of the paths to a state the cheapest is enough, whatever follows."""
-    cost = np.full((8, len(x)), np.inf)
+    cost, state = np.full((states, len(x)), np.inf), np.arange(states)[:, None, None]
     cost[0] = 0
     for i, (low, high) in enumerate(zip(*ranges(wide, x.shape[1]), strict=True)):
-        other = np.full_like(cost, np.inf)
         q = candidates(x[:, i], low, high)
-        square = (x[:, i, None] - q) ** 2
-        for state in range(8):
-            total = np.where((q & 1) == (state & 1), cost[state, :, None] + square, np.inf)
-            then = follow(np.int64(state), q)
-            for end in range(8):
-                other[end] = np.minimum(other[end], np.where(then == end, total, np.inf).min(axis=1))
-        cost = other
+        total = np.where((q & 1) == parity(state, states), cost[..., None] + (x[:, i, None] - q) ** 2, np.inf)
+        then, cost = follow(state, q, states), np.full_like(cost, np.inf)
+        for bit in range(2):  # that enters, so is the lowest
+            best = np.where(then % 2 == bit, total, np.inf).min(axis=2)
+            np.minimum.at(cost, (2 * np.arange(states) + bit) % states, best)
     return cost.min(axis=0)
 
 
@@ -72,8 +80,8 @@ def least(x: np.ndarray, wide: int) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=250)
-@given(st.data(), st.integers(1, 5))
-def test_rounding_finds_the_nearest_of_all_paths(data, size):
+@given(st.data(), st.integers(1, 5), st.sampled_from(STATES))
+def test_rounding_finds_the_nearest_of_all_paths(data, size, states):
     """Within nibbles, within bytes, at the ends of either and beyond: of float32, so to a few units of the last place.
 
     Each of t squares is off by 2^-22 of itself (a difference, twice, and a product), and each of t sums by 2^-24.
@@ -82,27 +90,30 @@ def test_rounding_finds_the_nearest_of_all_paths(data, size):
     around = data.draw(st.sampled_from([0, 7, -8, 127, -128, 60]))
     apart = st.one_of(st.floats(-12, 12, width=32), st.integers(-12, 12).map(lambda k: k / 2))
     x = np.array([data.draw(apart) for _ in range(size)], np.float32) + np.float32(around)
-    q = rounded(x[None], wide)[0]
+    q = rounded(x[None], wide, states)[0]
     low, high = ranges(wide, size)
     assert ((low <= q) & (q <= high)).all()
-    assert is_path(q, size)
-    best = best_of_all(x.astype(np.float64), wide)
+    assert is_path(q, size, states)
+    best = best_of_all(x.astype(np.float64), wide, states)
     assert ((q - x.astype(np.float64)) ** 2).sum() <= best * (1 + (size + 4) * 2.0**-22) + 1e-12
 
 
-def test_brute_force_state_by_state_is_brute_force():
+@pytest.mark.parametrize("states", STATES)
+def test_brute_force_state_by_state_is_brute_force(states):
     x = np.random.default_rng(0).normal(0, 6, (30, 5))
     for wide in (0, 2, 5):
-        np.testing.assert_allclose(least(x, wide), [best_of_all(row, wide) for row in x], rtol=1e-12)
+        best = [best_of_all(row, wide, states) for row in x]
+        np.testing.assert_allclose(least(x, wide, states), best, rtol=1e-12)
 
 
+@pytest.mark.parametrize("states", STATES)
 @pytest.mark.parametrize("wide", [0, 30, 200])
-def test_long_rows_are_rounded_to_the_nearest_path_too(wide):
+def test_long_rows_are_rounded_to_the_nearest_path_too(wide, states):
     x = (np.random.default_rng(1).uniform(-9, 9, (40, 200)) * np.where(np.arange(200) < wide, 15, 1)).astype("f4")
-    q = rounded(x, wide)
-    assert is_path(q, 200).all()
+    q = rounded(x, wide, states)
+    assert is_path(q, 200, states).all()
     found = ((q - x.astype(np.float64)) ** 2).sum(axis=1)
-    np.testing.assert_allclose(found, least(x.astype(np.float64), wide), rtol=204 * 2.0**-22)
+    np.testing.assert_allclose(found, least(x.astype(np.float64), wide, states), rtol=204 * 2.0**-22)
 
 
 @settings(deadline=None, max_examples=60)
@@ -112,15 +123,18 @@ def test_a_row_holds_the_path_nearest_to_the_coefficients_plus_four_times_their_
 
     A path that is nearest to the one x is that much farther from the other, and so is the other's nearest: twice.
     """
-    rng, trellis = np.random.default_rng(seed), codec.trellis
+    rng = np.random.default_rng(seed)
     _, high = ranges(codec.wide, codec.dims)
     logits = with_coefficients(codec, rng.uniform(-1, 1, (count, 2, codec.dims)) * (high - 2.0))
     stream = streams(count, seed)
-    q = integers(codec.encode(logits, stream), codec.dims, codec.wide)[..., :trellis].reshape(2 * count, trellis)
-    exact = (coefficients(codec, logits) + 4 * dither(stream, codec.dims))[..., :trellis].reshape(2 * count, trellis)
-    assert is_path(q, trellis).all()
-    assert (np.abs(q - exact) <= 4).all()
-    assert (((q - exact) ** 2).sum(axis=1) <= least(exact, codec.wide) + 2 * 2 * 4 * 1e-3 * trellis).all()
+    q = integers(codec.encode(logits, stream), codec.dims, codec.wide)
+    exact = coefficients(codec, logits) + 4 * dither(stream, codec.dims)
+    np.testing.assert_array_equal(as_paths(q, codec), q)
+    for segment, trellis in enumerate(codec.trellis):
+        found, true = q[:, segment, :trellis], exact[:, segment, :trellis]
+        assert (np.abs(found - true) <= 4).all()
+        best = least(true, codec.wide, codec.states)
+        assert (((found - true) ** 2).sum(axis=1) <= best + 2 * 2 * 4 * 1e-3 * trellis).all()
 
 
 @pytest.mark.parametrize("size", [150, 1000, 30000, 1e8, 1e17])
@@ -129,8 +143,7 @@ def test_coefficients_out_of_range_stay_at_its_ends_and_spoil_no_others(size):
     rng = np.random.default_rng(0)
     steps = rng.uniform(-3, 3, (200, 2, 40))
     steps[..., 3::8] = size * rng.choice([-1, 1], (200, 2, 5))
-    rows = np.empty((200, 2, 32), np.uint8)
-    entropy.quantise(steps.astype(np.float32), streams(200), 40, 13, rows)
+    rows = quantised(steps, streams(200), 40, 13, np.empty((200, 2, 32), np.uint8))
     q = integers(np.hstack([np.zeros((200, 16), np.uint8), rows.reshape(200, 64)]), 40, 13)
     assert is_path(q, 40).all()
     low, high = ranges(13, 40)
@@ -143,34 +156,35 @@ def test_coefficients_out_of_range_stay_at_its_ends_and_spoil_no_others(size):
 # Noise
 
 
-def errors_of(steps: np.ndarray, wide: int) -> np.ndarray:
+def errors_of(steps: np.ndarray, wide: int, states: int) -> np.ndarray:
     """Decoded less true coefficients f32 (B, 2, d), all on the trellis; row b has the key b."""
     count, _, dims = steps.shape
     key, decoded = np.arange(count, dtype=np.uint64), np.empty_like(steps)
-    rows = np.empty((count, 2, wide + -(-(dims - wide) // 2)), np.uint8)
-    entropy.quantise(steps, key, dims, wide, rows)
-    entropy.dequantise(rows, key, wide, np.full(dims, 1024, np.int32), decoded)
+    rows = quantised(steps, key, dims, wide, np.empty((count, 2, wide + -(-(dims - wide) // 2)), np.uint8), states)
+    entropy.dequantise(rows, key, wide, np.full((2, dims), 1024, np.int32), decoded)
     return decoded - steps
 
 
-def test_the_noise_of_random_coefficients_is_the_documented():
+@pytest.mark.parametrize(("states", "digit"), [(8, 0.005), (256, 0.0015)])
+def test_the_noise_of_random_coefficients_is_the_documented(states, digit):
     """To its last digit: squares of 2,000,000 errors, of a deviation of 0.33, give the mean to 0.0003; the first
     coefficients, whose state is given, add 0.0007 to it.
     """
     x = np.random.default_rng(4).uniform(-60, 60, (4000, 512)).astype(np.float32)
-    errors = rounded(x, 512) - x
-    assert (errors**2).mean() == pytest.approx(entropy.TRELLIS_NOISE, abs=0.005)
+    errors = rounded(x, 512, states) - x
+    assert (errors**2).mean() == pytest.approx(entropy.TRELLIS_NOISE[states], abs=digit)
     assert abs(errors.mean()) < 5 * math.sqrt(0.26 / errors.size)
 
 
-def test_the_noise_is_the_same_whatever_the_coefficients():
+@pytest.mark.parametrize("states", STATES)
+def test_the_noise_is_the_same_whatever_the_coefficients(states):
     """All of one fraction, or random: means of 1,000,000 squares of a deviation of 0.33, to five deviations of two."""
     found = []
     for fraction in (0, 1 / 256, 0.25, 0.5, 0.75, 0.9, None):
         rng = np.random.default_rng(5)
         whole = rng.integers(-3, 4, (4000, 2, 128))
         steps = (whole + (rng.random(whole.shape) if fraction is None else fraction)).astype(np.float32)
-        found.append((errors_of(steps, 128) ** 2).mean())
+        found.append((errors_of(steps, 128, states) ** 2).mean())
     assert np.ptp(found) < 5 * math.sqrt(2) * 0.33 / 1000
 
 
@@ -216,10 +230,9 @@ def test_errors_of_rows_views_and_coefficients_are_uncorrelated(repeated):
 def test_a_row_is_rounded_as_if_it_were_alone():
     steps = np.random.default_rng(0).normal(0, 3, (30, 2, 50)).astype(np.float32)
     steps[::3] *= 100
-    rows, alone = np.empty((30, 2, 32), np.uint8), np.empty((1, 2, 32), np.uint8)
-    entropy.quantise(steps, streams(30), 40, 14, rows)
+    rows, alone = quantised(steps, streams(30), 40, 14, np.empty((30, 2, 32), np.uint8)), np.empty((1, 2, 32), np.uint8)
     for row in range(30):
-        entropy.quantise(steps[row : row + 1], streams(30)[row : row + 1], 40, 14, alone)
+        quantised(steps[row : row + 1], streams(30)[row : row + 1], 40, 14, alone)
         np.testing.assert_array_equal(rows[row], alone[0])
 
 
@@ -240,7 +253,7 @@ def test_only_paths_can_be_packed(data):
     stream = streams(len(q))
     rows = rows_of(codec, q, stream)
     for keys in (stream, None):
-        if is_path(q, codec.trellis).all():
+        if (as_paths(q, codec) == q).all():
             np.testing.assert_array_equal(codec.unpack(codec.pack(rows, keys), keys), rows)
         else:
             with pytest.raises(ValueError, match="codes that no logits make"):
@@ -262,39 +275,46 @@ def test_a_change_of_one_integer_of_a_row_is_refused():
             np.testing.assert_array_equal(codec.unpack(codec.pack(changed)), changed)
 
 
-def test_noise_of_the_same_variance_costs_a_sixth_of_a_bit_less():
-    """log2(2 / sqrt(12 0.26)) = 0.179 of coefficients much finer than their spread; here of a fourth of it."""
+def test_noise_of_the_same_variance_costs_a_fifth_of_a_bit_less():
+    """log2(2 / sqrt(12 0.2466)) = 0.217 of coefficients much finer than their spread; here of a fourth of it."""
     dims, stream, bits, noise = 200, np.arange(200, dtype=np.uint64), [], []
     x = 4 * np.random.default_rng(0).normal(size=(200, 2, dims))
-    for trellis, step in ((0, 1.0), (dims, 1 / math.sqrt(12 * entropy.TRELLIS_NOISE))):
+    for trellis, step in ((0, 1.0), (dims, 1 / math.sqrt(12 * entropy.TRELLIS_NOISE[256]))):
         spread = np.full((2, dims), round(4 / step * 512))
         beta, gain = np.full(dims, 1024 if trellis else 256), np.zeros(dims)
         codec = coded(dims + 1, dims, dims, trellis=trellis, beta=beta, spread=spread, gain=gain)
-        views = np.empty((200, 2, codec.segment), np.uint8)
-        entropy.quantise((x / step).astype(np.float32), stream, trellis, dims, views)
+        views = quantised(x / step, stream, trellis, dims, np.empty((200, 2, codec.segment), np.uint8))
         rows = np.hstack([header(stream), views.reshape(200, 2 * codec.segment)])
         bits.append(8 * len(codec.pack(rows, stream)) / x.size)
         noise.append(((decoded_steps(codec, rows, stream) * step - x) ** 2).mean())
     assert noise[1] == pytest.approx(noise[0], rel=0.02)
-    assert bits[0] - bits[1] == pytest.approx(1 / 6, abs=0.02)
+    assert bits[0] - bits[1] == pytest.approx(1 / 5, abs=0.02)
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4, 1.0, 4.0])
 def test_the_rates_that_steps_are_chosen_by_are_those_of_normal_numbers(ratio):
     """Of a spread of `ratio` steps: the mean of -log2 P of the interval of 200,000, of a deviation of 1.3 at most.
 
-    To five of its deviations: 0.015. On the trellis it is used from a fifth of a step on.
+    To five of its deviations: 0.015. On the trellis it is used from a fifth of a step on. There the model has the
+    variance that the fit gives it: 0.03 more or less take no fewer bits.
     """
     x = np.random.default_rng(0).normal(0, ratio, (400, 2, 250)).astype(np.float32)
     choices, stream = fitting._choices(), np.arange(400, dtype=np.uint64)
     for trellis, reach, part in ((0, 0.5, slice(choices.alone)), (250, 1.0, slice(choices.alone, None))):
-        rows, decoded = np.empty(x.shape, np.uint8), np.empty_like(x)
-        entropy.quantise(x, stream, trellis, 250, rows)
-        entropy.dequantise(rows, stream, 250, np.full(250, 1024 if trellis else 256, np.int32), decoded)
-        above, below = (
-            torch.special.ndtr(torch.from_numpy(decoded + side).double() / ratio) for side in (reach, -reach)
-        )
-        found = -np.log2(np.maximum((above - below).numpy(), 2.0**-16))
+        rows, decoded = quantised(x, stream, trellis, 250, np.empty(x.shape, np.uint8)), np.empty_like(x)
+        entropy.dequantise(rows, stream, 250, np.full((2, 250), 1024 if trellis else 256, np.int32), decoded)
+        variance = float(fitting._widened(np.array([ratio**2]), np.array([trellis > 0]))[0])
+        found = information(decoded, reach, variance)
         assert found.std() < 1.3
         promised = np.interp(math.log(ratio), np.log(choices.ratio[part]), choices.rate[part])
         assert promised == pytest.approx(found.mean(), abs=0.015)
+        if trellis:
+            for other in (variance - 0.03, variance + 0.03):
+                assert other < 0 or information(decoded, reach, other).mean() > found.mean() - 1e-4
+
+
+def information(decoded: np.ndarray, reach: float, variance: float) -> np.ndarray:
+    """-log2 P, at most 16, of the intervals of a normal variable that lead to what was decoded."""
+    ends = torch.from_numpy(np.stack([decoded + reach, decoded - reach])).double() / math.sqrt(variance)
+    above, below = torch.special.ndtr(ends).numpy()
+    return -np.log2(np.maximum(above - below, 2.0**-16))

@@ -49,9 +49,10 @@ def assert_close(found, expected, loss=TOLERANCE, terms=0.0):
         assert (actual.double().sum(1).abs() <= 1e-6 * true.abs().sum(1).clamp(min=1) + 2**-22 * terms).all()
 
 
-def subspace(classes: int, dims: int, wide: int, batch: int, seed: int = 0):
+def subspace(classes: int, dims: int, wide: int, batch: int, seed: int = 0, version: int = 3):
     """[EncodedPairs], and the float64 logits that they mean."""
-    codec = coded(classes, dims, wide, seed, scale=np.geomspace(1, 0.05, dims) / 127)
+    scale = np.geomspace([1, 0.4], [0.05, 0.02], dims).T / 127
+    codec = coded(classes, dims, wide, seed, version=version, scale=scale)
     rng = np.random.default_rng(seed)
     stream = streams(batch, seed)
     rows = codec.encode((rng.normal(size=(batch, 2, classes)) * 4).astype(np.float32), stream)

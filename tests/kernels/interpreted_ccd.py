@@ -124,26 +124,28 @@ CODES = [(40, 1, 0, 3), (40, 24, 8, 3), (40, 33, 33, 2), (300, 299, 16, 1)]
 CODES += [pytest.param(1001, 513, 100, 2, marks=pytest.mark.slow)]  # as the one before it, in more tiles
 
 
+@pytest.mark.parametrize("version", [1, 3])
 @pytest.mark.parametrize(("classes", "dims", "wide", "batch"), CODES)
-def test_subspace_rows_become_float16_logits(classes, dims, wide, batch):
+def test_subspace_rows_become_float16_logits(classes, dims, wide, batch, version):
     """Off by what float16 rounds: coefficients, directions that are exact, the mean's rest, and the result, which the
     product on a CPU may round once more."""
-    (pairs,), truth = subspace(classes, dims, wide, batch)
+    (pairs,), truth = subspace(classes, dims, wide, batch, version=version)
     decoder, order = pairs.decoder, torch.arange(batch).flip(0)
     lean = decoder.lean
     for rows in (None, order):
         keys = pairs.dither_keys if rows is None else pairs.dither_keys[rows]
         found = unpack.subspace_logits(pairs.codes, rows, keys, lean, decoder.wide)[..., :classes].double() * lean.unit
         expected = truth if rows is None else truth[rows]
-        steps = reference_steps(pairs)
-        size = steps @ (decoder.basis.double() * decoder.scale.double()[:, None] * decoder.unit).abs()[:, :classes]
+        size = largest(decoder) @ decoder.basis.double().abs()[:, :classes]
         bound = 2**-11 * (size + truth.abs().amax(2, keepdim=True) + 2 * expected.abs()) + 2**-24 * 64 * lean.unit
         assert ((found - expected).abs() <= 1.01 * bound.amax((0, 1))).all()
 
 
-def reference_steps(pairs) -> torch.Tensor:
-    """|q − β·u| f64 (B, 2, d) at most."""
-    return torch.full((len(pairs.codes), 2, len(pairs.decoder.scale)), 136.0 if pairs.decoder.wide else 12.0).double()
+def largest(decoder) -> torch.Tensor:
+    """|q − β·u| · scale f64 (d,) at most, of both segments together where both are in a view."""
+    return (
+        (136.0 if decoder.wide else 12.0) * decoder.unit * decoder.scale.double().reshape(-1, len(decoder.basis)).sum(0)
+    )
 
 
 @pytest.mark.parametrize(("classes", "dims", "wide", "batch"), CODES[1:2])

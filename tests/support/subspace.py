@@ -14,36 +14,56 @@ U = 2.0**-24  # half a unit in the last place of float32, relative
 TYPES = {"mean": "<f4", "basis": "i1", "scale": "<f4", "beta": "<u2", "spread": "<i4", "gain": "<i2"}
 
 
-def coded(classes: int = 40, dims: int = 24, wide: int = 8, seed: int = 0, trellis: int = 0, **arrays) -> Subspace:
-    """A code of random directions; `arrays` replace those drawn here."""
+def coded(
+    classes: int = 40,
+    dims: int = 24,
+    wide: int = 8,
+    seed: int = 0,
+    trellis: int | tuple[int, int] = 0,
+    version: int = 3,
+    **arrays,
+) -> Subspace:
+    """A code of random directions; `arrays` replace those drawn here, (d,) or (2, d) for both segments."""
     rng = np.random.default_rng(seed)
     frame = rng.normal(size=(dims, classes))
     frame = np.linalg.qr((frame - frame.mean(axis=1, keepdims=True)).T)[0].T
     peak = np.abs(frame).max(axis=1)
+    joint = (trellis,) * 2 if isinstance(trellis, int) else trellis
+    segments = (2, dims) if version == 3 else (dims,)
     drawn = {
         "mean": rng.normal(size=classes),
         "basis": np.rint(frame / peak[:, None] * 127),
-        "scale": peak / 127 * np.exp(rng.normal(-1, 1, dims)),
-        "beta": rng.integers(0, 257, dims) * np.where(np.arange(dims) < trellis, 4, 1),
+        "scale": peak / 127 * np.exp(rng.normal(-1, 1, segments)),
+        "beta": rng.integers(0, 257, segments) * np.where(np.arange(dims) < np.array(joint)[:, None], 4, 1),
         "spread": np.rint(np.exp(rng.uniform(0, 9, (2, dims)))),
         "gain": rng.integers(-5000, 5001, dims),
         **arrays,
     }
+    for name in ("scale", "beta"):
+        both = np.broadcast_to(drawn[name], (2, dims))
+        drawn[name] = both if version == 3 else both[0]
     text = {name: base64.b64encode(np.asarray(drawn[name], TYPES[name]).tobytes()).decode() for name in TYPES}
-    sizes = {"classes": classes, "dims": dims, "trellis": trellis, "wide": wide}
-    made = codecs.from_config({"name": "subspace", "format": 1, **sizes, **text})
+    sizes = {"classes": classes, "dims": dims, "trellis": list(joint) if version == 3 else joint[0], "wide": wide}
+    made = codecs.from_config({"name": "subspace", "format": version, **sizes, **text})
     assert isinstance(made, Subspace)
     return made
 
 
 def fields(codec: Subspace) -> dict[str, np.ndarray]:
-    """The arrays of a config, float64."""
+    """The arrays of a config, float64; scale and beta (2, d), whatever the version."""
     config = codec.config
     arrays = {name: np.frombuffer(base64.b64decode(config[name]), kind).astype("f8") for name, kind in TYPES.items()}
     arrays["basis"] = arrays["basis"].reshape(config["dims"], config["classes"])
     arrays["spread"] = arrays["spread"].reshape(2, config["dims"])
     arrays["beta"] /= 256
+    for name in ("scale", "beta"):
+        arrays[name] = np.broadcast_to(arrays[name].reshape(-1, config["dims"]), (2, config["dims"]))
     return arrays
+
+
+def turned(pairs: np.ndarray) -> np.ndarray:
+    """Sums and differences of (B, 2, …)."""
+    return np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
 
 
 def dither_bytes(key: int, view: int, dims: int) -> np.ndarray:
@@ -78,23 +98,20 @@ def integers(rows: np.ndarray, dims: int, wide: int) -> np.ndarray:
     return np.concatenate([whole, np.where(signed > 7, signed - 16, signed)], axis=2)
 
 
-def directions(codec: Subspace) -> np.ndarray:
-    """f64 (d, C), of the length of a step."""
-    arrays = fields(codec)
-    return arrays["basis"] * arrays["scale"][:, None]
-
-
 def reference_decode(codec: Subspace, rows: np.ndarray, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Decoded f64 (B, 2, C), and how far off float32 arithmetic may be.
 
-    A product of d terms in any order of summation is off by (d - 1) U of the sum of the terms' sizes, each term by 3 U
-    (the step, the direction and their product), and adding the mean by U of the result: (d + 3) U of it all, to first
-    order, so (d + 4) U.
+    A product of d terms in any order of summation is off by (d - 1) U of the sum of the terms' sizes, each term by 4 U
+    (the step, its length, a sum with the other segment's, and the product with the direction), and adding the mean by U
+    of the result: (d + 4) U of it all, to first order, so (d + 5) U.
     """
-    arrays, along = fields(codec), directions(codec)
+    arrays = fields(codec)
     steps = integers(rows, codec.dims, codec.wide) - arrays["beta"] * dither(stream, codec.dims)
-    size = np.abs(steps) @ np.abs(along) + np.abs(arrays["mean"])
-    return arrays["mean"] + steps @ along, (codec.dims + 4) * U * size
+    along, size = steps * arrays["scale"], np.abs(steps * arrays["scale"])
+    if codec.version == 3:
+        along, size = turned(along), np.repeat(size.sum(axis=1, keepdims=True), 2, axis=1)
+    size = size @ np.abs(arrays["basis"]) + np.abs(arrays["mean"])
+    return arrays["mean"] + along @ arrays["basis"], (codec.dims + 5) * U * size
 
 
 def coefficients(codec: Subspace, logits: np.ndarray) -> np.ndarray:
@@ -103,15 +120,19 @@ def coefficients(codec: Subspace, logits: np.ndarray) -> np.ndarray:
 
 
 def resolved(codec: Subspace, vectors: np.ndarray) -> np.ndarray:
-    """Coefficients f64 (B, 2, d) of vectors (B, 2, C), by least squares."""
-    return (vectors - fields(codec)["mean"]) @ np.linalg.pinv(directions(codec))
+    """Coefficients f64 (B, 2, d) of both segments of vectors (B, 2, C), by least squares."""
+    arrays = fields(codec)
+    along = (vectors - arrays["mean"]) @ np.linalg.pinv(arrays["basis"])
+    return (turned(along) / 2 if codec.version == 3 else along) / arrays["scale"]
 
 
 def with_coefficients(codec: Subspace, steps: np.ndarray) -> np.ndarray:
     """Logits f32 (B, 2, C) of coefficients (B, 2, d); rounded directions are not quite centred, hence the rounds."""
-    logits, rest = fields(codec)["mean"], steps
+    arrays = fields(codec)
+    logits, rest = arrays["mean"], steps
     for _ in range(8):
-        logits = logits + rest @ directions(codec)
+        along = rest * arrays["scale"]
+        logits = logits + (turned(along) if codec.version == 3 else along) @ arrays["basis"]
         rest = steps - coefficients(codec, logits)
     assert np.abs(rest).max(initial=0) < 1e-6 * (1 + np.abs(steps).max(initial=0))
     return logits.astype(np.float32)
@@ -123,9 +144,10 @@ def streams(count: int, seed: int = 0) -> np.ndarray:
 
 @st.composite
 def codes(draw) -> Subspace:
-    dims = draw(st.integers(1, 40))
-    wide, trellis = draw(st.integers(0, dims)), draw(st.integers(0, dims))
-    return coded(dims + draw(st.integers(1, 9)), dims, wide, draw(st.integers(0, 2**32)), trellis)
+    dims, version = draw(st.integers(1, 40)), draw(st.sampled_from([1, 3]))
+    wide, *trellis = (draw(st.integers(0, dims)) for _ in range(1 + (version + 1) // 2))
+    classes, seed = dims + draw(st.integers(1, 9)), draw(st.integers(0, 2**32))
+    return coded(classes, dims, wide, seed, tuple(trellis) if version == 3 else trellis[0], version)
 
 
 def text(dtype: str, *values, count: int = 24) -> str:

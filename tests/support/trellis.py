@@ -6,6 +6,9 @@ from support.subspace import coded, dither, fields, header, integers, streams, w
 
 from cache.codec.subspace import Subspace
 
+TAPS = {8: ((0,), (1, 2)), 256: ((0, 1, 6), (0, 1, 2, 5, 6, 7))}
+"""States -> bits of a state: those whose sum is the parity of what may come, and those that what enters is added to."""
+
 
 def rows_of(codec: Subspace, q: np.ndarray, stream: np.ndarray) -> np.ndarray:
     """Rows u8 (B, row_bytes) of integers (B, 2, d) and their keys, written from the format."""
@@ -18,21 +21,29 @@ def rows_of(codec: Subspace, q: np.ndarray, stream: np.ndarray) -> np.ndarray:
     return np.hstack([header(stream), views.reshape(len(q), 2 * codec.segment)])
 
 
-def follow(state: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """The trellis as a shift register of three bits: the lowest is the parity of what may come.
-
-    What enters is bit 1 of the integer, plus the two bits that are about to leave.
-    """
-    return (2 * state + (((q >> 1) ^ (state >> 1) ^ (state >> 2)) & 1)) % 8
+def parity(state: np.ndarray, states: int = 256) -> np.ndarray:
+    """Of what a state of the shift register allows."""
+    return sum(state >> bit for bit in TAPS[states][0]) & 1
 
 
-def as_path(q: np.ndarray, trellis: int) -> np.ndarray:
+def follow(state: np.ndarray, q: np.ndarray, states: int = 256) -> np.ndarray:
+    """The trellis as a shift register, the newest bit lowest. What enters is bit 1 of the integer, plus taps."""
+    return (2 * state + ((q >> 1) + sum(state >> bit for bit in TAPS[states][1])) % 2) % states
+
+
+def as_path(q: np.ndarray, trellis: int, states: int = 256) -> np.ndarray:
     """Integers (..., d) whose leading `trellis` are a path from state 0: those of the wrong parity moved by one."""
     q, state = q.copy(), np.zeros(q.shape[:-1], np.int64)
     for i in range(trellis):
-        q[..., i] ^= (q[..., i] ^ state) & 1
-        state = follow(state, q[..., i])
+        q[..., i] ^= (q[..., i] ^ parity(state, states)) & 1
+        state = follow(state, q[..., i], states)
     return q
+
+
+def as_paths(q: np.ndarray, codec: Subspace) -> np.ndarray:
+    """Integers (B, 2, d) that are paths of the codec's trellis in both segments."""
+    states = {1: 8, 3: 256}[codec.version]
+    return np.stack([as_path(q[:, segment], codec.trellis[segment], states) for segment in range(2)], axis=1)
 
 
 @st.composite
@@ -51,17 +62,20 @@ def tables(draw, codec: Subspace) -> np.ndarray:
         q = np.where(rng.random(shape) < 0.5, low, high)
     if kind == "value":
         q = np.full(shape, draw(st.integers(-128, 127))).clip(low, high)
-    return as_path(q, codec.trellis)
+    return as_paths(q, codec)
 
 
-def normal_codec(gain: int = 2867, spread: float = 1.0, trellis: int = 0) -> tuple[Subspace, np.ndarray, np.ndarray]:
+def normal_codec(
+    gain: int = 2867, spread: float = 1.0, trellis: int | tuple[int, int] = 0
+) -> tuple[Subspace, np.ndarray, np.ndarray]:
     """A code whose models are true, and rows of it: coefficients normal of 0.03 to 10 steps' spread."""
     sizes = np.geomspace(10, 0.03, 24) * spread
+    joint = np.broadcast_to(trellis, 2)[:, None]
     codec = coded(
         wide=8,
         trellis=trellis,
         scale=np.full(24, 1e-3),
-        beta=np.where(np.arange(24) < trellis, 1024, 256),
+        beta=np.where(np.arange(24) < joint, 1024, 256),
         spread=np.maximum(np.rint(512 * np.stack([sizes, 0.7 * sizes])), 1),
         gain=np.full(24, gain),
     )
