@@ -115,7 +115,7 @@ def pair_bytes(classes: int, student: str, teacher: str) -> int:
     """Bytes that a pair of views must move through device memory: both students read, both gradients written, the
     teacher read once. Subspace codes are those of 512 directions at a KL of 0.05."""
     size = {"fp32": 4, "bf16": 2, "fp16": 2}
-    encoded = {"int8": 16 + 2 * classes, "subspace": 656}
+    encoded = {"int8": 16 + 2 * classes, "subspace": 688}
     return 4 * classes * size[student] + (encoded[teacher] if teacher in encoded else 2 * classes * size[teacher])
 
 

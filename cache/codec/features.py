@@ -66,10 +66,13 @@ class Features:
 
     def principal(self, most: int) -> tuple[np.ndarray, np.ndarray]:
         """The features' mean f32 (F,) and, of length 1, at most so many directions f32 (k, F) by falling variance."""
-        steps = self.code.array("basis") * self.code.of_both("scale")[0][:, None]
-        length = np.linalg.norm(steps, axis=1)
-        found = np.argsort(-self.code.array("spread")[0] * length, kind="stable")[:most]
-        return self.code.array("mean").copy(), steps[found] / length[found, None]
+        basis = self.code.array("basis").astype(np.float32)
+        length = np.linalg.norm(basis, axis=1)
+        spread = self.code.array("spread") * self.code.of_both("scale") * length
+        # A view varies by the sum and by the difference; of version 1 the first segment is a view.
+        variance = np.square(spread if self.code.sums else spread[:1]).sum(axis=0)
+        found = np.argsort(-variance, kind="stable")[:most]
+        return self.code.array("mean").copy(), basis[found] / length[found, None]
 
     def encode(self, features: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
         """f32 (B, 2, F), u64 (B,) -> u8 (B, row_bytes). Raises UserError for features that no codec keeps."""

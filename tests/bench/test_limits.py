@@ -9,15 +9,18 @@ from cache.codec.fidelity import measure
 
 
 def test_equal_directions_share_the_noise_equally():
-    """Of d independent pairs of variance s, noise kl / (g d) each: d log2(1 + s g d / kl) bits."""
+    """Of d pairs of independent views of variance s, noise kl / (g d) each: d log2(1 + s g d / kl) bits.
+
+    Half their sum and half their difference have half that variance, and each view has the noise of both.
+    """
     d, s, g, kl = 40, 3.0, 0.02, 0.05
-    moments = np.stack([np.full(d, s), np.full(d, s), np.zeros(d)])
+    moments = np.stack([np.full(d, s / 2), np.full(d, s / 2), np.zeros(d)])
     expected = d * np.log2(1 + s * g * d / kl)
     assert limits.least_bits(moments, np.full(d, g), kl) == pytest.approx(expected, rel=0.02)
-    # The same views twice: the second is known but for the first one's noise.
-    twin = limits.least_bits(np.full((3, d), s), np.full(d, g), kl)
-    n = kl / (g * d)
-    assert twin == pytest.approx(d / 2 * (np.log2(1 + s / n) + np.log2(1 + s / (s + n))), rel=0.05)
+    # The same view twice, or the opposite one: one number takes half the bits of two.
+    for moments in ([s, 0, 0], [0, s, 0], [s / 2, s / 2, s / 2]):
+        twin = limits.least_bits(np.repeat(np.array(moments)[:, None], d, axis=1), np.full(d, g), kl)
+        assert twin == pytest.approx(d / 2 * np.log2(1 + s * g * d / kl), rel=0.02)
 
 
 def test_a_fitted_code_takes_more_and_not_twice_as_much():
