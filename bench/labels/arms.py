@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.labels import peers
 from cache import codec
-from cache.codec import entropy
+from cache.codec import fitting
 from cache.codec.fidelity import TEMPERATURE
 from cache.store import beside
 
@@ -58,11 +58,8 @@ class Corrected:
     @property
     def variance(self) -> np.ndarray:
         """s f64 (C,)."""
-        code, beta = self.code, np.minimum(self.code.of_both("beta") / entropy.BETA_UNIT, 1)
-        joint = np.arange(code.dims) < np.array(code.trellis)[:, None]
-        noise = np.where(joint, entropy.TRELLIS_NOISE[code.states], (1 - (1 - beta) ** 2) / 12)
-        noise = (noise * code.of_both("scale").astype(np.float64) ** 2).sum(axis=0)
-        return noise @ self.code.array("basis").astype(np.float64) ** 2
+        noise = fitting.noise(self.code) * self.code.of_both("scale").astype(np.float64) ** 2
+        return noise.sum(axis=0) @ self.code.array("basis").astype(np.float64) ** 2
 
     def encode(self, logits: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
         return self.code.encode(logits, dither_keys)

@@ -68,9 +68,9 @@ class Features:
         """The features' mean f32 (F,) and, of length 1, at most so many directions f32 (k, F) by falling variance."""
         basis = self.code.array("basis").astype(np.float32)
         length = np.linalg.norm(basis, axis=1)
-        spread = self.code.array("spread") * self.code.of_both("scale") * length
+        variance = fitting.variance(self.code) * np.square(self.code.of_both("scale") * length)
         # A view varies by the sum and by the difference; of version 1 the first segment is a view.
-        variance = np.square(spread if self.code.sums else spread[:1]).sum(axis=0)
+        variance = variance.sum(axis=0) if self.code.sums else variance[0]
         found = np.argsort(-variance, kind="stable")[:most]
         return self.code.array("mean").copy(), basis[found] / length[found, None]
 

@@ -144,6 +144,11 @@ class Subspace:
         """`scale` or `beta` of both segments, (2, d), whatever the version."""
         return np.broadcast_to(self.array(name), (2, self.dims))
 
+    @property
+    def joint(self) -> np.ndarray:
+        """bool (2, d): whether a coefficient is on the trellis."""
+        return np.arange(self.dims) < np.array(self.trellis)[:, None]
+
     @cached_property
     def _synthesis(self) -> np.ndarray:
         return self.array("basis").astype(np.float32)
@@ -358,7 +363,6 @@ def from_config(config: dict, where: str) -> Subspace:
         values = codec.array(name).astype(np.float64)
         good = bool(((values >= low) & (values <= high)).all())  # NaN compares false
         require(good, "a value beyond", f"{where}: {name}", RESTORE, f"values in [{low:g}, {high:g}]")
-    off = np.arange(codec.dims) >= np.array(codec.trellis)[:, None]
-    good = not (codec.of_both("beta")[off] > entropy.BETA_UNIT).any()
+    good = not (codec.of_both("beta")[~codec.joint] > entropy.BETA_UNIT).any()
     require(good, "a value beyond", f"{where}: beta", RESTORE, f"at most {entropy.BETA_UNIT} off the trellis")
     return codec

@@ -209,7 +209,7 @@ def test_the_entropy_models_are_those_of_the_data(fitted, unseen):
     rest = x[:, 1] - arrays["gain"] / 4096 * decoded[:, 0]
     joint = np.arange(codec.dims) < np.array(codec.trellis)[:, None]
     found = np.stack([(x[:, 0] ** 2).mean(0), (rest**2).mean(0)])
-    ratio = np.sqrt(fitting._widened(found, joint)) * 512 / arrays["spread"]
+    ratio = np.sqrt(fitting._model(found, joint)) * 512 / arrays["spread"]
     assert (np.abs(ratio.mean(axis=1) - 1) < 0.05).all()
     assert (np.abs(ratio - 1) < 0.25).all()
     lengths = arrays["scale"] * np.linalg.norm(arrays["basis"], axis=1)

@@ -303,7 +303,7 @@ def test_the_rates_that_steps_are_chosen_by_are_those_of_normal_numbers(ratio):
     for trellis, reach, part in ((0, 0.5, slice(choices.alone)), (250, 1.0, slice(choices.alone, None))):
         rows, decoded = quantised(x, stream, trellis, 250, np.empty(x.shape, np.uint8)), np.empty_like(x)
         entropy.dequantise(rows, stream, 250, np.full((2, 250), 1024 if trellis else 256, np.int32), decoded)
-        variance = float(fitting._widened(np.array([ratio**2]), np.array([trellis > 0]))[0])
+        variance = float(fitting._model(ratio**2, trellis > 0))
         found = information(decoded, reach, variance)
         assert found.std() < 1.3
         promised = np.interp(math.log(ratio), np.log(choices.ratio[part]), choices.rate[part])
