@@ -48,8 +48,8 @@ PEAK = 3e-3
 """Of Adam's learning rate, which follows one cycle."""
 CHUNK_PAIRS = 8192
 _SAMPLES = 40_000  # pairs per view, unless asked for otherwise
-FIT_PAIRS = 4096
-"""Pairs of the first view that a codec may be fitted to."""
+FIT_PAIRS = 7168
+"""Pairs of the first view that a codec may be fitted to: as many as `precompute-teacher` takes of ImageNet-1k."""
 _ENCODE_PAIRS = 2048  # at once: encoding takes some float64 copies of the logits
 
 

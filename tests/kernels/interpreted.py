@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.losses import DEFAULTS
 from support.subspace import coded, reference_decode, streams
+from triton.runtime import interpreter
 
 from kernels import EncodedPairs, ccd_loss, reference
 from pipeline.labels.epochs import decoder_of
@@ -21,6 +22,13 @@ def students(batch: int, classes: int, seed: int = 0, scale: float = 3.0) -> lis
 def long_rows(*classes: int) -> list:
     """Sizes of which a program takes seconds here."""
     return [pytest.param(count, marks=pytest.mark.slow) for count in classes]
+
+
+def needs_fma(name: str) -> None:
+    """Skip a case of logits that all lie far from zero where the interpreter rounds a multiply-add twice, as Triton
+    3.6's does: a GPU rounds it once."""
+    if name.startswith("all") and not hasattr(interpreter._interpreter, "fma_fp32"):
+        pytest.skip("this Triton's interpreter rounds a multiply-add twice")
 
 
 def call(logits, target, teacher, **options):

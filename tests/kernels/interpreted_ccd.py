@@ -13,7 +13,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from interpreted import CPU, TOLERANCE, assert_close, call, exact, hardware_exp2, long_rows, students, subspace
+from interpreted import (
+    CPU,
+    TOLERANCE,
+    assert_close,
+    call,
+    exact,
+    hardware_exp2,
+    long_rows,
+    needs_fma,
+    students,
+    subspace,
+)
 from support.losses import DEFAULTS, oracle, random_case
 from support.subspace import streams
 from torch.nn import functional as F
@@ -78,6 +89,7 @@ def hard_cases(classes: int) -> dict:
 @pytest.mark.parametrize("classes", [2, 100, *long_rows(8201)])
 @pytest.mark.parametrize("name", hard_cases(2))
 def test_hard_cases_meet_float64(classes, name):
+    needs_fma(name)
     logits, options = hard_cases(classes)[name]
     target = random_case(classes, 3)["target"]
     found, true = (function(logits[:2], target, logits[2:], **options) for function in (call, exact))
