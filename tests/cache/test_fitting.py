@@ -80,7 +80,7 @@ def fitted(seen) -> dict[float, Subspace]:
     return {budget: fitting.fit(seen, budget) for budget in (0.3, 0.05, 0.01, 0.002)}
 
 
-@pytest.mark.parametrize(("budget", "most"), [(0.05, 43.5), (0.01, 87), (0.002, 148)])
+@pytest.mark.parametrize(("budget", "most"), [(0.05, 39.5), (0.01, 82.5), (0.002, 143.5)])
 def test_labels_of_a_thousand_classes_fit_the_budget_in_few_bytes(fitted, unseen, budget, most):
     size, found, line = measured(fitted[budget], unseen)
     assert size <= most
@@ -88,7 +88,7 @@ def test_labels_of_a_thousand_classes_fit_the_budget_in_few_bytes(fitted, unseen
     assert found > 0.9 * budget, "a budget that is not used buys nothing"
     assert abs(line - 1) <= 0.02
     assert fitted[budget].dims <= simulated.FEATURES  # the rank of the head
-    assert fitted[0.05].segment <= 320  # bytes in memory: most coefficients take half a one
+    assert fitted[0.05].segment <= 336  # bytes in memory: most coefficients take half a one
 
 
 def test_a_fidelity_is_what_it_says(fitted, unseen):
@@ -155,7 +155,7 @@ def test_noise_per_coefficient_is_the_documented_and_its_share_of_dither_the_bes
     for segment, trellis in enumerate(codec.trellis):
         found, noise = (error[:, segment] ** 2).mean(axis=0), entropy.TRELLIS_NOISE[256]
         joint, found = found[:trellis], found[trellis:]
-        assert joint.mean() == pytest.approx(noise, rel=0.02)
+        assert joint[30:-30].mean() == pytest.approx(noise, rel=0.02)
         assert np.abs(joint[30:-30] - noise).max() < 5 * 0.33 / math.sqrt(512)
         share = fields(codec)["beta"][segment]
         assert (share[:trellis] == entropy.TRELLIS_DITHER).all()
@@ -198,6 +198,20 @@ def test_a_step_is_right_for_its_direction(fitted, unseen):
         assert len(tilted.pack(rows, stream)) / (2 * len(rows)) + exchange * math.log(other / loss) > 0.995 * size
 
 
+def test_noise_that_views_share_is_dearer_than_noise_that_they_do_not(fitted, seen, unseen, monkeypatch):
+    """By a third: of the sums' noise there is less than where both weigh the same, for next to no bytes."""
+
+    def share(codec: Subspace) -> float:
+        size = fields(codec)["scale"] * np.linalg.norm(fields(codec)["basis"], axis=1)
+        sums, differences = ((errors(codec, unseen)[2] * size) ** 2).mean(axis=(0, 2))
+        return sums / (sums + differences)
+
+    monkeypatch.setattr(fitting, "_SHARED", (1.0, 1.0))
+    equal = fitting.fit(seen, 0.05)
+    assert share(fitted[0.05]) < share(equal) - 0.02
+    assert measured(fitted[0.05], unseen)[0] < 1.01 * measured(equal, unseen)[0]
+
+
 def test_the_entropy_models_are_those_of_the_data(fitted, unseen):
     """Spreads say what pairs that were not fitted to do: to 5 % in the mean, and each to 25 %.
 
@@ -215,7 +229,6 @@ def test_the_entropy_models_are_those_of_the_data(fitted, unseen):
     lengths = arrays["scale"] * np.linalg.norm(arrays["basis"], axis=1)
     sums, differences = ((x * lengths) ** 2).mean(axis=(0, 2))
     assert differences < 0.3 * sums  # views of one image are alike
-    assert (lengths[1] < lengths[0]).mean() > 0.9, "what varies less is rounded more finely"
 
 
 # The choice
