@@ -5,7 +5,7 @@ again. u is a byte b of the pair's Philox stream: u = (2b - 255) / 512; position
 
 The entropy code knows the dither. x is modelled as a normal variable, so q has the probability of the interval of
 x that leads to it, [q - 1/2 - u, q + 1/2 - u]: at a few tenths of a step's spread this is half of what a code of q
-alone takes. The augmented view's mean is predicted from the original's decoded coefficient. The code is rANS (Duda,
+alone takes. The second segment's mean is predicted from the first's decoded coefficient. The code is rANS (Duda,
 arXiv:1311.2540) with a 64-bit state, 32-bit words and 16-bit probabilities, each at least 2^-16.
 
 Of coefficients finer than about a spread the leading ones are rounded together, on a trellis (Marcellin & Fischer,

@@ -126,8 +126,7 @@ def test_a_drift_says_how_far_chance_goes(fitted, unseen):
     assert "KL(T = 4)" in drifts[0].beyond(0.02)
     other = codec.encode(np.float32(1.2) * pairs, stream)
     steep = fidelity.drift(codec, pairs, other, stream)
-    assert steep.slope == pytest.approx(1.2, abs=3 * steep.slope_error)
-    assert steep.slope_error < 0.005
+    assert steep.slope == pytest.approx(1.2, abs=0.005)
     assert f"slope {steep.slope:.4g}, expected 1 ± 0.02" in steep.beyond(1.0)
 
 
@@ -298,8 +297,7 @@ def test_degenerate_logits_get_a_codec_within_the_budget(name):
     logits = DEGENERATE[name]
     codec = codecs.auto(logits, 0.05)
     assert codecs.from_config(json.loads(json.dumps(codec.config))) == codec
-    # Noise of one direction, of 128 pairs whose views share it: known to 8 %.
-    assert measured(codec, logits.astype(np.float32))[1] <= 0.062
+    assert measured(codec, logits.astype(np.float32))[1] <= 0.06
 
 
 def test_a_gain_beyond_its_range_is_cut_not_wrapped():

@@ -83,16 +83,11 @@ def paper_vid(learner, s, t, others, differ):
 
 
 def paper_ft(learner, s, t, others, differ):
-    """The teacher's factors by an SVD of the features that the code was fitted to, in the order of variance, which
-    the code's models know to a twentieth."""
+    """The teacher's factors by an SVD of the features that the code was fitted to."""
     seen = draw(512).reshape(-1, WIDTH).astype(np.float64)
     directions = np.linalg.svd(seen - seen.mean(0), full_matrices=False)[2][: WIDTH // 2]
     found = learner.beside.directions.numpy()
-    alike = np.abs(found @ directions.T)
-    np.testing.assert_allclose(alike.max(0), 1, atol=2e-3)  # 8 bits a number
-    np.testing.assert_allclose(alike.max(1), 1, atol=2e-3)
-    variance = ((seen - seen.mean(0)) @ found.T).var(0)
-    assert (variance[1:] < 1.05 * variance[:-1]).all()
+    np.testing.assert_allclose(np.abs((found * directions).sum(1)), 1, atol=2e-3)  # 8 bits a number
     first, middle, last = (learner.beside.translator[at] for at in (0, 2, 4))
     x = affine(s, first)
     x = affine(np.where(x > 0, x, 0.1 * x), middle)
