@@ -194,14 +194,13 @@ class _Choices:
 @cache
 def _choices() -> _Choices:
     """Alone, the rate is I(x; x + u), and beta minimises the variance of q - beta u - x: with f the fractional part of
-    x it is 6 E[f (1 - f)]. On the trellis it is that of the code's model, over its errors on random numbers."""
+    x it is 6 E[f (1 - f)]. On the trellis, whose cells hold two steps, it is h(x + e) - 1 with e the error, both
+    taken for normal."""
     ratios = np.exp(np.linspace(math.log(0.004), math.log(64.0), 240))
     z = np.linspace(-8, 8, 2001)
     density = np.exp(-z * z / 2)
     density /= density.sum()
-    rates, betas, joint = [], [], []
-    errors = np.quantile(_trellis_errors(), np.linspace(0.005, 0.995, 100))
-    few, share = z[::20], density[::20] / density[::20].sum()
+    rates, betas = [], []
     for r in ratios:
         # The density of x + u is flat but for 8 spreads on either side of its edges.
         edge = np.linspace(-8 * r, 8 * r, 1601)
@@ -210,34 +209,15 @@ def _choices() -> _Choices:
         rates.append(np.trapezoid(-f * np.log2(f), y))
         part = np.abs(z * r) % 1
         betas.append(min(6 * (density * part * (1 - part)).sum(), 1.0))
-        s = math.sqrt(_model(r * r, True))
-        p = _normal((few * r + errors[:, None] + 1) / s) - _normal((few * r + errors[:, None] - 1) / s)
-        joint.append(-(np.log2(np.maximum(p, 2.0**-16)) @ share).mean())
-    beta = np.array(betas)
+    beta, error = np.array(betas), entropy.TRELLIS_NOISE[_STATES]
+    joint = np.log2(2 * math.pi * math.e * (ratios**2 + error)) / 2 - 1
     return _Choices(
         ratio=np.tile(ratios, 2),
-        rate=np.array(rates + joint),
-        noise=np.concatenate([(1 - (1 - beta) ** 2) / 12, np.full(len(beta), entropy.TRELLIS_NOISE[_STATES])]),
+        rate=np.concatenate([rates, joint]),
+        noise=np.concatenate([(1 - (1 - beta) ** 2) / 12, np.full(len(beta), error)]),
         beta=np.concatenate([beta, np.full(len(beta), entropy.TRELLIS_DITHER)]),
         alone=len(beta),
     )
-
-
-# On the trellis errors are nearly normal, but the entropy code's model is of intervals, which takes them for even. So
-# another variance than a coefficient's own codes it in the fewest bits: fitted here, and missed by 0.0001 bits at most.
-_LEAST, _FALL, _HALF = 0.0425, 0.1875, 0.3135
-
-
-def _model(variance, joint):
-    """The variance of the entropy code's model, of coefficients of this one in steps squared, on the trellis or not."""
-    return variance + np.where(joint, _LEAST - _FALL * variance / (variance + _HALF), 0)
-
-
-def _own(model: np.ndarray, joint: np.ndarray) -> np.ndarray:
-    """What `_model` was given."""
-    rest = model - _LEAST
-    middle = (rest + _FALL - _HALF) / 2
-    return np.where(joint, np.maximum(middle + np.sqrt(middle**2 + np.maximum(rest, 0) * _HALF), 0), model)
 
 
 def noise(code: Subspace) -> np.ndarray:
@@ -249,7 +229,7 @@ def noise(code: Subspace) -> np.ndarray:
 def variance(code: Subspace) -> np.ndarray:
     """f64 (2, d): variances of a code's coefficients, in steps squared, as its models have them."""
     model = np.square(code.array("spread") / entropy.UNIT)
-    first, rest = _own(model, code.joint) if code.sums else model
+    first, rest = np.maximum(model - noise(code) * code.joint, 0) if code.looks_ahead else model
     return np.stack([first, rest + np.square(code.array("gain") / entropy.GAIN_UNIT) * (first + noise(code)[0])])
 
 
@@ -263,17 +243,6 @@ def _normal(x: np.ndarray) -> np.ndarray:
 def _normal_table() -> tuple[np.ndarray, np.ndarray]:
     grid = np.linspace(-9, 9, 9001)
     return grid, np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in grid])
-
-
-def _trellis_errors() -> np.ndarray:
-    x = np.random.default_rng(0).uniform(-16, 16, (64, 512)).astype(np.float32)
-    labels, q = entropy.labels(_STATES), np.empty(512, np.int32)
-    near, older = np.empty((512, 4), np.int32), np.empty((512, _STATES), np.bool_)
-    found = []
-    for row in x:
-        entropy.nearest(row, labels, 512, near, older, q)
-        found.append(q - row)
-    return np.concatenate(found)
 
 
 def _allocate(spread: np.ndarray, felt: np.ndarray, kl: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -315,10 +284,11 @@ def _code(found: Directions, moments: np.ndarray, kl: float) -> Subspace:
     sums, differences, both = moments[:, order] / [step[0] ** 2, step[1] ** 2, step[0] * step[1]]
     gain = np.clip(both / (sums + noise[0]), -7.9, 7.9)
     rest = np.maximum(differences - gain * (2 * both - gain * (sums + noise[0])), 0)
-    variance = _model(np.array([sums, rest]), beta > 1)
+    # On the trellis models are of what is decoded, errors and all; off it, of intervals of what is coded.
+    variance = np.array([sums, rest]) + noise * (beta > 1)
     peak = np.abs(basis).max(axis=1)
     return Subspace(
-        version=3,
+        version=4,
         classes=basis.shape[1],
         dims=len(order),
         trellis=(int(joint[0].sum()), int(joint[1].sum())),

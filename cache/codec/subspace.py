@@ -39,9 +39,9 @@ _ALIGN = 16  # bytes: a view's segment can be read in vectors
 _MAX_BYTES = 1 << 32
 _HEADER = 5  # number of pairs, and whether their dither keys are left out
 _KEY_BYTES = 8
-_STATES = {1: 8, 3: 256}
+_STATES = {1: 8, 3: 256, 4: 256}
 """Versions -> states of the trellis."""
-_HEADER_FORMAT = {1: 2, 3: 3}
+_HEADER_FORMAT = {1: 2, 3: 3, 4: 4}
 """Versions, which are a config's format -> that of the header beside arrays."""
 CONFIG_FORMATS, HEADER_FORMATS = tuple(_HEADER_FORMAT), tuple(_HEADER_FORMAT.values())
 _RANGES = (  # of the arrays' values
@@ -163,6 +163,11 @@ class Subspace:
     def _trellis(self) -> tuple[np.ndarray, np.ndarray]:
         return np.array(self.trellis), entropy.labels(self.states)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the entropy code of a coefficient on the trellis sees the dither of those after it."""
+        return self.version > 3
+
     @cached_property
     def _models(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         beta = self.of_both("beta")[0]
@@ -220,7 +225,7 @@ class Subspace:
             raise ValueError("codes of other dither keys")
         views, carried = views[there], carried[there]
         words = np.empty(2 * self.dims * len(views) + 2, "<u4")
-        used = entropy.encode(views, carried, *self._trellis, self.wide, *self._models, words)
+        used = entropy.encode(views, carried, *self._trellis, self.looks_ahead, self.wide, *self._models, words)
         if not used or codes[:, _KEY_BYTES:_ALIGN].any():
             raise ValueError("codes that no logits make")
         kept = b"" if dither_keys is not None else carried.astype("<u8").tobytes()
@@ -257,7 +262,7 @@ class Subspace:
             raise ValueError("packed codes cut short")
         views = untouched((len(dither_keys), 2, self.segment))
         words = np.frombuffer(data, "<u4", offset=at)
-        if not entropy.decode(words, dither_keys, *self._trellis, self.wide, *self._models, views):
+        if not entropy.decode(words, dither_keys, *self._trellis, self.looks_ahead, self.wide, *self._models, views):
             raise ValueError("packed codes that do not end where they should")
         codes = untouched((count, self.row_bytes))
         codes[there] = self._codes(views, dither_keys)

@@ -222,20 +222,20 @@ def test_another_rows_dither_makes_far_more_noise(repeated):
 # Config
 
 
-def test_the_three_formats_are_told_apart():
+def test_the_formats_are_told_apart():
     """Of codes by their config's, and of stores by their header's."""
-    for version, beside in ((1, 2), (3, 3)):
+    for version, beside, another in ((1, 2, 3), (3, 3, 1), (4, 4, 1)):
         codec = coded(version=version)
         assert codec.config["format"] == version
         assert subspace.split(codec)[0]["format"] == beside
-        for other in (0, 2, 4, 1.0, "3", None, True):
-            with pytest.raises(UserError, match=r"unknown format of subspace; found .* expected 1 or 3"):
+        for other in (0, 2, 5, 1.0, "3", None, True):
+            with pytest.raises(UserError, match=r"unknown format of subspace; found .* expected 1 or 3 or 4"):
                 codecs.from_config({**codec.config, "format": other})
         with pytest.raises(UserError, match=r"codec: "):
-            codecs.from_config({**codec.config, "format": 4 - version})
+            codecs.from_config({**codec.config, "format": another})
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [1, 3, 4])
 def test_a_config_survives_json_and_decides_equality(version):
     codec = coded(seed=1, version=version)
     again = codecs.from_config(json.loads(json.dumps(codec.config)))

@@ -20,7 +20,7 @@ def coded(
     wide: int = 8,
     seed: int = 0,
     trellis: int | tuple[int, int] = 0,
-    version: int = 3,
+    version: int = 4,
     **arrays,
 ) -> Subspace:
     """A code of random directions; `arrays` replace those drawn here, (d,) or (2, d) for both segments."""
@@ -29,7 +29,7 @@ def coded(
     frame = np.linalg.qr((frame - frame.mean(axis=1, keepdims=True)).T)[0].T
     peak = np.abs(frame).max(axis=1)
     joint = (trellis,) * 2 if isinstance(trellis, int) else trellis
-    segments = (2, dims) if version == 3 else (dims,)
+    segments = (2, dims) if version > 1 else (dims,)
     drawn = {
         "mean": rng.normal(size=classes),
         "basis": np.rint(frame / peak[:, None] * 127),
@@ -41,9 +41,9 @@ def coded(
     }
     for name in ("scale", "beta"):
         both = np.broadcast_to(drawn[name], (2, dims))
-        drawn[name] = both if version == 3 else both[0]
+        drawn[name] = both if version > 1 else both[0]
     text = {name: base64.b64encode(np.asarray(drawn[name], TYPES[name]).tobytes()).decode() for name in TYPES}
-    sizes = {"classes": classes, "dims": dims, "trellis": list(joint) if version == 3 else joint[0], "wide": wide}
+    sizes = {"classes": classes, "dims": dims, "trellis": list(joint) if version > 1 else joint[0], "wide": wide}
     made = codecs.from_config({"name": "subspace", "format": version, **sizes, **text})
     assert isinstance(made, Subspace)
     return made
@@ -108,7 +108,7 @@ def reference_decode(codec: Subspace, rows: np.ndarray, stream: np.ndarray) -> t
     arrays = fields(codec)
     steps = integers(rows, codec.dims, codec.wide) - arrays["beta"] * dither(stream, codec.dims)
     along, size = steps * arrays["scale"], np.abs(steps * arrays["scale"])
-    if codec.version == 3:
+    if codec.version > 1:
         along, size = turned(along), np.repeat(size.sum(axis=1, keepdims=True), 2, axis=1)
     size = size @ np.abs(arrays["basis"]) + np.abs(arrays["mean"])
     return arrays["mean"] + along @ arrays["basis"], (codec.dims + 5) * U * size
@@ -123,7 +123,7 @@ def resolved(codec: Subspace, vectors: np.ndarray) -> np.ndarray:
     """Coefficients f64 (B, 2, d) of both segments of vectors (B, 2, C), by least squares."""
     arrays = fields(codec)
     along = (vectors - arrays["mean"]) @ np.linalg.pinv(arrays["basis"])
-    return (turned(along) / 2 if codec.version == 3 else along) / arrays["scale"]
+    return (turned(along) / 2 if codec.version > 1 else along) / arrays["scale"]
 
 
 def with_coefficients(codec: Subspace, steps: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ def with_coefficients(codec: Subspace, steps: np.ndarray) -> np.ndarray:
     logits, rest = arrays["mean"], steps
     for _ in range(8):
         along = rest * arrays["scale"]
-        logits = logits + (turned(along) if codec.version == 3 else along) @ arrays["basis"]
+        logits = logits + (turned(along) if codec.version > 1 else along) @ arrays["basis"]
         rest = steps - coefficients(codec, logits)
     assert np.abs(rest).max(initial=0) < 1e-6 * (1 + np.abs(steps).max(initial=0))
     return logits.astype(np.float32)
@@ -144,10 +144,10 @@ def streams(count: int, seed: int = 0) -> np.ndarray:
 
 @st.composite
 def codes(draw) -> Subspace:
-    dims, version = draw(st.integers(1, 40)), draw(st.sampled_from([1, 3]))
+    dims, version = draw(st.integers(1, 40)), draw(st.sampled_from([1, 3, 4]))
     wide, *trellis = (draw(st.integers(0, dims)) for _ in range(1 + (version + 1) // 2))
     classes, seed = dims + draw(st.integers(1, 9)), draw(st.integers(0, 2**32))
-    return coded(classes, dims, wide, seed, tuple(trellis) if version == 3 else trellis[0], version)
+    return coded(classes, dims, wide, seed, tuple(trellis) if version > 1 else trellis[0], version)
 
 
 def text(dtype: str, *values, count: int = 24) -> str:

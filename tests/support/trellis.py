@@ -9,6 +9,9 @@ from cache.codec.subspace import Subspace
 TAPS = {8: ((0,), (1, 2)), 256: ((0, 1, 6), (0, 1, 2, 5, 6, 7))}
 """States -> bits of a state: those whose sum is the parity of what may come, and those that what enters is added to."""
 
+NOISE = 0.2466
+"""Variance of the error on the trellis of 256 states, in steps squared."""
+
 
 def rows_of(codec: Subspace, q: np.ndarray, stream: np.ndarray) -> np.ndarray:
     """Rows u8 (B, row_bytes) of integers (B, 2, d) and their keys, written from the format."""
@@ -42,7 +45,7 @@ def as_path(q: np.ndarray, trellis: int, states: int = 256) -> np.ndarray:
 
 def as_paths(q: np.ndarray, codec: Subspace) -> np.ndarray:
     """Integers (B, 2, d) that are paths of the codec's trellis in both segments."""
-    states = {1: 8, 3: 256}[codec.version]
+    states = 8 if codec.version == 1 else 256
     return np.stack([as_path(q[:, segment], codec.trellis[segment], states) for segment in range(2)], axis=1)
 
 
@@ -66,18 +69,20 @@ def tables(draw, codec: Subspace) -> np.ndarray:
 
 
 def normal_codec(
-    gain: int = 2867, spread: float = 1.0, trellis: int | tuple[int, int] = 0
+    gain: int = 2867, spread: float = 1.0, trellis: int | tuple[int, int] = 0, version: int = 4
 ) -> tuple[Subspace, np.ndarray, np.ndarray]:
     """A code whose models are true, and rows of it: coefficients normal of 0.03 to 10 steps' spread."""
     sizes = np.geomspace(10, 0.03, 24) * spread
-    joint = np.broadcast_to(trellis, 2)[:, None]
+    joint = np.arange(24) < np.broadcast_to(trellis, 2)[:, None]
+    error = np.where(joint, NOISE if version > 3 else 0, 0)  # which models that look ahead have too
     codec = coded(
         wide=8,
         trellis=trellis,
         scale=np.full(24, 1e-3),
-        beta=np.where(np.arange(24) < joint, 1024, 256),
-        spread=np.maximum(np.rint(512 * np.stack([sizes, 0.7 * sizes])), 1),
+        beta=np.where(joint, 1024, 256),
+        spread=np.maximum(np.rint(512 * np.sqrt(np.square([sizes, 0.7 * sizes]) + error)), 1),
         gain=np.full(24, gain),
+        version=version,
     )
     rng, stream = np.random.default_rng(7), streams(400)
     x = np.repeat(rng.normal(size=(400, 1, 24)) * sizes, 2, axis=1)
