@@ -80,7 +80,7 @@ def fitted(seen) -> dict[float, Subspace]:
     return {budget: fitting.fit(seen, budget) for budget in (1.0, 0.05, 0.01, 0.002)}
 
 
-@pytest.mark.parametrize(("budget", "most"), [(0.05, 39.5), (0.01, 82.5), (0.002, 143.5)])
+@pytest.mark.parametrize(("budget", "most"), [(0.05, 37.5), (0.01, 82), (0.002, 143)])
 def test_labels_of_a_thousand_classes_fit_the_budget_in_few_bytes(fitted, unseen, budget, most):
     size, found, line = measured(fitted[budget], unseen)
     assert size <= most
@@ -168,13 +168,13 @@ def test_noise_per_coefficient_is_the_documented_and_its_share_of_dither_the_bes
         assert expected.sum() <= 1.02 * (fraction * (1 - best) + best**2 / 12).sum()
 
 
-def test_the_trellis_saves_an_eighth_of_the_bytes(fitted, seen, unseen, monkeypatch):
+def test_the_trellis_saves_a_fifth_of_the_bytes(fitted, seen, unseen, monkeypatch):
     choices = fitting._choices()
     dear = np.where(np.arange(len(choices.rate)) < choices.alone, choices.rate, np.inf)
     monkeypatch.setattr(fitting, "_choices", lambda: replace(choices, rate=dear))
     alone = fitting.fit(seen, 0.05)
     assert alone.trellis == (0, 0)
-    assert measured(fitted[0.05], unseen)[0] < 0.875 * measured(alone, unseen)[0]
+    assert measured(fitted[0.05], unseen)[0] < 0.8 * measured(alone, unseen)[0]
 
 
 def test_a_step_is_right_for_its_direction(fitted, unseen):
