@@ -142,11 +142,13 @@ class Store:
         self._read_into(view, block, out)
         return out
 
-    def load_plane(self, view: int, out: np.ndarray | None = None, progress: Progress | None = None) -> Plane:
+    def load_plane(
+        self, view: int, out: np.ndarray | None = None, progress: Progress | None = None, workers: int | None = None
+    ) -> Plane:
         """All samples' labels of one view, every block checked against its commit.
 
-        `out` u8 (N, row_bytes), if given, takes the codes, and holds anything after an error. Raises UserError
-        if a block is missing or damaged, or for want of memory.
+        `out` u8 (N, row_bytes), if given, takes the codes, and holds anything after an error. `workers` threads unpack,
+        by default those of the store. Raises UserError if a block is missing or damaged, or for want of memory.
         """
         samples, width, blocks = self.manifest.samples, self.codec.row_bytes, self.manifest.blocks
         if out is not None and (out.shape != (samples, width) or out.dtype != np.uint8 or not out.flags.c_contiguous):
@@ -158,7 +160,7 @@ class Store:
             found = f"{samples * width:,} bytes wanted"
             raise UserError(f"no memory for a plane of store {self.path}", found=found, fix="map planes") from None
 
-        with closing(each(lambda block: self.fill(view, block, plane), range(blocks), self.workers)) as done:
+        with closing(each(lambda block: self.fill(view, block, plane), range(blocks), workers or self.workers)) as done:
             for count, _ in enumerate(done, 1):
                 if progress:
                     progress(count, blocks)

@@ -43,18 +43,20 @@ def planes(
     plane: Plane | None = None
     ahead: Future[Plane] | None = None
 
-    def load(view: int) -> Plane:
+    def load(view: int, workers: int) -> Plane:
         if share:
-            return shared.load(store, view, share, progress)
+            return shared.load(store, view, share, progress, workers)
         out = _mapped((store.manifest.samples, store.codec.row_bytes), folder) if mode == "mmap" else None
-        return store.load_plane(view, out, progress)
+        return store.load_plane(view, out, progress, workers)
 
+    # The first plane is waited for. The next ones leave the cores to those who decode images.
+    every = max(store.workers, len(os.sched_getaffinity(0)) // (share.world if share else 1))
     with ThreadPoolExecutor(1, thread_name_prefix="plane") as pool:
         while view is not None:
             if plane is None or plane.view != view:
-                plane = (ahead or pool.submit(load, view)).result()
+                plane = (ahead or pool.submit(load, view, every)).result()
             following = next(remaining, None)
-            ahead = None if following in (None, view) else pool.submit(load, following)
+            ahead = None if following in (None, view) else pool.submit(load, following, store.workers)
             yield plane
             view = following
 

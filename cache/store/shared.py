@@ -56,7 +56,7 @@ def room(store: Store, share: Share) -> bool:
     return free.f_bavail * free.f_frsize > 2 * store.manifest.samples * (store.codec.row_bytes + 8)
 
 
-def load(store: Store, view: int, share: Share, progress: Progress | None = None) -> Plane:
+def load(store: Store, view: int, share: Share, progress: Progress | None = None, workers: int | None = None) -> Plane:
     """A view's plane as `Store.load_plane` gives it; this process unpacks what no other one does.
 
     Raises UserError as `Store.load_plane` does, and for want of room in the folder.
@@ -101,7 +101,7 @@ def load(store: Store, view: int, share: Share, progress: Progress | None = None
     try:
         for wait in (False, True):
             left = []
-            with closing(each(partial(unpack, wait=wait), order, store.workers)) as results:
+            with closing(each(partial(unpack, wait=wait), order, workers or store.workers)) as results:
                 for result in results:
                     if result is not None:
                         left.append(result)

@@ -19,11 +19,14 @@ class Planes:
 
     def __init__(self, held: int | None = None, broken: int | None = None):
         self.loads: list[int] = []
+        self.threads: list[int] = []
+        self.workers = 4
         self.started, self.release = threading.Event(), threading.Event()
         self.held, self.broken = held, broken
 
-    def load_plane(self, view: int, out=None, progress=None) -> Plane:
+    def load_plane(self, view: int, out=None, progress=None, workers=None) -> Plane:
         self.loads.append(view)
+        self.threads.append(workers)
         if view == self.held:
             self.started.set()
             assert self.release.wait(300)
@@ -55,6 +58,14 @@ def test_the_next_plane_loads_while_one_is_in_use():
     assert store.started.wait(300)
     store.release.set()
     assert next(planes).view == 1
+
+
+def test_a_plane_that_is_waited_for_has_all_cores(monkeypatch):
+    for cores, first in ((64, 64), (2, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        store = Planes()
+        assert [plane.view for plane in cache.planes(store, [3, 3, 5, 1])] == [3, 3, 5, 1]
+        assert store.threads == [first, 4, 4]
 
 
 def test_an_error_surfaces_when_its_plane_is_due():
