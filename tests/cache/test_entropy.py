@@ -158,15 +158,16 @@ def path_bits(q: np.ndarray, centre: np.ndarray, spread: np.ndarray) -> float:
     (t,). It is added up from the first coefficient to the last, over the states that a path can be in.
     """
     states = np.arange(256)
+    moves = np.zeros((4, 256, 256))  # of integers mod 4, from one state to another
+    for integer in range(4):
+        allowed = states[parity(states) == integer % 2]
+        moves[integer, allowed, follow(allowed, np.array(integer))] = 1
     reached, bits = np.where(states == 0, 1.0, 0.0) * np.ones((len(q), 1)), 0.0
     for i in range(q.shape[1]):
-        then = np.zeros_like(reached)
-        for integer in range(-160, 161):
-            near = np.exp(-(((integer - centre[:, i]) / spread[i]) ** 2) / 2)
-            if near.max() < 1e-12:
-                continue
-            allowed = states[parity(states) == integer % 2]
-            np.add.at(then, (slice(None), follow(allowed, np.array(integer))), near[:, None] * reached[:, allowed])
+        integer = np.arange(-400, 401)
+        near = np.exp(-(((integer - centre[:, i, None]) / spread[i]) ** 2) / 2)
+        masses = [near[:, integer % 4 == kind].sum(axis=1, keepdims=True) for kind in range(4)]
+        then = sum(mass * (reached @ move) for mass, move in zip(masses, moves, strict=True))
         own = np.exp(-(((q[:, i] - centre[:, i]) / spread[i]) ** 2) / 2)
         bits -= np.log2(own / then.sum(axis=1)).sum()
         reached = then / then.sum(axis=1, keepdims=True)
