@@ -80,7 +80,8 @@ class Subspace:
     """
 
     version: int
-    """3; or 1, whose segments are the views, whose scale and beta are both segments', and whose trellis is smaller."""
+    """4; 3, which does not look ahead; or 1, whose segments are the views, whose scale and beta are both segments', and
+    whose trellis is smaller."""
     classes: int
     dims: int
     """d, directions."""
@@ -186,32 +187,32 @@ class Subspace:
 
     def quantised(self, vectors: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
         """`encode` of vectors f32 (B, 2, C) as they are, centred or not."""
-        views = np.empty((len(vectors), 2, self.segment), np.uint8)
-        dither_keys, steps = checked_keys(dither_keys, len(views)), self.project(vectors)
+        segments = np.empty((len(vectors), 2, self.segment), np.uint8)
+        dither_keys, steps = checked_keys(dither_keys, len(segments)), self.project(vectors)
         # Threads, as one core codes fewer vectors a second than a GPU's teacher makes.
-        size = max(_LEAST_PAIRS, -(-len(views) // min(_THREADS, len(os.sched_getaffinity(0)))))
+        size = max(_LEAST_PAIRS, -(-len(segments) // min(_THREADS, len(os.sched_getaffinity(0)))))
 
         def quantise(at: int) -> None:
             part = slice(at, at + size)
-            entropy.quantise(steps[part], dither_keys[part], *self._trellis, self.wide, views[part])
+            entropy.quantise(steps[part], dither_keys[part], *self._trellis, self.wide, segments[part])
 
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="quantise") as pool:
-            list(pool.map(quantise, range(0, len(views), size)))
-        return self._codes(views, dither_keys)
+            list(pool.map(quantise, range(0, len(segments), size)))
+        return self._codes(segments, dither_keys)
 
     def decode(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> np.ndarray:
         """u8 (B, row_bytes) -> f32 (B, 2, C); centred, each vector's mean is zero but for rounding.
 
         `dither_keys` u64 (B,) stand in for those that the codes carry.
         """
-        views, carried = self._parts(codes)
-        dither_keys = carried if dither_keys is None else checked_keys(dither_keys, len(views))
-        steps = np.empty((len(views), 2, self.dims), np.float32)
-        entropy.dequantise(views, dither_keys, self.wide, self.of_both("beta").astype(np.int32), steps)
+        segments, carried = self._parts(codes)
+        dither_keys = carried if dither_keys is None else checked_keys(dither_keys, len(segments))
+        steps = np.empty((len(segments), 2, self.dims), np.float32)
+        entropy.dequantise(segments, dither_keys, self.wide, self.of_both("beta").astype(np.int32), steps)
         along = steps * self.of_both("scale")
         along = turned(along) if self.sums else along
         decoded = along.reshape(-1, self.dims) @ self._synthesis + self.array("mean")
-        return decoded.reshape(len(views), 2, self.classes)
+        return decoded.reshape(len(segments), 2, self.classes)
 
     def pack(self, codes: np.ndarray, dither_keys: np.ndarray | None = None) -> bytes:
         """Entropy code of codes u8 (B, row_bytes).
@@ -219,13 +220,13 @@ class Subspace:
         With `dither_keys` u64 (B,) given they are left out, as `unpack` will be given them too; zeros are then a pair
         without labels. Raises ValueError for codes that `encode` does not make, or of other keys.
         """
-        views, carried = self._parts(codes)
+        segments, carried = self._parts(codes)
         there = codes.any(axis=1)
-        if dither_keys is not None and (carried != checked_keys(dither_keys, len(views)))[there].any():
+        if dither_keys is not None and (carried != checked_keys(dither_keys, len(segments)))[there].any():
             raise ValueError("codes of other dither keys")
-        views, carried = views[there], carried[there]
-        words = np.empty(2 * self.dims * len(views) + 2, "<u4")
-        used = entropy.encode(views, carried, *self._trellis, self.looks_ahead, self.wide, *self._models, words)
+        segments, carried = segments[there], carried[there]
+        words = np.empty(2 * self.dims * len(segments) + 2, "<u4")
+        used = entropy.encode(segments, carried, *self._trellis, self.looks_ahead, self.wide, *self._models, words)
         if not used or codes[:, _KEY_BYTES:_ALIGN].any():
             raise ValueError("codes that no logits make")
         kept = b"" if dither_keys is not None else carried.astype("<u8").tobytes()
@@ -260,22 +261,22 @@ class Subspace:
             at += size
         if (len(data) - at) % 4:
             raise ValueError("packed codes cut short")
-        views = untouched((len(dither_keys), 2, self.segment))
+        segments = untouched((len(dither_keys), 2, self.segment))
         words = np.frombuffer(data, "<u4", offset=at)
-        if not entropy.decode(words, dither_keys, *self._trellis, self.looks_ahead, self.wide, *self._models, views):
+        if not entropy.decode(words, dither_keys, *self._trellis, self.looks_ahead, self.wide, *self._models, segments):
             raise ValueError("packed codes that do not end where they should")
         codes = untouched((count, self.row_bytes))
-        codes[there] = self._codes(views, dither_keys)
+        codes[there] = self._codes(segments, dither_keys)
         return codes
 
-    def _codes(self, views: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
-        codes = np.zeros((len(views), self.row_bytes), np.uint8)
+    def _codes(self, segments: np.ndarray, dither_keys: np.ndarray) -> np.ndarray:
+        codes = np.zeros((len(segments), self.row_bytes), np.uint8)
         codes[:, :_KEY_BYTES] = dither_keys.astype("<u8").view(np.uint8).reshape(-1, _KEY_BYTES)
-        codes[:, _ALIGN:] = views.reshape(len(views), 2 * self.segment)
+        codes[:, _ALIGN:] = segments.reshape(len(segments), 2 * self.segment)
         return codes
 
     def _parts(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Views u8 (B, 2, segment) and dither keys u64 (B,) of codes."""
+        """Segments u8 (B, 2, segment) and dither keys u64 (B,) of codes."""
         codes = checked_codes(codes, self)
         carried = codes[:, :_KEY_BYTES].copy().view("<u8").astype(np.uint64).reshape(len(codes))
         return np.ascontiguousarray(codes[:, _ALIGN:]).reshape(len(codes), 2, self.segment), carried
