@@ -37,12 +37,13 @@ def run(config: Bench) -> dict:
     path = config.json or out / "bench.json"
     machine = machines.describe()
     found: dict[str, Any] = {}
+    whole = {}
     for name in names:
         rounds = config.rounds or SUITES[name]
         chosen = dataclasses.replace(config, suite=name, rounds=rounds, arms=None, json=None, out=None)
         found[name] = import_module(MODULES[name]).run(chosen)
-        harness.write(path, document(machine, config, found))
-    whole = document(machine, config, found)
+        whole = document(machine, config, found)
+        harness.write(path, whole)
     page = out / "bench.html"
     write_atomically(page, all_page.render(whole))
     console_out.print(f"page: {page}; figures: {path}", highlight=False)
