@@ -307,8 +307,9 @@ def long_loss(
     all_h = tl.sum(sum_h * less_h, 0) + tl.sum(e_h, 0)
     all_q = tl.sum(sum_q * less_q, 0) + tl.sum(e_q, 0)
     all_p = tl.sum(sum_p * less_p, 0) + tl.sum(e_p, 0)
-    if valid is not None:  # the sums of a row that is not read are 0
+    if valid is not None:  # the sums of a row that is not read are 0, and its shifts beyond any exponential
         all_h, all_q, all_p = tl.where(live, all_h, 1.0), tl.where(live, all_q, 1.0), tl.where(live, all_p, 1.0)
+        to_z, to_t, to_h = tl.where(live, to_z, 0.0), tl.where(live, to_t, 0.0), tl.where(live, to_h, 0.0)
     by_h, by_q, by_p = inverses(all_h, all_q, all_p, HARD)
     if HARD:
         h_y = tl.fma(z_y, LOG2_E, to_h) if POWER == 0 else tl.fma(z_y, c, to_z) * POWER
