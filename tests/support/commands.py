@@ -1,11 +1,16 @@
 """Commands run as a user runs them."""
 
+import pytest
+
 from pipeline import cli
+from pipeline.system import terminal
 
 
 def command(capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    code = cli.main([str(argument) for argument in arguments])
+    """Exit code, stdout, stderr, on which no slow machine says how far it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(terminal, "_PLAIN_SECONDS", 3600.0)
+        code = cli.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
