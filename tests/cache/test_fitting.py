@@ -127,7 +127,7 @@ def test_a_drift_says_how_far_chance_goes(fitted, unseen):
     other = codec.encode(np.float32(1.2) * pairs, stream)
     steep = fidelity.drift(codec, pairs, other, stream)
     assert steep.slope == pytest.approx(1.2, abs=0.005)
-    assert f"slope {steep.slope:.4g}, expected 1 ± 0.02" in steep.beyond(1.0)
+    assert f"slope {steep.slope:.3f}, expected 1 ± 0.02" in steep.beyond(1.0)
 
 
 def test_the_code_of_a_large_teacher_survives_json(fitted):
