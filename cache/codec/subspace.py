@@ -115,6 +115,11 @@ class Subspace:
         return _STATES[self.version]
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether the entropy code of a coefficient on the trellis sees the dither of those after it."""
+        return self.version > 3
+
+    @property
     def segment(self) -> int:
         """Bytes of one of a pair's two segments."""
         return -(-(self.wide + (self.dims - self.wide + 1) // 2) // _ALIGN) * _ALIGN
@@ -163,11 +168,6 @@ class Subspace:
     @cached_property
     def _trellis(self) -> tuple[np.ndarray, np.ndarray]:
         return np.array(self.trellis), entropy.labels(self.states)
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether the entropy code of a coefficient on the trellis sees the dither of those after it."""
-        return self.version > 3
 
     @cached_property
     def _models(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
