@@ -13,7 +13,7 @@ from cache.errors import UserError
 from cache.store import layout
 from cache.store.blocks import GROWING, ROOT, Store, padded
 from cache.store.manifest import Manifest, check
-from cache.store.objects import Damaged, Files, connect, framed, place_of
+from cache.store.objects import connect, framed, place_of
 from cache.store.opening import open
 
 
@@ -36,7 +36,7 @@ def create(path: str | Path, manifest: Manifest, status: np.ndarray, key_hash: n
     values = {layout.CODEC + name: array for name, array in fitted.items()} | {"status": status, "key_hash": key_hash}
     for key, data in _initial({**layout.codec_arrays(header), **layout.arrays(manifest, codec)}, values):
         # The first object that differs says who wins.
-        if not files.create(key, data) and not holds(files, key, data):
+        if not files.create(key, data) and not files.holds(key, data):
             raise UserError(f"{place} exists", found="the beginnings of another store", fix=another)
     if not files.create(ROOT, layout.group_json(attributes)):
         raise UserError(f"{place} exists", found="a store that another process has just made", fix=another)
@@ -124,11 +124,3 @@ def _initial(
         for chunk in range(first // rows, -(-len(values) // rows)):
             part = values[chunk * rows : (chunk + 1) * rows]
             yield layout.key(name, arrays[name], chunk), framed(padded(part, arrays[name]))
-
-
-def holds(files: Files, key: str, data: bytes) -> bool:
-    """Is the object there, and are these its bytes?"""
-    try:
-        return files.get(key, len(data), len(data)).tobytes() == data
-    except Damaged:
-        return False

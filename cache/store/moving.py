@@ -9,7 +9,7 @@ from pathlib import Path
 from cache.errors import UserError
 from cache.store import layout
 from cache.store.blocks import ROOT, Progress, Store
-from cache.store.making import exists, holds
+from cache.store.making import exists
 from cache.store.objects import connect, each, place_of
 from cache.store.opening import open
 
@@ -29,7 +29,7 @@ def copy(store: Store, to: str | Path, progress: Progress | None = None) -> Stor
         raise UserError(f"{place} exists", found="something else than a store", fix="choose another place")
     for key in _beginnings(store):
         data = store.raw(key)
-        if not target.create(key, data) and not holds(target, key, data):
+        if not target.create(key, data) and not target.holds(key, data):
             raise UserError(f"{place} exists", found=f"a store with another {key}", fix="choose another place")
     missing = set(store.missing_blocks())
     blocks = product(range(store.manifest.views), range(store.manifest.blocks))
@@ -38,10 +38,10 @@ def copy(store: Store, to: str | Path, progress: Progress | None = None) -> Stor
 
     def carry(block: tuple[int, int]) -> None:
         commit = store.raw(store.key("commit", *block))
-        if block not in have and holds(target, store.key("commit", *block), commit):
+        if block not in have and target.holds(store.key("commit", *block), commit):
             return
         store.read_block(*block)
-        target.delete(store.key("commit", *block))
+        target.delete_others(store.key("commit", *block), commit)
         for name in store.block_arrays:
             key = store.key(name, *block)
             target.put(key, store.raw(key))

@@ -142,6 +142,21 @@ class Files:
         with contextlib.suppress(FileNotFoundError):
             self._patiently("write", lambda: obstore.delete(self.objects, key))
 
+    def delete_others(self, key: str, data: bytes) -> None:
+        """Delete an object if there is one of other bytes.
+
+        The same bytes are left alone. If another job has just written them, and all who would do so again are gone, the
+        object would stay missing should this process be killed now.
+        """
+
+        def differs() -> bool:
+            found = obstore.get(self.objects, key)
+            return found.meta["size"] != len(data) or found.bytes() != data
+
+        with contextlib.suppress(FileNotFoundError):
+            if self._patiently("write", differs):
+                self.delete(key)
+
     def has(self, key: str) -> bool:
         """Is there such an object?"""
         try:
@@ -149,6 +164,13 @@ class Files:
         except FileNotFoundError:
             return False
         return True
+
+    def holds(self, key: str, data: bytes) -> bool:
+        """Is there such an object, and are these its bytes?"""
+        try:
+            return self.get(key, len(data), len(data)).tobytes() == data
+        except Damaged:
+            return False
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Bytes of every object below a folder, by key."""

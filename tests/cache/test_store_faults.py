@@ -343,6 +343,23 @@ def test_a_read_only_disk_can_be_read(tmp_path):
         assert_exact(cache.open(path), 1)
 
 
+@pytest.mark.parametrize("puts", range(len(BLOCKED) + 1))
+def test_a_job_that_dies_writes_no_block_of_another_away(tmp_path, monkeypatch, puts):
+    """Both compute the same block, the other commits it first, and this one is cut short after so many objects."""
+    store, left = fill(make(tmp_path / "s")), iter(range(puts))
+
+    def put(*_) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "_put", put)
+        with pytest.raises(KeyboardInterrupt):
+            store.write_block(0, 1, *content(store, 0, 1))
+    assert store.missing_blocks() == []
+    assert_exact(store, 0)
+
+
 @pytest.mark.parametrize("name", [*BLOCKED, "commit"])
 @pytest.mark.parametrize("committed", [False, True])
 def test_no_space_for_any_array_leaves_the_block_missing(tmp_path, monkeypatch, name, committed):
