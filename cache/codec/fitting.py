@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -106,10 +106,9 @@ def search(
     # The more pairs, the better the directions: 4,096 vectors for 512 of them cost a byte less than 3,072. The moments
     # stay those of pairs that the directions were not fitted to, rank by rank: in the fitted pairs themselves the last
     # of 1000 directions have half the variance that they have in others.
-    whole = find(slice(None))
-    own = _moments(_coefficients(vectors, whole))
-    own[:, : moments.shape[1]] = moments[:, : own.shape[1]]
-    return _code(whole, own, nominal)
+    whole, known = find(slice(None)), moments.shape[1]
+    beyond = _moments(_coefficients(vectors, replace(whole, basis=whole.basis[known:])))
+    return _code(whole, np.hstack([moments[:, : len(whole.basis)], beyond]), nominal)
 
 
 @dataclass(frozen=True)
