@@ -1,7 +1,6 @@
-"""Data sets that several tests read; each is prepared once, by the product, from real encoded images."""
+"""How the tests are run: on which threads, in which order, and with which fixtures."""
 
 import os
-from pathlib import Path
 
 # Processes of pytest-xdist share the cores, which PyTorch in each of them would take for its own.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
@@ -9,17 +8,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 
 import pipeline  # noqa: F401, before torch and NumPy are imported here and in child processes  # isort: skip
 
-import pytest
-from support import interpreter, undrawn  # noqa: F401, runs of tests draw no plots
-from support.passes import network, teacher_pass
-from support.tars import mixed_tar, tar_of
-
-from pipeline.config import PrecomputeTeacher
-from pipeline.data import prepare
-from pipeline.data.index import Index
-from pipeline.demo import POLICY
-from pipeline.labels import precompute
-from pipeline.networks import models
+from support import interpreter
 
 LONG = (
     "test_jda",  # compiles the pixel kernels, which the others then find compiled
@@ -38,63 +27,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.hasten()
 
 
+def pytest_configure(config):
+    """The process that hands the tests out runs none, so it starts without their fixtures, which import everything."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("support.datasets")
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
-
-@pytest.fixture(scope="session")
-def mixed(tmp_path_factory) -> Index:
-    folder = tmp_path_factory.mktemp("mixed")
-    mixed_tar(folder / "shard-0.tar")
-    prepare.build(f"webdataset:{folder}/shard-*.tar", folder / "data", classes=10)
-    return Index.open(folder / "data")
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory) -> Path:
-    """A tenth of the digits, in train and val parts that both hold every class."""
-    folder = tmp_path_factory.mktemp("digits")
-    prepare.build("digits", folder / "all")
-    for split in ("train", "val"):
-        index = Index.open(folder / "all", split=split)
-        members = {}
-        for row in range(0, len(index), 8):
-            members[f"{split}{row:05d}.jpg"] = index.read(row)
-            members[f"{split}{row:05d}.cls"] = str(index.records["label"][row]).encode()
-        tar_of(folder / f"{split}.tar", members)
-        prepare.build(f"webdataset:{folder}/{split}.tar", folder / "data" / split, classes=10)
-    return folder / "data"
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory) -> str:
-    """A teacher with random weights: labels are labels."""
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    models.save_weights(models.create("cifar/resnet8", 10, seed=3).module, path)
-    return f"cifar/resnet8@{path}"
-
-
-@pytest.fixture(scope="session")
-def labels(digits, teacher, tmp_path_factory) -> Path:
-    """A store of two views of the digits; tests that harm a store take a copy."""
-    store = tmp_path_factory.mktemp("labels") / "labels.zarr"
-    precompute.run(
-        PrecomputeTeacher(
-            data=digits, teacher=teacher, store=store, views=2, policy=POLICY, codec="int8", block_rows=64, device="cpu"
-        )
-    )
-    return store
-
-
-@pytest.fixture(scope="session")
-def certain(digits, tmp_path_factory) -> str:
-    """A teacher with random weights whose logits are as varied as a trained one's."""
-    path = tmp_path_factory.mktemp("certain") / "teacher.safetensors"
-    models.save_weights(network(digits), path)
-    return f"cifar/resnet8@{path}"
-
-
-@pytest.fixture(scope="session")
-def featured(digits, certain, tmp_path_factory) -> Path:
-    """A store of a view of the digits with that teacher's features."""
-    return teacher_pass(digits, certain, tmp_path_factory.mktemp("featured") / "labels.zarr", views=1, features=True)

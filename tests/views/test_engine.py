@@ -271,7 +271,7 @@ def test_without_gpu_and_interpreter_it_says_so(small, monkeypatch):
 def test_all_but_decoding_works_without_dali():
     """Tests marked gpu must be collected where it is missing, and a store's labels read."""
     code = "import sys; sys.modules['nvidia'] = None; sys.modules['nvidia.dali'] = None\n"
-    code += "import conftest, pipeline.cli, pipeline.labels.verify, pipeline.views.on_gpu, bench.gpu_acceptance"
+    code += "import support.datasets, pipeline.cli, pipeline.labels.verify, pipeline.views.on_gpu, bench.gpu_acceptance"
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
