@@ -45,6 +45,7 @@ from cache.store.plane import Plane
 _COMMITTED = 1 << 32
 ROOT = "zarr.json"
 _MAX_OBJECT_BYTES = 1 << 33  # twice a chunk
+_ATTEMPTS = 10
 _RERUN = "run precompute-teacher again, it resumes"
 GROWING = ("dataset", "samples", "views", "block_rows")
 """The fields of a manifest's identity that say how much is stored, not what."""
@@ -112,8 +113,9 @@ class Store:
 
         `weight` is rounded to steps of 2⁻²⁰, `energy` of 2⁻⁸. `digest` is the CRC-32 of each view's pixels, or, (n,),
         what `read_block` gave. `fidelity` is kept for information, see `Block`. Killed or failing at any moment it
-        leaves a block without a commit; or with it, if these very labels were committed before. Raises UserError if it
-        cannot be written.
+        leaves a block without a commit; or with it, if these very labels were committed before. Of jobs that write
+        the same block at once, to different labels even, one has written it in the end. Raises UserError if it cannot
+        be written.
         """
         start, stop = self.block_range(block)
         energy = np.empty((stop - start, 0), np.float32) if energy is None else energy
@@ -128,12 +130,26 @@ class Store:
         if self.manifest.format > 2:
             given = given._replace(weight=beside.rounded(weight, beside.WEIGHT_STEP))
             given = given._replace(energy=beside.rounded(energy, beside.ENERGY_STEP))
+        objects = [
+            (self.key(name, view, block), framed(self._chunk(name, view, block, values)))
+            for name, values in zip(self.block_arrays, given, strict=False)
+        ]
         commit = self._commit_of(_crc(given.codes), view, block, given).to_bytes(8, "little")
-        key = self.key("commit", view, block)
-        self.files.delete_others(key, framed(commit))  # which must not vouch for half of these labels
-        for name, array in zip(self.block_arrays, given, strict=False):
-            self.files.put_chunk(self.key(name, view, block), self._chunk(name, view, block, array))
-        self.files.put_chunk(key, commit)
+        objects.append((self.key("commit", view, block), framed(commit)))
+        self.files.delete_others(*objects[-1])  # which must not vouch for half of these labels
+        for _ in range(_ATTEMPTS):
+            for key, data in objects:
+                self.files.put(key, data)
+            # GPUs differ in a logit's last bits, so another job may have put other labels between these. Who commits
+            # last finds all that the others put, and puts its own once more.
+            *ours, last = (self.files.holds(key, data) for key, data in objects)
+            if all(ours) or not last:
+                return
+        raise UserError(
+            f"cannot write store {self.path}",
+            found=f"other bytes than were written to view {view}, block {block}, {_ATTEMPTS} times",
+            fix=f"check the disk, let one job at a time write the store, then {_RERUN}",
+        )
 
     def read_block(self, view: int, block: int) -> Block:
         """One block, checked against its commit. Raises UserError if it is missing or damaged."""

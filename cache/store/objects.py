@@ -118,10 +118,6 @@ class Files:
         """Write an object, in place of any that is there."""
         self._put(key, data, None)
 
-    def put_chunk(self, key: str, data: bytes) -> None:
-        """Write a chunk and its CRC-32C."""
-        self._put(key, framed(data), None)
-
     def create(self, key: str, data: bytes) -> bool:
         """Write an object unless there is one, which is left alone: False.
 

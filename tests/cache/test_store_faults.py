@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import obstore
 import pytest
 from hypothesis import example, given, settings
@@ -358,6 +359,54 @@ def test_a_job_that_dies_writes_no_block_of_another_away(tmp_path, monkeypatch, 
             store.write_block(0, 1, *content(store, 0, 1))
     assert store.missing_blocks() == []
     assert_exact(store, 0)
+
+
+@given(turns=st.lists(st.booleans(), max_size=24))
+@example(turns=[True] * 2 + [False] * 5 + [True] * 3)
+@settings(max_examples=40, deadline=None)
+def test_of_jobs_that_write_other_labels_at_once_one_wins(turns, tmp_path_factory):
+    """Two write a block, object by object in any order; it is whole, and all of it is one's."""
+    store = make(tmp_path_factory.mktemp("race") / "s")
+    pairs, weight, digest, fidelity = content(store, 0, 1)
+    labels = {True: (pairs, weight, digest, fidelity), False: (pairs[::-1], weight[::-1], digest[::-1], fidelity)}
+    writing, left, put, moved = {True, False}, list(turns), Files._put, threading.Condition()
+
+    def in_turn(*arguments) -> None:
+        me = threading.current_thread().name == "True"
+        with moved:
+            moved.wait_for(lambda: not left or left[0] == me or len(writing) == 1)
+            put(*arguments)
+            del left[:1]
+            moved.notify_all()
+
+    def write(me: bool) -> None:
+        try:
+            store.write_block(0, 1, *labels[me])
+        finally:
+            with moved:
+                writing.remove(me)
+                moved.notify_all()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Files, "_put", in_turn)
+        jobs = [threading.Thread(target=write, args=(me,), name=str(me)) for me in labels]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+    found = store.read_block(0, 1)
+    assert any(all(map(np.array_equal, found, mine)) for mine in labels.values())
+
+
+def test_a_disk_that_keeps_other_bytes_is_one_line(tmp_path, monkeypatch):
+    store, put = make(tmp_path / "s"), Files._put
+
+    def spoilt(self, key, data, mode) -> None:
+        put(self, key, bytes(len(data)) if key.startswith("weight") else data, mode)
+
+    monkeypatch.setattr(Files, "_put", spoilt)
+    with pytest.raises(UserError, match=r"^cannot write store \S+; found other bytes [^;]*; fix: check the disk"):
+        store.write_block(0, 1, *content(store, 0, 1))
 
 
 @pytest.mark.parametrize("name", [*BLOCKED, "commit"])
