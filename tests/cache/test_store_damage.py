@@ -49,7 +49,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_its_file_or_chunk_named(tmp_path
                 if len(numbers) == 1
                 else rf"array {array}, view {numbers[0]}, block {numbers[1]};"
             )
-        for bit in dice.integers(0, 8 * len(sound), 12):
+        for bit in dice.integers(0, 8 * len(sound), 5):
             flipped = bytearray(sound)
             flipped[bit // 8] ^= 1 << bit % 8
             (path / name).write_bytes(flipped)
