@@ -60,17 +60,16 @@ def progress(
         TimeRemainingColumn(),
     )
     seen = _console_err.is_terminal
-    with (
-        _Noted(
-            *columns,
-            console=_console_err,
-            transient=True,
-            disable=not (show and seen),
-            speed_estimate_period=_RATE_SECONDS,
-        ) as bar,
-        _lines(lambda: _line(description, bar.tasks[0], bar.note)) if show and not seen else nullcontext(),
-    ):
-        task = bar.add_task(description, total=total, completed=completed, unit=unit)
+    bar = _Noted(
+        *columns,
+        console=_console_err,
+        transient=True,
+        disable=not (show and seen),
+        speed_estimate_period=_RATE_SECONDS,
+    )
+    task = bar.add_task(description, total=total, completed=completed, unit=unit)
+    lines = _lines(lambda: _line(description, bar.tasks[0], bar.note)) if show and not seen else nullcontext()
+    with bar, lines:
 
         def advance(count: int, note: str = "", found: bool = False) -> None:
             bar.note = note or bar.note
