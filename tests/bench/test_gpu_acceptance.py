@@ -110,7 +110,8 @@ def test_children_that_a_part_leaves_behind_are_killed(tmp_path):
     os.close(reader)
 
 
-@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])  # of a shell's background job
+# What children of a shell's background job inherit; pytest itself takes three seconds to start for each.
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, pytest.param(signal.default_int_handler, marks=pytest.mark.slow)])
 def test_tests_out_of_time_still_report_those_that_ran(tmp_path, limit, handler, request):
     before = signal.signal(signal.SIGINT, handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))

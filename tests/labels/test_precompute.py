@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support import pillow
-from support.processes import before, finished, stopped
+from support.processes import before, finished, ranked, stopped
 from support.tars import tar_of
 
 import cache
@@ -278,16 +278,28 @@ def test_blocks_that_the_code_does_not_suit_are_reported(coded, tmp_path, capsys
     assert kl > 1e-5 or abs(slope - 1) > 0.02
 
 
-def test_two_processes_fill_one_store(coded, tmp_path):
-    """torchrun hands every block to one of them; the store is that of one process."""
+def _by_torchrun(words: list[str], world: int, said: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    with open(said, "w") as file:
+        done = subprocess.run(
+            [*torchrun, "-m", "pipeline", *words],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("start", [ranked, pytest.param(_by_torchrun, marks=pytest.mark.slow)])  # which takes 10 s more
+def test_two_processes_fill_one_store(start, coded, tmp_path):
+    """Every block is handed to one of them; the store is that of one process."""
     options = ("data", "teacher", "store", "views", "policy", "codec", "kl_budget", "seed", "batch_size", "block_rows")
     run = changed(coded, store=tmp_path / "s")
     flags = [f"--{name.replace('_', '-')}={getattr(run, name)}" for name in options]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "pipeline", "precompute-teacher", *flags, "--device=cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    one, other = map(int, re.search(r"blocks by process\D+(\d+) \+ (\d+)", done.stdout).groups())
+    start(["precompute-teacher", *flags, "--device=cpu", "--threads=1"], 2, tmp_path / "said")
+    said = (tmp_path / "said").read_text()
+    one, other = map(int, re.search(r"blocks by process\D+(\d+) \+ (\d+)", said).groups())
     assert one + other == 3 * blocks_of(coded)
     assert_equal_stores(run.store, coded.store)
 

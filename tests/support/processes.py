@@ -1,13 +1,16 @@
 """Child processes that finish, or stop themselves at a chosen event: a clock in the parent would know no event."""
 
+import contextlib
 import functools
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
 import pytest
 from support.interpreter import TESTS
@@ -15,6 +18,7 @@ from torch.multiprocessing.spawn import start_processes
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cache.store.objects import Files
+from pipeline import cli
 from pipeline.training import loop
 
 
@@ -45,6 +49,26 @@ def finished(target, config) -> None:
 def together(target, arguments: tuple, count: int) -> None:
     """Run `target(rank, *arguments)` in so many children at once; one that fails ends all, and raises."""
     start_processes(target, arguments, count, start_method=forking().get_start_method())
+
+
+def ranked(words: list[str], world: int, said: Path = Path(os.devnull)) -> None:
+    """Run a command in so many processes at once, in the environment that torchrun would give them; the first one's
+    stdout goes to the file `said`."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    there = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    together(_ranked, (words, there, said), world)
+
+
+def _ranked(rank: int, words: list[str], there: dict[str, object], said: Path) -> None:
+    os.environ.update({name: str(value) for name, value in (there | {"RANK": rank, "LOCAL_RANK": rank}).items()})
+    with open(os.devnull if rank else said, "w") as file, contextlib.redirect_stdout(file):
+        command(words)
+
+
+def command(words: list[str]) -> None:
+    """The command line, in a child."""
+    sys.exit(cli.main(words))
 
 
 def stopped(target, config, event: str, count: int, number: int = signal.SIGKILL) -> bool:

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import finished, together
+from support import processes
+from support.processes import finished, ranked, together
 from torch import nn
 
-from pipeline import cli
 from pipeline.data import order
 from pipeline.training import batch_norm
 
@@ -55,23 +54,10 @@ def run(out: Path, digits, labels, *flags: str, world: int = 1) -> list[dict]:
     words = command(out, digits, labels, *flags)
     words = words[words.index(TRAIN) :]
     if world == 1:
-        finished(_command, words)
-        return records(out)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    there = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    together(_ranked, (words, there), world)
+        finished(processes.command, words)
+    else:
+        ranked(words, world)
     return records(out)
-
-
-def _ranked(rank: int, words: list[str], there: dict[str, object]) -> None:
-    there |= {"RANK": rank, "LOCAL_RANK": rank}
-    os.environ.update({name: str(value) for name, value in there.items()})
-    _command(words)
-
-
-def _command(words: list[str]) -> None:
-    sys.exit(cli.main(words))
 
 
 def records(out: Path) -> list[dict]:
