@@ -4,6 +4,7 @@ An optimizer imports torch._dynamo, which takes as long as torch itself. What ma
 imports scikit-learn; the first image imports DALI, the first pixels most of numba, the first page Jinja2.
 """
 
+import gc
 from pathlib import Path
 
 import jinja2  # noqa: F401
@@ -21,3 +22,4 @@ if not Path("/dev/nvidiactl").exists():  # a driver that was woken before a fork
 
 numba.njit(lambda: None)()
 PIL.Image.init()
+gc.freeze()  # for good: children neither look through it nor copy its pages
