@@ -12,7 +12,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 from support.commands import refused
-from support.processes import _stopping, forking
+from support.processes import _stopping, before, forking
 from support.stores import files
 
 from cache import UserError
@@ -48,9 +48,13 @@ def single(digits, teacher, tmp_path_factory) -> PrecomputeTeacher:
     return config
 
 
-def job(config: PrecomputeTeacher, environment: dict[str, str], dies_at: int | None) -> None:
-    """One job of an array, which kills itself before so many objects are written."""
+def job(config: PrecomputeTeacher, environment: dict[str, str], dies_at: int | None, ready) -> None:
+    """One job of an array, which kills itself before so many objects are written.
+
+    Where there is no store yet, none is made before all jobs are `ready` to: each writes some of it.
+    """
     os.environ.update(environment)
+    precompute.calibrate = before(precompute.calibrate, ready.wait)
     if dies_at is None:
         precompute.run(config)
     else:
@@ -59,7 +63,9 @@ def job(config: PrecomputeTeacher, environment: dict[str, str], dies_at: int | N
 
 def run(configs: list, environment: dict[str, str], deaths: list[int | None]) -> list[int]:
     """All at once; exit codes."""
-    jobs = [forking().Process(target=job, args=(c, environment, at)) for c, at in zip(configs, deaths, strict=True)]
+    ready = forking().Barrier(len(configs), timeout=600)
+    started = zip(configs, deaths, strict=True)
+    jobs = [forking().Process(target=job, args=(config, environment, at, ready)) for config, at in started]
     for process in jobs:
         process.start()
     for process in jobs:
