@@ -5,7 +5,6 @@ import io
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from support import pillow
-from support.processes import before, finished, ranked, stopped
+from support.processes import before, finished, ranked, stopped, torchrun
 from support.tars import tar_of
 
 import cache
@@ -279,10 +278,9 @@ def test_blocks_that_the_code_does_not_suit_are_reported(coded, tmp_path, capsys
 
 
 def _by_torchrun(words: list[str], world: int, said: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     with open(said, "w") as file:
         done = subprocess.run(
-            [*torchrun, "-m", "pipeline", *words],
+            [*torchrun(world), "-m", "pipeline", *words],
             stdout=file,
             stderr=subprocess.PIPE,
             text=True,

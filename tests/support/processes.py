@@ -60,6 +60,11 @@ def ranked(words: list[str], world: int, said: Path = Path(os.devnull)) -> None:
     together(_ranked, (words, there, said), world)
 
 
+def torchrun(world: int) -> list[str]:
+    """What starts `-m pipeline` in so many processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+
+
 def _ranked(rank: int, words: list[str], there: dict[str, object], said: Path) -> None:
     os.environ.update({name: str(value) for name, value in (there | {"RANK": rank, "LOCAL_RANK": rank}).items()})
     with open(os.devnull if rank else said, "w") as file, contextlib.redirect_stdout(file):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import processes
-from support.processes import finished, ranked, together
+from support.processes import finished, ranked, together, torchrun
 from torch import nn
 
 from pipeline.data import order
@@ -24,8 +24,7 @@ TRAIN = "train-student"
 
 
 def command(out: Path, digits, labels, *flags: str, world: int = 1, restarts: int = 0) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    torchrun += [f"--max-restarts={restarts}"]
+    start = [*torchrun(world), f"--max-restarts={restarts}"] if world > 1 else [sys.executable]
     options = {
         "data": digits,
         "val": digits,
@@ -42,7 +41,7 @@ def command(out: Path, digits, labels, *flags: str, world: int = 1, restarts: in
         "threads": 1,
     }
     given = [f"--{name}={value}" for name, value in options.items()]
-    return [*(torchrun if world > 1 else [sys.executable]), "-m", "pipeline", TRAIN, *given, *flags]
+    return [*start, "-m", "pipeline", TRAIN, *given, *flags]
 
 
 def environment(**more: str) -> dict[str, str]:
